@@ -1,0 +1,126 @@
+"""What a user asked of a worker, and how far it has come."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+PageId = NewType("PageId", int)
+SessionId = NewType("SessionId", int)
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+    HANDED_OVER = "handed_over"
+
+
+class Purpose(Enum):
+    """GENERATE: the whole answer. PREFILL_ONLY: compute the prompt, sample the first token, keep the KV for a puller."""
+
+    GENERATE = "generate"
+    PREFILL_ONLY = "prefill_only"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Validated at construction; `ValueError` names the offending value."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    num_logprobs: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0.0, 100.0)
+        _in_range("top_k", self.top_k, 0, 2**31 - 1)
+        _in_range("top_p", self.top_p, 0.0, 1.0)
+        _in_range("min_p", self.min_p, 0.0, 1.0)
+        _in_range("repetition_penalty", self.repetition_penalty, 1e-3, 1e3)
+        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _in_range("seed", self.seed, 0, 2**64 - 1)
+        _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _in_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        for token_id, bias in self.logit_bias:
+            _in_range(f"logit_bias of token {token_id}", bias, -100.0, 100.0)
+        if self.num_logprobs is not None:
+            _in_range("num_logprobs", self.num_logprobs, 0, 20)
+        if len(self.stop_strings) > 16 or "" in self.stop_strings:
+            raise ValueError(f"stop takes at most 16 non-empty strings, got {len(self.stop_strings)}")
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    # Written so that NaN, which compares false with everything, is refused too.
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The chosen token's log-probability and those of the most likely tokens, most likely first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvSource:
+    """The worker that computes a prompt's KV for us, and the id it knows the request by."""
+
+    worker_id: str
+    epoch: int
+    control_address: str
+    request_id: str
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Request:
+    """A request on this worker. `num_computed_tokens` chases `num_tokens`; there is no other notion of phase.
+
+    Mutated only by `EngineState`, between steps.
+    """
+
+    request_id: RequestId
+    session_id: SessionId
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_s: float
+    priority: int = 0
+    cache_salt: str = ""
+    purpose: Purpose = Purpose.GENERATE
+    kv_source: KvSource | None = None
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    page_ids: list[PageId] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def token_range(self, start: int, stop: int) -> list[int]:
+        """Tokens start..stop-1 of prompt and output together."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]

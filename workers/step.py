@@ -1,0 +1,59 @@
+"""One engine step as data: what the scheduler decides and what the engine answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from workers.request import PageId, Request, RequestId, TokenLogprobs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduledRequest:
+    """One row of a step: compute `num_new_tokens` tokens of `request`, from `num_computed_tokens` on."""
+
+    request: Request  # read-only for whoever executes the plan
+    num_computed_tokens: int  # at the start of the step
+    num_new_tokens: int
+    page_ids: tuple[PageId, ...]  # all pages of the request, old and new, in token order; enough for the step
+    samples: bool  # the step reaches the last known token, so a new one is sampled
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """A waiting request that starts (or resumes) now, with the cached pages it begins on."""
+
+    request_id: RequestId
+    cached_page_ids: tuple[PageId, ...]
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pull:
+    """A waiting request whose prompt KV comes from another worker: pages reserved, the pull may begin."""
+
+    request: Request
+    page_ids: tuple[PageId, ...]  # of all prompt blocks, in token order
+    first_block: int  # blocks before it were cached here already
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """All that one step does. Applied to the state in this order: preemptions, evictions, admissions, pulls, rows."""
+
+    rows: tuple[ScheduledRequest, ...] = ()
+    admissions: tuple[Admission, ...] = ()
+    pulls: tuple[Pull, ...] = ()
+    preempted: tuple[RequestId, ...] = ()  # lose their pages and wait again, to be recomputed
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    stop_string: str | None = None  # the stop string that this token completed, if any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """One sampled token for every row that samples."""
+
+    sampled: Mapping[RequestId, SampledToken]
