@@ -124,3 +124,18 @@ class Request:
         if start >= num_prompt:
             return self.output_token_ids[start - num_prompt : stop - num_prompt]
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Handoff:
+    """All of a request that is not KV, as the source of a hand-over sends it.
+
+    Sampling needs no further state: a draw depends on the seed and the token's number alone, penalties on the tokens.
+    """
+
+    num_computed_tokens: int
+    output_token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+    num_cached_tokens: int = 0

@@ -1,0 +1,52 @@
+"""What can go wrong in a worker.
+
+    WorkerError
+    ├── InvalidRequest     the request can never run here
+    ├── QueueFull          try again later or elsewhere
+    ├── CheckpointError    the model on disk cannot be served: missing, truncated, of another shape, unsupported
+    ├── StaleEpoch         the message means another incarnation of this worker
+    └── PullError          a hand-over failed; the request is recomputed here
+        ├── PullRefused        the source does not agree: epoch, fingerprint, layout, no such lease
+        ├── PullInterrupted    the connection broke or the source fell silent
+        └── PullCorrupted      the bytes do not fit what was agreed: garbage, checksum, order
+
+`workers.wire` maps them to gRPC statuses and `Failure` codes.
+"""
+
+
+class WorkerError(Exception):
+    """Base of all errors of a worker; the message names the offending value and what would be right."""
+
+
+class InvalidRequest(WorkerError):
+    pass
+
+
+class QueueFull(WorkerError):
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class CheckpointError(WorkerError):
+    pass
+
+
+class StaleEpoch(WorkerError):
+    pass
+
+
+class PullError(WorkerError):
+    pass
+
+
+class PullRefused(PullError):
+    pass
+
+
+class PullInterrupted(PullError):
+    pass
+
+
+class PullCorrupted(PullError):
+    pass
