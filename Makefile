@@ -1,0 +1,51 @@
+# Every target creates the virtual environment it needs; the second time that takes no time.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One OpenMP thread per test process: two of them on two cores degrade tenfold when anything else runs.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup serve test lint format bench protos
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(STAMP)  ## create the virtual environment with everything pinned in constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 13) else f"Penstock needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}; say make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	@# torch first and by itself: its pin keeps every later resolution away from the CUDA builds.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+serve: $(STAMP)  ## start a prefill worker, a decode worker and the gateway with the model that ships with us
+	$(BIN)/penstock up
+
+test: $(STAMP)  ## run every test
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+lint: $(STAMP)  ## formatting, lint, types, import contracts, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python protos/generate.py --check
+
+format: $(STAMP)  ## format the tree
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## run one benchmark: make bench BENCH=engine ARGS=--quick
+	@test -n "$(BENCH)" || { echo "say which: make bench BENCH=$$(ls bench/*.py | xargs -n1 basename -s .py | paste -sd'|')"; exit 2; }
+	$(BIN)/python -m bench.$(BENCH) $(ARGS)
+
+protos: $(STAMP)  ## regenerate the code of protos/*.proto
+	$(BIN)/python protos/generate.py
