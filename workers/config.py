@@ -1,0 +1,99 @@
+"""All settings of a worker, validated. The command line (`workers.__main__`) and nothing else makes one."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+from kvstore.layout import ITEM_BYTES
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+_COUNTS = (
+    "num_pages",
+    "kv_cache_bytes",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_num_waiting",
+    "num_threads",
+    "parent_pid",
+)
+
+
+class Role(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerConfig:
+    """What an operator decides about one worker. Facts found at start (addresses) are not here.
+
+    `ValueError` names the setting, its value and what would be right.
+    """
+
+    role: Annotated[Role, "what the worker is for"]
+    worker_id: Annotated[str, "name of the worker, unique in its cluster"]
+    model_path: Annotated[Path, "directory with config.json and *.safetensors"]
+    model_name: Annotated[str, "the name clients use"]
+    dtype: Annotated[str, "of weights, activations and KV: float32 or bfloat16"] = "float32"
+    num_pages: Annotated[int | None, "KV pages of 16 tokens; overrides --kv-cache-bytes"] = None
+    kv_cache_bytes: Annotated[int, "memory for KV pages"] = 512 * 2**20
+    max_model_len: Annotated[
+        int | None, "tokens of prompt and output; default: what the model was made for"
+    ] = None
+    max_num_batched_tokens: Annotated[int, "tokens computed in one step, decodes first"] = 512
+    max_num_seqs: Annotated[int, "requests running at a time"] = 64
+    max_num_waiting: Annotated[int, "requests waiting; more are refused as overloaded"] = 1024
+    num_threads: Annotated[int, "threads that compute"] = 1
+    cores: Annotated[tuple[int, ...], "cores to stay on, as 0,1; default: any"] = ()
+    control_address: Annotated[str, "gRPC, host:port (port 0: any free one) or unix:/path"] = "127.0.0.1:0"
+    data_address: Annotated[str, "KV data plane, tcp://host:port or unix:///path"] = "tcp://127.0.0.1:0"
+    advertise_host: Annotated[str, "host that others reach us by, where we listen on 0.0.0.0"] = ""
+    directory: Annotated[str, "gRPC target of the directory; default: register nowhere"] = ""
+    lease_s: Annotated[float, "how long computed KV is kept without progress of its puller"] = 30.0
+    pull_timeout_s: Annotated[float, "deadline of one pull; past it the prompt is computed here"] = 60.0
+    metrics_port: Annotated[int | None, "Prometheus over HTTP on this port; default: none"] = None
+    log_level: Annotated[str, "debug, info, warning or error"] = "info"
+    parent_pid: Annotated[int | None, "end with this process, which must be our parent"] = None
+
+    def __post_init__(self) -> None:
+        for name in ("worker_id", "model_name", "control_address", "data_address"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        _one_of("dtype", self.dtype, tuple(ITEM_BYTES))
+        _one_of("log_level", self.log_level, LOG_LEVELS)
+        for name in _COUNTS:
+            _at_least_one(name, getattr(self, name))
+        for name in ("lease_s", "pull_timeout_s"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 2**16:
+            raise ValueError(f"metrics_port must be between 0 and 65535, got {self.metrics_port}")
+        if any(core < 0 for core in self.cores) or len(set(self.cores)) != len(self.cores):
+            raise ValueError(f"cores must be distinct numbers from 0 on, got {self.cores}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            # Every running request decodes one token a step.
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least"
+                f" max_num_seqs ({self.max_num_seqs})"
+            )
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def setting_help() -> dict[str, str]:
+    """The explanation of every setting, by field name."""
+    hints = get_type_hints(WorkerConfig, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
