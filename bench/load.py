@@ -1,4 +1,4 @@
-"""A load generator lean enough to share two cores with what it measures: HTTP/1.1 and SSE on asyncio streams."""
+"""A load generator lean enough to share two cores with what it measures: HTTP and SSE on asyncio streams."""
 
 import asyncio
 import itertools
