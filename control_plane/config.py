@@ -1,0 +1,216 @@
+"""`ClusterConfig`: every setting of a cluster, its default and its bounds. One YAML file; flags override it.
+
+`load_config` is the only way in. Relative paths in a file are taken from the file's directory, those of
+overrides from the working directory. Facts that are measured at start (how many pages fit, which ports were
+free) are not settings: `None` leaves them to the worker.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from control_plane.strict_yaml import ConfigError, RawMapping, build, parse_mapping, set_override
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+# sun_path holds 108 bytes with its terminator; a name such as "/decode-99-control.sock" follows.
+MAX_SOCKET_DIR_BYTES = 80
+
+
+def _bounded(name: str, value: float | None, *, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise ValueError(f"{name} is {value}, but it must be between {low:g} and {high:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    name: str = "penstock-demo"  # what clients put into "model"
+    path: Path = PROJECT_ROOT / "models" / "demo"  # a directory in Hugging Face's layout
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint says
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name is empty, but clients must be able to name the model")
+        _bounded("max_model_len", self.max_model_len, low=16, high=1 << 24)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000  # HTTP; 0 takes a free one
+    grpc_port: int = 8001  # the public gRPC API; 0 takes a free one
+    max_concurrent_requests: int = 256  # being generated at the same time
+    max_queued_requests: int = 512  # waiting beyond those; one more is answered with 429
+    request_timeout_s: float = 600.0
+    stream_write_timeout_s: float = 30.0  # a client that reads nothing for so long is dropped
+    max_body_bytes: int = 8 * 1024 * 1024
+    drain_timeout_s: float = 10.0  # at a stop, for running requests to finish
+
+    def __post_init__(self) -> None:
+        _bounded("port", self.port, low=0, high=65535)
+        _bounded("grpc_port", self.grpc_port, low=0, high=65535)
+        if self.port == self.grpc_port != 0:
+            raise ValueError(
+                f"grpc_port is {self.grpc_port}, which is port as well: HTTP and gRPC need two ports"
+            )
+        _bounded("max_concurrent_requests", self.max_concurrent_requests, low=1, high=1_000_000)
+        _bounded("max_queued_requests", self.max_queued_requests, low=0, high=1_000_000)
+        _bounded("request_timeout_s", self.request_timeout_s, low=0.1, high=86_400)
+        _bounded("stream_write_timeout_s", self.stream_write_timeout_s, low=0.1, high=3600)
+        _bounded("max_body_bytes", self.max_body_bytes, low=1024, high=1 << 31)
+        _bounded("drain_timeout_s", self.drain_timeout_s, low=0, high=3600)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirectoryConfig:
+    """`host` and `port` count with `transport: tcp`; with `unix` the directory is a socket in `run_dir`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8002  # 0 takes a free one
+    heartbeat_s: float = 0.5
+    ttl_s: float = 2.0  # silence after which a worker is dropped
+
+    def __post_init__(self) -> None:
+        _bounded("port", self.port, low=0, high=65535)
+        _bounded("heartbeat_s", self.heartbeat_s, low=0.01, high=60)
+        _bounded("ttl_s", self.ttl_s, low=0.02, high=600)
+        if self.ttl_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"ttl_s is {self.ttl_s}, but one late heartbeat must not drop a worker: "
+                f"at least {2 * self.heartbeat_s:g}, twice heartbeat_s"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorerWeights:
+    """How much each score in [0, 1] counts in the choice of a worker; 0 switches it off."""
+
+    prefix_overlap: float = 2.0  # how much of the prompt the worker holds already
+    queue: float = 1.0  # how little waits there
+    free_pages: float = 1.0  # how much KV memory is free there
+
+    def __post_init__(self) -> None:
+        _bounded("prefix_overlap", self.prefix_overlap, low=0, high=1000)
+        _bounded("queue", self.queue, low=0, high=1000)
+        _bounded("free_pages", self.free_pages, low=0, high=1000)
+        if self.prefix_overlap == self.queue == self.free_pages == 0:
+            raise ValueError("prefix_overlap, queue and free_pages are all 0, but one of them must decide")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingConfig:
+    # Fewer uncached tokens than this are computed by the decode worker: a hand-over would cost more.
+    prefill_threshold_tokens: int = 64
+    weights: ScorerWeights = field(default_factory=ScorerWeights)
+
+    def __post_init__(self) -> None:
+        _bounded("prefill_threshold_tokens", self.prefill_threshold_tokens, low=0, high=1 << 24)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig:
+    """Workers of one role. `None` leaves a setting to the worker's own default."""
+
+    replicas: int = 0
+    num_pages: int | None = None  # KV blocks of 16 tokens; None: as many as fit the worker's memory budget
+    max_num_batched_tokens: int | None = None  # of one engine step
+    max_num_seqs: int | None = None  # running at the same time
+    num_threads: int | None = None  # None: as many as the worker's cores
+
+    def __post_init__(self) -> None:
+        _bounded("replicas", self.replicas, low=0, high=99)
+        _bounded("num_pages", self.num_pages, low=2, high=1 << 31)
+        _bounded("max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=1 << 20)
+        _bounded("max_num_seqs", self.max_num_seqs, low=1, high=1 << 16)
+        _bounded("num_threads", self.num_threads, low=1, high=1024)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolsConfig:
+    prefill: PoolConfig = field(default_factory=lambda: PoolConfig(replicas=1))
+    decode: PoolConfig = field(default_factory=lambda: PoolConfig(replicas=1))
+    mixed: PoolConfig = field(default_factory=PoolConfig)
+
+    def __post_init__(self) -> None:
+        if self.decode.replicas + self.mixed.replicas == 0:
+            raise ValueError(
+                "decode.replicas and mixed.replicas are both 0, but somebody must generate: set one to 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    directory: DirectoryConfig = field(default_factory=DirectoryConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    pools: PoolsConfig = field(default_factory=PoolsConfig)
+    transport: Literal["unix", "tcp"] = "unix"  # between the processes of this cluster
+    run_dir: Path = field(default_factory=lambda: Path.cwd() / "run")  # logs, state, sockets
+    start_timeout_s: float = 120.0  # for everything to be ready
+    stop_timeout_s: float = 15.0  # after which a process that does not stop is killed
+
+    def __post_init__(self) -> None:
+        _bounded("start_timeout_s", self.start_timeout_s, low=1, high=86_400)
+        _bounded("stop_timeout_s", self.stop_timeout_s, low=0.1, high=3600)
+        if not self.run_dir.is_absolute():
+            raise ValueError(f"run_dir is {self.run_dir}, but it must be absolute")
+        length = len(str(self.socket_dir).encode())
+        if self.transport == "unix" and length > MAX_SOCKET_DIR_BYTES:
+            raise ValueError(
+                f"run_dir is {self.run_dir}: the path of its sockets directory has {length} bytes, but Unix "
+                f"sockets allow {MAX_SOCKET_DIR_BYTES}; choose a shorter one or set transport: tcp"
+            )
+
+    @property
+    def socket_dir(self) -> Path:
+        return self.run_dir / "sockets"
+
+    @property
+    def directory_address(self) -> str:
+        """The gRPC target at which the control process serves the directory and workers find it."""
+        if self.transport == "unix":
+            return f"unix:{self.socket_dir / 'directory.sock'}"
+        return f"{self.directory.host}:{self.directory.port}"
+
+
+def load_config(path: Path | None = None, *, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """The settings of a YAML file (without one: the defaults) with `KEY.PATH=VALUE` overrides applied in order.
+
+    Raises ConfigError: one line, with the key's path, its value and what would be right.
+    """
+    raw: RawMapping = {}
+    if path is not None:
+        raw = parse_mapping(_read(path), source=str(path))
+    for assignment in overrides:
+        set_override(raw, _from_working_directory(assignment))
+    _name_after_path(raw)
+    try:
+        return build(ClusterConfig(), raw, directory=path.resolve().parent if path else Path.cwd())
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}" if path and not overrides else str(e)) from e
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {e.start})") from e
+
+
+def _from_working_directory(assignment: str) -> str:
+    key, separator, value = assignment.partition("=")
+    if key in ("model.path", "run_dir") and separator and value:
+        return f"{key}={json.dumps(str(Path.cwd() / Path(value).expanduser()))}"
+    return assignment
+
+
+def _name_after_path(raw: RawMapping) -> None:
+    """A model that somebody brings without a name gets its directory's name, not the default model's."""
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str) and "name" not in model:
+        model["name"] = Path(model["path"]).name
