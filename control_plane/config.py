@@ -114,17 +114,25 @@ class PoolConfig:
     """Workers of one role. `None` leaves a setting to the worker's own default."""
 
     replicas: int = 0
-    num_pages: int | None = None  # KV blocks of 16 tokens; None: as many as fit the worker's memory budget
-    max_num_batched_tokens: int | None = None  # of one engine step
+    kv_cache_bytes: int | None = None  # memory for KV pages
+    num_pages: int | None = None  # KV pages of 16 tokens; overrides kv_cache_bytes
+    max_num_batched_tokens: int | None = None  # computed in one engine step
     max_num_seqs: int | None = None  # running at the same time
+    max_num_waiting: int | None = None  # more are refused as overloaded
     num_threads: int | None = None  # None: as many as the worker's cores
+    lease_s: float | None = None  # how long computed KV is kept without progress of its puller
+    pull_timeout_s: float | None = None  # of one pull; past it the prompt is computed again
 
     def __post_init__(self) -> None:
         _bounded("replicas", self.replicas, low=0, high=99)
+        _bounded("kv_cache_bytes", self.kv_cache_bytes, low=1 << 16, high=1 << 50)
         _bounded("num_pages", self.num_pages, low=2, high=1 << 31)
         _bounded("max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=1 << 20)
         _bounded("max_num_seqs", self.max_num_seqs, low=1, high=1 << 16)
+        _bounded("max_num_waiting", self.max_num_waiting, low=1, high=1 << 24)
         _bounded("num_threads", self.num_threads, low=1, high=1024)
+        _bounded("lease_s", self.lease_s, low=0.1, high=3600)
+        _bounded("pull_timeout_s", self.pull_timeout_s, low=0.1, high=3600)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +157,7 @@ class ClusterConfig:
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     transport: Literal["unix", "tcp"] = "unix"  # between the processes of this cluster
     run_dir: Path = field(default_factory=lambda: Path.cwd() / "run")  # logs, state, sockets
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     start_timeout_s: float = 120.0  # for everything to be ready
     stop_timeout_s: float = 15.0  # after which a process that does not stop is killed
 
@@ -177,7 +186,7 @@ class ClusterConfig:
 
 
 def load_config(path: Path | None = None, *, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """The settings of a YAML file (without one: the defaults) with `KEY.PATH=VALUE` overrides applied in order.
+    """The settings of a YAML file (without one: the defaults) with `KEY.PATH=VALUE` overrides in order.
 
     Raises ConfigError: one line, with the key's path, its value and what would be right.
     """
