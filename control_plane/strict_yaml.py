@@ -1,8 +1,9 @@
 """YAML to nested frozen dataclasses and back.
 
-Nothing is guessed: an unknown key, a key given twice or a value of another type is a `ConfigError` that names the
-path, the value and what would be right. A schema is an *instance* whose fields are its defaults; a file says only
-what differs. Supported field types: nested dataclasses, bool, int, float, str, Path, Literal, `X | None` of these.
+Nothing is guessed: an unknown key, a key given twice or a value of another type is a `ConfigError` that names
+the path, the value and what would be right. A schema is an *instance* whose fields are its defaults; a file
+says only what differs. Supported field types: nested dataclasses, bool, int, float, str, Path, Literal, and
+`X | None` of these.
 """
 
 import dataclasses
