@@ -1,0 +1,79 @@
+"""What a worker says about itself, free of protobuf."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, NewType
+
+from kvstore.layout import KvLayout
+
+WorkerId = NewType("WorkerId", str)
+
+
+class Incarnation(NamedTuple):
+    """One life of a worker: every start of its process has a new epoch."""
+
+    worker_id: WorkerId
+    epoch: int
+
+    def __str__(self) -> str:
+        return f"{self.worker_id} (epoch {self.epoch})"
+
+
+class Role(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def can_decode(self) -> bool:
+        return self is not Role.PREFILL
+
+    @property
+    def can_prefill(self) -> bool:
+        """Whether it computes prompts for others. A decode worker computes only those of its own requests."""
+        return self is not Role.DECODE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    name: str
+    fingerprint: bytes
+    max_model_len: int
+    vocab_size: int
+    layout: KvLayout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerLoad:
+    """Fields as in worker.proto."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_free_pages: int = 0
+    num_waiting_tokens: int = 0
+    num_leases: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    worker_id: WorkerId
+    epoch: int
+    role: Role
+    control_address: str
+    data_address: str
+    model: Model
+    load: WorkerLoad = WorkerLoad()
+    pid: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.worker_id:
+            raise ValueError("worker_id must not be empty")
+        if self.epoch <= 0:
+            raise ValueError(f"epoch of {self.worker_id} must be positive, got {self.epoch}")
+        if not self.control_address:
+            raise ValueError(f"control_address of {self.worker_id} must not be empty")
+
+    @property
+    def incarnation(self) -> Incarnation:
+        return Incarnation(self.worker_id, self.epoch)

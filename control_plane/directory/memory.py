@@ -1,0 +1,143 @@
+"""The directory itself, in memory. Every method takes the time as an argument and none waits."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from control_plane.directory.block_index import BlockEvents, BlockIndex
+from control_plane.directory.errors import StaleEpoch, UnknownWorker
+from control_plane.directory.member import Incarnation, Member, WorkerId, WorkerLoad
+
+# Epochs are random, so "older" can only mean "seen before": so many are remembered, of so many workers.
+MAX_REMEMBERED_EPOCHS = 8
+MAX_REMEMBERED_WORKERS = 4096
+
+
+class ChangeKind(Enum):
+    JOINED = "joined"
+    UPDATED = "updated"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    kind: ChangeKind
+    member: Member
+
+
+Listener = Callable[[Change], None]
+
+
+class MemoryDirectory:
+    """Members stay for `ttl_s` after their last sign of life; the silent ones leave when `expire` is called.
+
+    Listeners are called at once and in order, when the change is visible in `members` already.
+    """
+
+    def __init__(
+        self, *, ttl_s: float, max_blocks_per_worker: int = 1 << 18, max_blocks: int = 1 << 20
+    ) -> None:
+        if ttl_s <= 0:
+            raise ValueError(f"ttl_s must be positive, got {ttl_s}")
+        self.ttl_s = ttl_s
+        self._members: dict[WorkerId, Member] = {}
+        self._last_seen_s: dict[WorkerId, float] = {}
+        self._epochs: OrderedDict[WorkerId, list[int]] = OrderedDict()
+        self._listeners: list[Listener] = []
+        self.blocks = BlockIndex(max_blocks_per_worker=max_blocks_per_worker, max_blocks=max_blocks)
+
+    def members(self) -> tuple[Member, ...]:
+        return tuple(self._members.values())
+
+    def get(self, worker_id: WorkerId) -> Member | None:
+        return self._members.get(worker_id)
+
+    def register(self, member: Member, *, now_s: float) -> None:
+        """Takes the place of any other incarnation. Raises StaleEpoch if this one was replaced before."""
+        self._remember_epoch(member)
+        current = self._members.get(member.worker_id)
+        if current is not None and current.epoch != member.epoch:
+            self._leave(current)
+            current = None
+        self._members[member.worker_id] = member
+        self._last_seen_s[member.worker_id] = now_s
+        self._tell(ChangeKind.JOINED if current is None else ChangeKind.UPDATED, member)
+
+    def heartbeat(
+        self, incarnation: Incarnation, *, load: WorkerLoad, blocks: BlockEvents | None, now_s: float
+    ) -> bool:
+        """Renews the registration. True: the worker must send a snapshot of its blocks.
+
+        Raises UnknownWorker or StaleEpoch.
+        """
+        member = self._members.get(incarnation.worker_id)
+        if member is None:
+            raise UnknownWorker(f"{incarnation} is not registered; register it again")
+        self._refuse_other_epoch(member, incarnation)
+        member = replace(member, load=load)
+        self._members[member.worker_id] = member
+        self._last_seen_s[member.worker_id] = now_s
+        resend = blocks is not None and not self.blocks.apply(member.worker_id, blocks)
+        self._tell(ChangeKind.UPDATED, member)
+        return resend
+
+    def deregister(self, incarnation: Incarnation) -> None:
+        """Idempotent. Raises StaleEpoch if another incarnation is registered."""
+        member = self._members.get(incarnation.worker_id)
+        if member is not None:
+            self._refuse_other_epoch(member, incarnation)
+            self._leave(member)
+
+    def expire(self, *, now_s: float) -> tuple[Member, ...]:
+        """Removes those who have been silent for `ttl_s` and returns them."""
+        silent = tuple(
+            self._members[worker_id]
+            for worker_id, seen_s in self._last_seen_s.items()
+            if now_s - seen_s >= self.ttl_s
+        )
+        for member in silent:
+            self._leave(member)
+        return silent
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Calls `listener` with every later change; returns what ends the subscription."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def check(self) -> None:
+        """Raises AssertionError where the bookkeeping does not hold."""
+        assert self._members.keys() == self._last_seen_s.keys(), "members and their times differ"
+        for worker_id, member in self._members.items():
+            assert worker_id == member.worker_id, f"{member.worker_id} is filed under {worker_id}"
+            assert self._epochs[worker_id][-1] == member.epoch, f"{worker_id} has an epoch of the past"
+        assert len(self._epochs) <= max(MAX_REMEMBERED_WORKERS, len(self._members)), "too many epochs"
+        self.blocks.check()
+
+    def _remember_epoch(self, member: Member) -> None:
+        epochs = self._epochs.setdefault(member.worker_id, [])
+        if member.epoch in epochs[:-1]:
+            raise StaleEpoch(f"{member.incarnation} was replaced by epoch {epochs[-1]}")
+        if member.epoch not in epochs:
+            epochs.append(member.epoch)
+            del epochs[:-MAX_REMEMBERED_EPOCHS]
+        self._epochs.move_to_end(member.worker_id)
+        if len(self._epochs) > MAX_REMEMBERED_WORKERS:
+            forgotten = next((known for known in self._epochs if known not in self._members), None)
+            if forgotten is not None and forgotten != member.worker_id:
+                del self._epochs[forgotten]
+
+    def _refuse_other_epoch(self, member: Member, incarnation: Incarnation) -> None:
+        if member.epoch != incarnation.epoch:
+            raise StaleEpoch(f"{incarnation} is not the registered one, which has epoch {member.epoch}")
+
+    def _leave(self, member: Member) -> None:
+        del self._members[member.worker_id]
+        del self._last_seen_s[member.worker_id]
+        self.blocks.forget(member.worker_id)
+        self._tell(ChangeKind.LEFT, member)
+
+    def _tell(self, kind: ChangeKind, member: Member) -> None:
+        change = Change(kind, member)
+        for listener in tuple(self._listeners):
+            listener(change)

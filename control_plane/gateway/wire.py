@@ -1,0 +1,163 @@
+"""Protobuf messages of a worker's session to our types and back; nothing else in the gateway knows both."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from control_plane.directory.member import Member
+from control_plane.generation import FinishReason, Generation, SamplingOptions, TokenLogprobs
+from protos import worker_pb2
+
+
+class Outcome(Enum):
+    """How a worker ended a request."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    FAILED = "failed"
+    HANDED_OVER = "handed_over"
+
+
+class FailureCode(Enum):
+    INVALID = "invalid"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailure:
+    code: FailureCode
+    message: str
+    retry_after_s: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerOutput:
+    """What one engine step has to say about one request. Not frozen: one is made per token and read once."""
+
+    first_token_number: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    outcome: Outcome | None = None
+    stop_string: str | None = None
+    num_cached_tokens: int = 0
+    failure: WorkerFailure | None = None
+
+
+FINISH_REASONS = {Outcome.STOP: FinishReason.STOP, Outcome.LENGTH: FinishReason.LENGTH}
+
+_OUTCOMES: dict[int, Outcome] = {
+    worker_pb2.FINISH_STOP: Outcome.STOP,
+    worker_pb2.FINISH_LENGTH: Outcome.LENGTH,
+    worker_pb2.FINISH_ABORT: Outcome.ABORTED,
+    worker_pb2.FINISH_ERROR: Outcome.FAILED,
+    worker_pb2.FINISH_HANDED_OVER: Outcome.HANDED_OVER,
+}
+_FAILURE_CODES: dict[int, FailureCode] = {
+    worker_pb2.Failure.INVALID: FailureCode.INVALID,
+    worker_pb2.Failure.OVERLOADED: FailureCode.OVERLOADED,
+    worker_pb2.Failure.UNAVAILABLE: FailureCode.UNAVAILABLE,
+}
+
+
+def read_output(message: worker_pb2.Output) -> WorkerOutput:
+    """Any bytes that parse make an output; whether its numbers fit is judged where the sequence is known."""
+    logprobs = message.logprobs
+    output = WorkerOutput(
+        first_token_number=message.first_token_number,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(map(_read_logprobs, logprobs)) if logprobs else (),
+        num_cached_tokens=message.num_cached_tokens,
+    )
+    finish_reason = message.finish_reason
+    if finish_reason:
+        # A reason from a newer worker that means nothing here ends the request as a failure, not as a hang.
+        output.outcome = _OUTCOMES.get(finish_reason, Outcome.FAILED)
+        output.stop_string = message.stop_string or None
+        if output.outcome is Outcome.FAILED:
+            output.failure = _read_failure(message.failure)
+    return output
+
+
+def _read_logprobs(message: worker_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=False))
+    )
+
+
+def _read_failure(message: worker_pb2.Failure) -> WorkerFailure:
+    code = _FAILURE_CODES.get(message.code, FailureCode.INTERNAL)
+    return WorkerFailure(code, message.message or "the worker gave no reason", message.retry_after_s)
+
+
+def write_hello(member: Member, *, gateway_id: str) -> worker_pb2.SessionRequest:
+    return worker_pb2.SessionRequest(
+        hello=worker_pb2.Hello(
+            gateway_id=gateway_id, worker_epoch=member.epoch, model_fingerprint=member.model.fingerprint
+        )
+    )
+
+
+def write_abort(request_id: str) -> worker_pb2.SessionRequest:
+    return worker_pb2.SessionRequest(abort=worker_pb2.Abort(request_id=request_id))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """One attempt at a generation, as all its workers get it. `output_token_ids` exist already."""
+
+    request_id: str
+    generation: Generation
+    output_token_ids: tuple[int, ...] = ()
+    arrival_unix_s: float
+
+
+def write_prefill(assignment: Assignment) -> worker_pb2.SessionRequest:
+    submit = _write_submit(assignment)
+    submit.purpose = worker_pb2.Submit.PREFILL_ONLY
+    return worker_pb2.SessionRequest(submit=submit)
+
+
+def write_generate(assignment: Assignment, *, kv_source: Member | None) -> worker_pb2.SessionRequest:
+    """`kv_source`: the worker that prefills the same assignment."""
+    submit = _write_submit(assignment)
+    if kv_source is not None:
+        submit.kv_source.worker_id = kv_source.worker_id
+        submit.kv_source.epoch = kv_source.epoch
+        submit.kv_source.control_address = kv_source.control_address
+        submit.kv_source.request_id = assignment.request_id
+    return worker_pb2.SessionRequest(submit=submit)
+
+
+def _write_submit(assignment: Assignment) -> worker_pb2.Submit:
+    generation = assignment.generation
+    return worker_pb2.Submit(
+        request_id=assignment.request_id,
+        prompt_token_ids=generation.prompt_token_ids,
+        output_token_ids=assignment.output_token_ids,
+        sampling=_write_sampling(generation.sampling),
+        priority=generation.priority,
+        cache_salt=generation.cache_salt,
+        arrival_unix_s=assignment.arrival_unix_s,
+    )
+
+
+def _write_sampling(options: SamplingOptions) -> worker_pb2.SamplingParams:
+    return worker_pb2.SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        logit_bias=dict(options.logit_bias),
+        seed=options.seed,
+        stop_token_ids=options.stop_token_ids,
+        stop_strings=options.stop_strings,
+        num_logprobs=options.num_logprobs,
+        max_tokens=options.max_tokens,
+        min_tokens=options.min_tokens,
+        ignore_eos=options.ignore_eos,
+    )
