@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
+from kvstore.blocks import BlockKey
+from workers.errors import WorkerError
+from workers.timeline import Stamp, Timeline
+
 RequestId = NewType("RequestId", str)
 PageId = NewType("PageId", int)
 SessionId = NewType("SessionId", int)
@@ -17,8 +21,23 @@ class FinishReason(Enum):
     HANDED_OVER = "handed_over"
 
 
+class Status(Enum):
+    """Where a request is on its way.
+
+    WAITING: owns nothing. PULLING: owns pages that a pull writes. RUNNING: computes.
+    HELD: computed, its pages are kept for a puller. DOOMED: aborted while pulling; its pages stay its own until
+    the pull has ended.
+    """
+
+    WAITING = "waiting"
+    PULLING = "pulling"
+    RUNNING = "running"
+    HELD = "held"
+    DOOMED = "doomed"
+
+
 class Purpose(Enum):
-    """GENERATE: the whole answer. PREFILL_ONLY: compute the prompt, sample the first token, keep the KV for a puller."""
+    """GENERATE: the whole answer. PREFILL_ONLY: the prompt and token 0; the KV is kept for a puller."""
 
     GENERATE = "generate"
     PREFILL_ONLY = "prefill_only"
@@ -106,7 +125,10 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
-    page_ids: list[PageId] = field(default_factory=list)
+    page_ids: tuple[PageId, ...] = ()
+    status: Status = Status.WAITING
+    block_keys: list[BlockKey] = field(default_factory=list)  # of the full blocks of known tokens, in order
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -130,7 +152,11 @@ class Request:
 class Handoff:
     """All of a request that is not KV, as the source of a hand-over sends it.
 
-    Sampling needs no further state: a draw depends on the seed and the token's number alone, penalties on the tokens.
+    `output_token_ids` is the whole output, with the tokens given at submit; `logprobs` are of its last
+    tokens, one each.
+
+    Sampling needs no further state: a draw depends on the seed and the token's number alone, penalties on the
+    tokens.
     """
 
     num_computed_tokens: int
@@ -139,3 +165,19 @@ class Handoff:
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """What a request has to say after a step: new tokens, its end, or both. `timeline` comes with the end."""
+
+    request_id: RequestId
+    session_id: SessionId
+    first_token_number: int  # of token_ids[0] within the request's output, counted from 0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token if the request asked for them
+    finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+    num_cached_tokens: int = 0
+    failure: WorkerError | None = None  # with FinishReason.ERROR
+    timeline: tuple[Stamp, ...] = ()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvstore.blocks import BLOCK_SIZE_TOKENS
 from workers.request import PageId, Request, RequestId, TokenLogprobs
 
 
@@ -23,7 +24,10 @@ class Admission:
 
     request_id: RequestId
     cached_page_ids: tuple[PageId, ...]
-    num_cached_tokens: int
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return len(self.cached_page_ids) * BLOCK_SIZE_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +41,21 @@ class Pull:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """All that one step does. Applied to the state in this order: preemptions, evictions, admissions, pulls, rows."""
+    """All that one step does. Applied to the state in this order: preemptions, admissions, pulls, rows.
+
+    Every admission has a row. New pages in `pulls` and `rows` may hold blocks that nobody uses; taking them
+    evicts those.
+    """
 
     rows: tuple[ScheduledRequest, ...] = ()
     admissions: tuple[Admission, ...] = ()
     pulls: tuple[Pull, ...] = ()
     preempted: tuple[RequestId, ...] = ()  # lose their pages and wait again, to be recomputed
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to do until something happens outside: a submission, the end of a pull, a release."""
+        return not (self.rows or self.pulls or self.preempted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,221 @@
+"""What to compute next: a pure function of what there is (`SchedulerView`) and what is allowed
+(`SchedulerLimits`).
+
+Order of a plan: one token for every request that decodes, then chunks of prompts already begun, then
+admissions from the queue. There are no phases: a request computes from `num_computed_tokens` towards
+`num_tokens`.
+
+Rank is (priority, arrival): lower is sooner. Pages are handed out by rank, and these rules make every request
+end:
+- An admission takes the pages of all its known tokens at once, so a prompt never stops half-way for want of a
+  page.
+- Who lacks pages at the head of the queue is not overtaken, so those who run drain until it fits.
+- A decode that lacks a page takes those of the lowest-ranked running request below it, which waits again and
+  is recomputed. If there is none it keeps its pages and sits out the step: the highest-ranked one always goes
+  on, unless pulls and held requests own what it needs, and those end without us.
+- Requests computed for another worker are never preempted: it may be reading their pages.
+- Beside running requests, an admission leaves one free page for each of them, or it would soon be preempted
+  again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstore.blocks import BLOCK_SIZE_TOKENS
+from workers.pages import PagePool, num_pages_for
+from workers.request import PageId, Purpose, Request, RequestId
+from workers.step import Admission, Pull, ScheduledRequest, StepPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerLimits:
+    """Bounds of one step; `max_num_batched_tokens` must cover a token for each of `max_num_seqs` requests."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_num_pulls: int
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1 or self.max_num_pulls < 1:
+            raise ValueError(
+                "max_num_seqs and max_num_pulls must be at least 1, "
+                f"got {self.max_num_seqs} and {self.max_num_pulls}"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}), "
+                f"got {self.max_num_batched_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerView:
+    """The state as the scheduler may see it: a window, not a copy, void once the state changes. Read only."""
+
+    running: Sequence[Request]  # by rank
+    waiting: Sequence[Request]  # by rank
+    num_pulling: int
+    pages: PagePool
+
+
+def schedule(view: SchedulerView, limits: SchedulerLimits) -> StepPlan:
+    """Decides one step. Mutates nothing."""
+    draft = _Draft(view, limits)
+    draft.continue_decodes()
+    draft.continue_prompts()
+    # Preempted pages are for the decodes that lacked them; whoever waits can wait for one step more.
+    if not draft.preempted:
+        draft.admit()
+    return StepPlan(
+        rows=tuple(draft.rows),
+        admissions=tuple(draft.admissions),
+        pulls=tuple(draft.pulls),
+        preempted=tuple(draft.preempted),
+    )
+
+
+class _Draft:
+    """A plan in the making."""
+
+    def __init__(self, view: SchedulerView, limits: SchedulerLimits) -> None:
+        self._view = view
+        self._limits = limits
+        self._pages = _PageDraft(view.pages)
+        self._budget_tokens = limits.max_num_batched_tokens
+        self.rows: list[ScheduledRequest] = []
+        self.admissions: list[Admission] = []
+        self.pulls: list[Pull] = []
+        self.preempted: dict[RequestId, None] = {}
+        self._num_growing = 0  # requests that may soon ask for one more page
+
+    def continue_decodes(self) -> None:
+        for rank, request in enumerate(self._view.running):
+            if request.num_tokens - request.num_computed_tokens != 1 or request.request_id in self.preempted:
+                continue
+            page_ids = request.page_ids
+            if request.num_computed_tokens == len(page_ids) * BLOCK_SIZE_TOKENS:
+                if not self._pages.num_available:
+                    self._preempt_below(rank)
+                if not self._pages.num_available:
+                    continue
+                page_ids = (*page_ids, *self._pages.take(1))
+            self._add_row(request, request.num_computed_tokens, page_ids)
+
+    def continue_prompts(self) -> None:
+        for request in self._view.running:
+            if self._budget_tokens == 0:
+                return
+            num_left = request.num_tokens - request.num_computed_tokens
+            if num_left > 1 and request.request_id not in self.preempted:
+                self._add_row(request, request.num_computed_tokens, request.page_ids)
+
+    def admit(self) -> None:
+        limits, view = self._limits, self._view
+        num_pulling, num_seqs = view.num_pulling, len(view.running) + view.num_pulling
+        self._num_growing = num_pulling + sum(r.purpose is Purpose.GENERATE for r in view.running)
+        for request in view.waiting:
+            if num_seqs >= limits.max_num_seqs:
+                return
+            pulls = request.kv_source is not None
+            # These two lack a turn, not pages: others may overtake them without taking what they wait for.
+            if (num_pulling >= limits.max_num_pulls) if pulls else (self._budget_tokens == 0):
+                continue
+            if not self._admit_one(request):
+                return
+            num_seqs += 1
+            num_pulling += pulls
+            self._num_growing += request.purpose is Purpose.GENERATE
+
+    def _admit_one(self, request: Request) -> bool:
+        # At least one token is computed here even if all of them are cached: its logits are what is wanted.
+        cached = self._pages.cached_prefix(request, (request.num_tokens - 1) // BLOCK_SIZE_TOKENS)
+        num_new_pages = num_pages_for(request.num_tokens) - len(cached)
+        if num_new_pages + self._num_growing > self._pages.num_available_beside(cached):
+            return False
+        self._pages.share(cached)
+        page_ids = (*cached, *self._pages.take(num_new_pages))
+        if request.kv_source is not None:
+            self.pulls.append(Pull(request=request, page_ids=page_ids, first_block=len(cached)))
+        else:
+            admission = Admission(request_id=request.request_id, cached_page_ids=tuple(cached))
+            self.admissions.append(admission)
+            self._add_row(request, admission.num_cached_tokens, page_ids)
+        return True
+
+    def _preempt_below(self, rank: int) -> None:
+        """Frees the pages of lower-ranked requests, lowest first, until there is a page or nobody is left."""
+        for victim in reversed(self._view.running[rank + 1 :]):
+            if victim.purpose is Purpose.GENERATE and victim.request_id not in self.preempted:
+                self.preempted[victim.request_id] = None
+                self._pages.give_up(victim.page_ids)
+                if self._pages.num_available:
+                    return
+
+    def _add_row(self, request: Request, num_computed_tokens: int, page_ids: tuple[PageId, ...]) -> None:
+        num_left = request.num_tokens - num_computed_tokens
+        num_new_tokens = min(num_left, self._budget_tokens)
+        self._budget_tokens -= num_new_tokens
+        self.rows.append(
+            ScheduledRequest(
+                request=request,
+                num_computed_tokens=num_computed_tokens,
+                num_new_tokens=num_new_tokens,
+                page_ids=page_ids,
+                samples=num_new_tokens == num_left,
+            )
+        )
+
+
+class _PageDraft:
+    """What a plan has taken, shared and given up so far, on top of a pool that it leaves alone."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._order = pool.available_in_order()
+        self._taken: set[PageId] = set()
+        self._shared: set[PageId] = set()  # idle in the pool, used by this plan for what they hold
+        self._given_up: list[PageId] = []  # available again, to be taken from the end
+        self._num_given_up: dict[PageId, int] = {}
+        self.num_available = pool.num_available
+
+    def take(self, num_pages: int) -> list[PageId]:
+        """Pages to write to; there must be as many available."""
+        taken: list[PageId] = []
+        while len(taken) < num_pages:
+            page_id = next(self._order, None)
+            if page_id is None:
+                page_id = self._given_up.pop()
+            if page_id not in self._shared:
+                taken.append(page_id)
+        self._taken.update(taken)
+        self.num_available -= num_pages
+        return taken
+
+    def cached_prefix(self, request: Request, max_blocks: int) -> list[PageId]:
+        """The cached pages of the request's first blocks, up to one that this plan has taken for others."""
+        page_ids = self._pool.longest_cached_prefix(request.block_keys, max_blocks)
+        for position, page_id in enumerate(page_ids):
+            if page_id in self._taken:
+                return page_ids[:position]
+        return page_ids
+
+    def num_available_beside(self, cached: Sequence[PageId]) -> int:
+        """How many pages could be taken once `cached` are shared."""
+        return self.num_available - len(self._newly_shared(cached))
+
+    def share(self, cached: Sequence[PageId]) -> None:
+        newly_shared = self._newly_shared(cached)
+        self._shared.update(newly_shared)
+        self.num_available -= len(newly_shared)
+
+    def give_up(self, page_ids: Sequence[PageId]) -> None:
+        """One user less for these pages; those without a user can be taken, the last ones first."""
+        for page_id in page_ids:
+            num_given_up = self._num_given_up.get(page_id, 0) + 1
+            self._num_given_up[page_id] = num_given_up
+            if num_given_up == self._pool.ref_count(page_id):
+                self._given_up.append(page_id)
+                self.num_available += 1
+
+    def _newly_shared(self, cached: Sequence[PageId]) -> list[PageId]:
+        return [p for p in cached if self._pool.ref_count(p) == 0 and p not in self._shared]
