@@ -1,0 +1,193 @@
+"""Frames over TCP and Unix sockets on asyncio: no copies between the socket and the caller's buffer.
+
+A `Connection` is used by one task at a time. Whoever is cancelled or fails inside a send or a receive closes
+it: the stream is then at an unknown place.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from types import TracebackType
+from typing import Self
+
+from kvstore.addresses import Address, TcpAddress, UnixAddress
+from kvstore.errors import TransferInterrupted
+from kvstore.frames import HEADER_BYTES, FrameHeader, pack_header, unpack_header, verify
+
+# After so many frames or bytes other tasks get a turn: a ready socket never suspends the task by itself.
+MAX_FRAMES_PER_TURN = 32
+MAX_BYTES_PER_TURN = 2 * 2**20
+
+
+class FrameBuffer:
+    """Memory for one outgoing frame: the header lies right before the payload, so both leave in one call."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._memory = memoryview(bytearray(HEADER_BYTES + capacity_bytes))
+
+    def payload(self, size_bytes: int) -> memoryview:
+        """The first `size_bytes` of the payload, to be filled."""
+        return self._memory[HEADER_BYTES : HEADER_BYTES + size_bytes]
+
+    def sealed(self, header: FrameHeader) -> memoryview:
+        """Header and payload, ready to be sent."""
+        pack_header(header, payload=self.payload(header.payload_bytes), into=self._memory[:HEADER_BYTES])
+        return self._memory[: HEADER_BYTES + header.payload_bytes]
+
+
+class Connection:
+    """One peer. A peer that neither sends nor takes anything for `idle_timeout_s` counts as broken."""
+
+    def __init__(self, peer_socket: socket.socket, *, peer: str, idle_timeout_s: float) -> None:
+        peer_socket.setblocking(False)
+        if peer_socket.family != socket.AF_UNIX:
+            peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.peer = peer
+        self._socket = peer_socket
+        self._idle_timeout_s = idle_timeout_s
+        self._header = memoryview(bytearray(HEADER_BYTES))
+        self._num_frames = 0
+        self._num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()
+
+    async def send(self, header: FrameHeader, buffer: FrameBuffer) -> None:
+        """Sends one frame whose payload is already in `buffer`. Raises TransferInterrupted."""
+        await self._take_turns()
+        data = buffer.sealed(header)
+        try:
+            num_sent = self._socket.send(data)
+        except BlockingIOError:
+            num_sent = 0
+        except OSError as error:
+            raise self._broken(error) from error
+        if num_sent < len(data):
+            await self._send_rest(data[num_sent:])
+        self._count(len(data))
+
+    async def receive_header(self) -> FrameHeader:
+        """Waits for the next frame. Its payload, if any, must be received next.
+
+        Raises TransferInterrupted, or TransferCorrupted for what is no header of this version.
+        """
+        await self._take_turns()
+        await self._receive(self._header)
+        return unpack_header(self._header)
+
+    async def receive_payload(self, header: FrameHeader, *, into: memoryview) -> None:
+        """Fills `into` (exactly `header.payload_bytes` long) and verifies the frame's checksum.
+
+        Raises TransferInterrupted or TransferCorrupted.
+        """
+        if len(into) != header.payload_bytes:
+            raise ValueError(f"buffer is {len(into)} bytes, the payload {header.payload_bytes}")
+        await self._receive(into)
+        verify(header, into)
+        self._count(HEADER_BYTES + len(into))
+
+    async def _receive(self, into: memoryview) -> None:
+        num_received = 0
+        try:
+            # Most of the time the bytes are there already: no timer, no trip through the event loop.
+            while num_received < len(into):
+                num_received += self._checked(self._socket.recv_into(into[num_received:]))
+        except BlockingIOError:
+            await self._receive_rest(into[num_received:])
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def _receive_rest(self, into: memoryview) -> None:
+        loop = asyncio.get_running_loop()
+        num_received = 0
+        try:
+            async with asyncio.timeout(self._idle_timeout_s) as idle:
+                while num_received < len(into):
+                    rest = into[num_received:]
+                    num_received += self._checked(await loop.sock_recv_into(self._socket, rest))
+                    idle.reschedule(loop.time() + self._idle_timeout_s)
+        except TimeoutError as error:
+            raise TransferInterrupted(f"{self.peer} sent nothing for {self._idle_timeout_s:g} s") from error
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def _send_rest(self, data: memoryview) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._idle_timeout_s):
+                await loop.sock_sendall(self._socket, data)
+        except TimeoutError as error:
+            raise TransferInterrupted(
+                f"{self.peer} took less than a frame in {self._idle_timeout_s:g} s"
+            ) from error
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def _checked(self, num_received: int) -> int:
+        if num_received == 0:
+            raise TransferInterrupted(f"{self.peer} closed the connection")
+        return num_received
+
+    def _broken(self, error: OSError) -> TransferInterrupted:
+        return TransferInterrupted(f"connection to {self.peer} broke: {error}")
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_frames += 1
+        self._num_bytes += num_bytes
+
+    async def _take_turns(self) -> None:
+        if self._num_frames >= MAX_FRAMES_PER_TURN or self._num_bytes >= MAX_BYTES_PER_TURN:
+            self._num_frames = self._num_bytes = 0
+            await asyncio.sleep(0)
+
+
+async def connect(address: Address, *, timeout_s: float, idle_timeout_s: float) -> Connection:
+    """Raises TransferInterrupted if there is no connection within `timeout_s`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            peer_socket = await _open_socket(address)
+    except TimeoutError as error:
+        raise TransferInterrupted(f"no connection to {address} within {timeout_s:g} s") from error
+    except OSError as error:
+        raise TransferInterrupted(f"no connection to {address}: {error}") from error
+    return Connection(peer_socket, peer=str(address), idle_timeout_s=idle_timeout_s)
+
+
+async def _open_socket(address: Address) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    family: socket.AddressFamily
+    target: str | tuple[str, int]
+    match address:
+        case UnixAddress(path=path):
+            family, target = socket.AF_UNIX, path
+        case TcpAddress(host=host, port=port):
+            family, target = await resolve(host, port)
+    peer_socket = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        peer_socket.setblocking(False)
+        await loop.sock_connect(peer_socket, target)
+    except BaseException:
+        peer_socket.close()
+        raise
+    return peer_socket
+
+
+async def resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Raises OSError for a name nobody knows. Numbers are not looked up: that would cost a thread."""
+    with contextlib.suppress(ValueError):
+        version = ipaddress.ip_address(host).version
+        return (socket.AF_INET6 if version == 6 else socket.AF_INET), (host, port)
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, target = found[0]
+    return family, (str(target[0]), int(target[1]))

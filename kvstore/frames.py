@@ -1,0 +1,116 @@
+"""The format of one frame on the data plane: a fixed header, then the payload it announces.
+
+    offset  size  field
+    0       4     magic b"PNSK"
+    4       1     version
+    5       1     kind (FrameKind)
+    6       2     flags, 0 in this version
+    8       4     layer          BLOCKS only, else 0
+    12      4     first_block    BLOCKS only, else 0
+    16      4     num_blocks     BLOCKS only, else 0
+    20      4     payload_bytes
+    24      8     checksum: XXH3-64 of the payload, seeded with the XXH3-64 of bytes 0..23
+
+All integers are little-endian. One checksum covers header and payload. On one AVX-512 core XXH3 reads
+50 GB/s, zlib.crc32 4.3 and zlib.adler32 3.7: either of those would halve the plane's throughput.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import xxhash
+
+from kvstore.errors import TransferCorrupted
+
+MAGIC = b"PNSK"
+VERSION = 1
+MAX_PAYLOAD_BYTES = 4 * 2**20
+
+_FIELDS = struct.Struct("<4sBBHIIII")
+_CHECKSUM = struct.Struct("<Q")
+HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+
+
+class FrameKind(IntEnum):
+    TICKET = 1  # puller to source, the first frame: which transfer this connection is for
+    BLOCKS = 2  # one layer of a run of blocks
+    STATE = 3  # the last frame: everything of the request that is not KV
+    KEEP_ALIVE = 4  # the source lives but has nothing to send yet
+    REFUSAL = 5  # the source gives up; the payload is the reason in UTF-8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameHeader:
+    """What a frame says of itself. `checksum` is filled in by `pack_header` and checked by `verify`."""
+
+    kind: FrameKind
+    layer: int = 0
+    first_block: int = 0
+    num_blocks: int = 0
+    payload_bytes: int = 0
+    checksum: int = 0
+
+
+def pack_header(header: FrameHeader, *, payload: memoryview, into: memoryview) -> None:
+    """Writes the HEADER_BYTES of a frame that carries `payload` to `into`."""
+    if len(payload) != header.payload_bytes or len(payload) > MAX_PAYLOAD_BYTES:
+        raise ValueError(
+            f"payload is {len(payload)} bytes, announced {header.payload_bytes}, allowed {MAX_PAYLOAD_BYTES}"
+        )
+    _pack_fields(header, into)
+    _CHECKSUM.pack_into(into, _FIELDS.size, _digest(into[: _FIELDS.size], payload))
+
+
+def unpack_header(data: memoryview) -> FrameHeader:
+    """Reads HEADER_BYTES. Raises TransferCorrupted for what this version would not have written."""
+    magic, version, kind, flags, layer, first_block, num_blocks, payload_bytes = _FIELDS.unpack_from(data)
+    if magic != MAGIC:
+        raise TransferCorrupted(f"not a frame: starts with {magic!r}, must be {MAGIC!r}")
+    if version != VERSION:
+        raise TransferCorrupted(f"frame version {version}, this worker speaks {VERSION}")
+    if kind not in FrameKind:
+        raise TransferCorrupted(f"unknown frame kind {kind}")
+    if flags != 0:
+        raise TransferCorrupted(f"frame flags {flags:#x}, must be 0 in version {VERSION}")
+    if payload_bytes > MAX_PAYLOAD_BYTES:
+        raise TransferCorrupted(f"frame announces {payload_bytes} bytes, allowed are {MAX_PAYLOAD_BYTES}")
+    (checksum,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
+    return FrameHeader(
+        kind=FrameKind(kind),
+        layer=layer,
+        first_block=first_block,
+        num_blocks=num_blocks,
+        payload_bytes=payload_bytes,
+        checksum=checksum,
+    )
+
+
+def verify(header: FrameHeader, payload: memoryview) -> None:
+    """Raises TransferCorrupted unless header and payload arrived as they were sent."""
+    fields = memoryview(bytearray(_FIELDS.size))
+    _pack_fields(header, fields)
+    found = _digest(fields, payload)
+    if found != header.checksum:
+        raise TransferCorrupted(
+            f"checksum of a {header.kind.name} frame is {found:#x}, announced {header.checksum:#x}"
+        )
+
+
+def _pack_fields(header: FrameHeader, into: memoryview) -> None:
+    _FIELDS.pack_into(
+        into,
+        0,
+        MAGIC,
+        VERSION,
+        header.kind,
+        0,
+        header.layer,
+        header.first_block,
+        header.num_blocks,
+        header.payload_bytes,
+    )
+
+
+def _digest(fields: memoryview, payload: memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(payload, seed=xxhash.xxh3_64_intdigest(fields))
