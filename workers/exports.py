@@ -7,6 +7,7 @@ All methods run in the thread of the event loop.
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ from kvstore.transfer import (
     staging_bytes,
 )
 from workers.handoff_wire import encode_handoff
-from workers.request import Handoff, RequestId
+from workers.request import Handoff, PageId, RequestId
+from workers.state import ExportProgress
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class IssuedTicket:
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Export:
     request_id: RequestId
+    num_prompt_tokens: int
     outgoing: Outgoing
     ticket: bytes | None = None  # issued and not used yet
     first_block: int = 0  # that the ticket is for
@@ -105,44 +108,47 @@ class Exports:
         """Finished and kept for a puller."""
         return sum(export.is_finished for export in self._exports.values())
 
-    def open(self, request_id: RequestId, *, num_blocks: int) -> None:
-        """From now on the request can be pulled. `num_blocks` counts a partly filled last block too."""
+    def open(self, request_id: RequestId, *, num_prompt_tokens: int) -> None:
+        """From now on the request can be pulled."""
         if request_id in self._exports:
             raise ValueError(f"request {request_id} is exported already")
-        outgoing = Outgoing(num_layers=self._memory.layout.num_layers, num_blocks=num_blocks)
-        self._exports[request_id] = _Export(request_id=request_id, outgoing=outgoing)
+        layout = self._memory.layout
+        num_blocks = math.ceil(num_prompt_tokens / layout.block_size_tokens)
+        self._exports[request_id] = _Export(
+            request_id=request_id,
+            num_prompt_tokens=num_prompt_tokens,
+            outgoing=Outgoing(num_layers=layout.num_layers, num_blocks=num_blocks),
+        )
         self._gone.pop(request_id, None)
         self._notify()
 
-    def progress(
-        self,
-        request_id: RequestId,
-        *,
-        page_ids: Sequence[int],
-        num_blocks: int,
-        num_layers: int | None = None,
-    ) -> None:
-        """The first `num_blocks` blocks are computed in all layers, or (in a running step) the first `num_layers`.
+    def progress(self, progress: ExportProgress) -> None:
+        """To be called after every step. With the `handoff` the lease begins; `on_released` may be called at once.
 
-        After a preemption say `page_ids=(), num_blocks=0` before the pages are used for anything else.
-        An unknown id is ignored: its export may have ended a moment ago.
+        Here and below an unknown id is ignored: its export may have ended a moment ago.
         """
+        export = self._exports.get(progress.request_id)
+        if export is None or export.is_finished:
+            return
+        num_blocks = self._num_blocks(export, progress.num_computed_tokens)
+        export.outgoing.advance(page_ids=progress.page_ids, num_blocks=num_blocks)
+        if progress.handoff is not None:
+            self._finish(export, progress.handoff)
+
+    def layer_progress(
+        self, request_id: RequestId, *, page_ids: Sequence[PageId], num_ready_tokens: int, num_layers: int
+    ) -> None:
+        """Inside a running step: the first `num_layers` layers hold the KV of the first `num_ready_tokens`."""
         export = self._exports.get(request_id)
         if export is not None and not export.is_finished:
+            num_blocks = self._num_blocks(export, num_ready_tokens)
             export.outgoing.advance(page_ids=page_ids, num_blocks=num_blocks, num_layers=num_layers)
 
-    def finish(self, request_id: RequestId, handoff: Handoff) -> None:
-        """All blocks are computed: the lease begins. May call `on_released` at once. Unknown ids are ignored."""
+    def retract(self, request_id: RequestId) -> None:
+        """The request was preempted. To be called before anything else is written to its pages."""
         export = self._exports.get(request_id)
-        if export is None:
-            return
-        export.outgoing.finish(encode_handoff(handoff))
-        export.is_finished = True
-        if export.is_released:
-            self._remove(export, reason="released")
-            self._on_released(request_id)
-        else:
-            self._renew(export)
+        if export is not None and not export.is_finished:
+            export.outgoing.advance(page_ids=(), num_blocks=0)
 
     def close(self, request_id: RequestId) -> None:
         """Ends an export without a callback. Idempotent, also before `open`.
@@ -206,6 +212,21 @@ class Exports:
             await self._sender(export, connection).run(self._buffer(export))
         except TransferError as error:
             logger.info("hand-over of %s ended early: %s", export.request_id, error)
+
+    def _num_blocks(self, export: _Export, num_tokens: int) -> int:
+        """Blocks that are full, or as full as they get."""
+        if num_tokens >= export.num_prompt_tokens:
+            return export.outgoing.num_blocks
+        return num_tokens // self._memory.layout.block_size_tokens
+
+    def _finish(self, export: _Export, handoff: Handoff) -> None:
+        export.outgoing.finish(encode_handoff(handoff))
+        export.is_finished = True
+        if export.is_released:
+            self._remove(export, reason="released")
+            self._on_released(export.request_id)
+        else:
+            self._renew(export)
 
     def _sender(self, export: _Export, connection: Connection) -> Sender:
         return Sender(
