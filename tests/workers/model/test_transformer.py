@@ -1,0 +1,176 @@
+"""Against transformers, for every family: prefill, chunked prefill, decode, mixed batches, greedy texts."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from workers.engine.batch import BatchBuilder
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import load_config
+from workers.model.transformer import Transformer
+from workers.model.weights import load_weights
+from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
+from workers.step import ScheduledRequest
+
+TOLERANCE = 1e-4
+BLOCK = 16
+MAX_LEN = 256
+OracleAndPath = tuple[Any, Path]
+
+
+class Runner:
+    """A model with pages and requests, stepped by hand; a request's pages are scattered over the pool."""
+
+    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        config = load_config(path)
+        weights = load_weights(Checkpoint(path), config, dtype=dtype)
+        self.transformer = Transformer(config, weights, max_model_len=MAX_LEN)
+        self.builder = BatchBuilder(block_size_tokens=BLOCK, max_pages_per_request=MAX_LEN // BLOCK)
+        shape = (len(config.layers), 64, 2, config.num_kv_heads, BLOCK, config.head_dim)
+        # Not zeros: what a kernel must not read has to show in the result.
+        self.pages = torch.full(shape, torch.nan, dtype=dtype)
+        self.free = [PageId(page) for page in torch.randperm(64, generator=torch.manual_seed(3)).tolist()]
+        self.requests: dict[str, Request] = {}
+
+    def add(self, name: str, tokens: Sequence[int]) -> None:
+        self.requests[name] = Request(
+            request_id=RequestId(name), session_id=SessionId(0), prompt_token_ids=list(tokens),
+            sampling=SamplingParams(), arrival_s=0.0,
+        )  # fmt: skip
+
+    def step(self, num_tokens_of: dict[str, int]) -> dict[str, torch.Tensor]:
+        """Computes so many more tokens of each request; returns the logits after each one's last."""
+        rows = [self._row(self.requests[name], num_tokens) for name, num_tokens in num_tokens_of.items()]
+        batch, sampling = self.builder.build(rows)
+        logits_RV = self.transformer.forward(batch, self.pages)
+        for row in rows:
+            row.request.num_computed_tokens += row.num_new_tokens
+        return {row.request.request_id: logits for row, logits in zip(sampling, logits_RV, strict=True)}
+
+    def _row(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        stop = request.num_computed_tokens + num_tokens
+        while len(request.page_ids) * BLOCK < stop:
+            request.page_ids = (*request.page_ids, self.free.pop())
+        return ScheduledRequest(
+            request=request, num_computed_tokens=request.num_computed_tokens, num_new_tokens=num_tokens,
+            page_ids=request.page_ids, samples=stop == request.num_tokens,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def oracle_and_runner(family: str, checkpoint_of: Callable[[str], OracleAndPath]) -> tuple[Any, Runner]:
+    oracle, path = checkpoint_of(family)
+    return oracle, Runner(path)
+
+
+def random_tokens(num_tokens: int, *, seed: int = 0) -> list[int]:
+    return torch.randint(3, 211, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def oracle_logits(oracle: Any, tokens: Sequence[int]) -> torch.Tensor:
+    return oracle(torch.tensor([tokens])).logits[0]
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_prefill_matches_the_oracle(oracle_and_runner: tuple[Any, Runner]) -> None:
+    oracle, runner = oracle_and_runner
+    tokens = random_tokens(61)
+    runner.add("a", tokens)
+    assert_close(runner.step({"a": 61})["a"], oracle_logits(oracle, tokens)[-1])
+
+
+def test_chunked_prefill_matches_the_oracle(oracle_and_runner: tuple[Any, Runner]) -> None:
+    oracle, runner = oracle_and_runner
+    tokens = random_tokens(75)
+    runner.add("a", tokens)
+    for num_tokens in (16, 7, 1, 24, 5):
+        runner.step({"a": num_tokens})
+    assert_close(runner.step({"a": 22})["a"], oracle_logits(oracle, tokens)[-1])
+
+
+def test_decode_matches_the_oracle_after_every_token(oracle_and_runner: tuple[Any, Runner]) -> None:
+    oracle, runner = oracle_and_runner
+    tokens = random_tokens(50)
+    expected = oracle_logits(oracle, tokens)
+    runner.add("a", tokens[:10])
+    assert_close(runner.step({"a": 10})["a"], expected[9])
+    for position in range(10, 50):
+        runner.requests["a"].output_token_ids.append(tokens[position])
+        assert_close(runner.step({"a": 1})["a"], expected[position])
+
+
+def test_a_batch_of_mixed_lengths_and_phases_matches_the_oracle(
+    oracle_and_runner: tuple[Any, Runner],
+) -> None:
+    oracle, runner = oracle_and_runner
+    texts = {
+        f"r{number}": random_tokens(length, seed=number)
+        for number, length in enumerate((40, 3, 33, 70, 1, 18))
+    }
+    for name, tokens in texts.items():
+        runner.add(name, tokens)
+    expected = {name: oracle_logits(oracle, tokens)[-1] for name, tokens in texts.items()}
+    runner.step({"r0": 39, "r2": 20})
+    got = runner.step({"r3": 30, "r0": 1, "r1": 3})
+    got |= runner.step({"r4": 1, "r2": 13, "r3": 40, "r5": 18})
+    assert got.keys() == texts.keys()
+    for name, logits in got.items():
+        assert_close(logits, expected[name])
+
+
+def test_greedy_text_of_a_batch_is_the_oracles(oracle_and_runner: tuple[Any, Runner]) -> None:
+    oracle, runner = oracle_and_runner
+    prompts = {
+        name: random_tokens(length, seed=length) for name, length in {"a": 21, "b": 5, "c": 16}.items()
+    }
+    expected = {
+        name: oracle.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        for name, prompt in prompts.items()
+    }  # fmt: skip
+    for name, prompt in prompts.items():
+        runner.add(name, prompt)
+    logits = runner.step({name: len(prompt) for name, prompt in prompts.items()})
+    for _ in range(64):
+        for name, request in runner.requests.items():
+            request.output_token_ids.append(int(logits[name].argmax()))
+        logits = runner.step(dict.fromkeys(prompts, 1))
+    assert {name: request.output_token_ids for name, request in runner.requests.items()} == expected
+
+
+def test_a_request_recomputed_after_preemption_goes_on_as_before(
+    oracle_and_runner: tuple[Any, Runner],
+) -> None:
+    oracle, runner = oracle_and_runner
+    tokens = random_tokens(40)
+    runner.add("a", tokens[:30])
+    runner.step({"a": 30})
+    request = runner.requests["a"]
+    request.output_token_ids += tokens[30:]
+    request.num_computed_tokens = 0
+    request.page_ids = ()
+    assert_close(runner.step({"a": 40})["a"], oracle_logits(oracle, tokens)[-1])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_bfloat16_is_as_near_to_float32_as_the_oracles_bfloat16(
+    name: str, checkpoint_of: Callable[[str], OracleAndPath]
+) -> None:
+    oracle, path = checkpoint_of(name)
+    tokens = random_tokens(40)
+    exact = oracle_logits(oracle, tokens)[-1]
+    theirs = oracle_logits(type(oracle).from_pretrained(path, dtype=torch.bfloat16), tokens)[-1].float()
+    runner = Runner(path, dtype=torch.bfloat16)
+    runner.add("a", tokens)
+    runner.step({"a": 25})
+    runner.step({"a": 14})
+    ours = runner.step({"a": 1})["a"]
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()

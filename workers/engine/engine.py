@@ -1,0 +1,138 @@
+"""Executes step plans: batch, model, sampling. Composed here; decides nothing and remembers no request's progress."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kvstore.layout import KvLayout
+from workers.engine.batch import BatchBuilder
+from workers.engine.kv_pool import KvPool
+from workers.engine.sampler import Sampler
+from workers.engine.stop_strings import StopStrings
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig, load_config, load_eos_token_ids
+from workers.model.transformer import Transformer
+from workers.model.weights import load_weights
+from workers.request import RequestId
+from workers.step import StepPlan, StepResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What others must know of the model. Equal fingerprints promise equal KV for equal tokens."""
+
+    fingerprint: bytes
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    layout: KvLayout
+
+
+class Engine:
+    """One model on this machine's CPU. Every method is called from one thread at a time."""
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        transformer: Transformer,
+        kv_pool: KvPool,
+        sampler: Sampler,
+        stop_strings: StopStrings,
+    ) -> None:
+        self.model = model
+        self.kv_pool = kv_pool
+        self._transformer = transformer
+        self._sampler = sampler
+        self._stop_strings = stop_strings
+        self._batches = BatchBuilder(
+            block_size_tokens=model.layout.block_size_tokens,
+            max_pages_per_request=-(-model.max_model_len // model.layout.block_size_tokens),
+        )
+
+    def execute(self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        """Computes the rows of `plan`, all in one batch; `on_layer(l)` follows the last KV write of layer l."""
+        if not plan.rows:
+            return StepResult(sampled={})
+        batch, sampling = self._batches.build(plan.rows)
+        logits_RV = self._transformer.forward(batch, self.kv_pool.pages_LP2GBC, on_layer=on_layer)
+        if not sampling:
+            return StepResult(sampled={})
+        requests = [row.request for row in sampling]
+        sampled = {}
+        for request, token in zip(requests, self._sampler.sample(requests, logits_RV), strict=True):
+            if request.sampling.stop_strings:
+                stop_string = self._stop_strings.find(request, token.token_id)
+                token = replace(token, stop_string=stop_string)
+            sampled[request.request_id] = token
+        return StepResult(sampled=sampled)
+
+    def forget(self, request_id: RequestId) -> None:
+        """Drops what sampling keeps of a request. Called between steps, when the request leaves the worker."""
+        self._sampler.forget(request_id)
+        self._stop_strings.forget(request_id)
+
+
+def load_engine(
+    *,
+    model_path: Path,
+    dtype: str = "float32",
+    num_pages: int | None = None,
+    kv_cache_bytes: int = 0,
+    max_model_len: int | None = None,
+    num_threads: int = 1,
+) -> Engine:
+    """Loads a checkpoint directory; `num_pages` goes before `kv_cache_bytes`. Sets torch's number of threads.
+
+    Raises `CheckpointError` for a checkpoint that cannot be served, `ValueError` for settings that do not fit it.
+    """
+    torch.set_num_threads(num_threads)
+    config = load_config(model_path)
+    length = config.max_positions if max_model_len is None else max_model_len
+    if not 1 <= length <= config.max_positions:
+        raise ValueError(
+            f"max_model_len must be between 1 and the model's {config.max_positions}, got {length}"
+        )
+    checkpoint = Checkpoint(model_path)
+    layout = kv_layout(config, dtype=dtype)
+    if num_pages is None:
+        num_pages = kv_cache_bytes // layout.block_bytes
+        if num_pages < 1:
+            raise ValueError(
+                f"kv_cache_bytes {kv_cache_bytes} is less than one page of {layout.block_bytes} bytes"
+            )
+    weights = load_weights(checkpoint, config, dtype=getattr(torch, dtype))
+    tokenizer_path = model_path / "tokenizer.json"
+    model = ModelInfo(
+        fingerprint=_fingerprint(config, checkpoint, dtype=dtype),
+        vocab_size=config.vocab_size,
+        max_model_len=length,
+        eos_token_ids=load_eos_token_ids(model_path),
+        layout=layout,
+    )
+    return Engine(
+        model,
+        transformer=Transformer(config, weights, max_model_len=length),
+        kv_pool=KvPool(layout, num_pages=num_pages),
+        sampler=Sampler(),
+        stop_strings=StopStrings(tokenizer_path),
+    )
+
+
+def kv_layout(config: ModelConfig, *, dtype: str) -> KvLayout:
+    """The KV of a model, computed in `dtype`."""
+    return KvLayout(
+        num_layers=len(config.layers), num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype
+    )
+
+
+def _fingerprint(config: ModelConfig, checkpoint: Checkpoint, *, dtype: str) -> bytes:
+    """32 bytes over all that KV depends on: the meaning of the config, every weight, and the dtype computed in."""
+    digest = hashlib.sha256(b"penstock-model-1")
+    for part in (repr(config).encode(), dtype.encode(), checkpoint.digest()):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()

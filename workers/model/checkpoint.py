@@ -1,0 +1,80 @@
+"""The safetensors files of a model, opened lazily; what is missing, truncated or of another shape is named."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from workers.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F32", "BF16", "F16"}
+
+
+class Checkpoint:
+    """The safetensors files of a directory. Tensors are read when asked for. Raises `CheckpointError`."""
+
+    def __init__(self, model_path: Path) -> None:
+        self.files = _weight_files(model_path)
+        self._opened = {file: _open(file) for file in self.files}
+        self._file_of = {name: file for file, opened in self._opened.items() for name in opened.keys()}  # noqa: SIM118
+
+    def copy_into(self, target: torch.Tensor, name: str) -> None:
+        """Copies tensor `name`, which must have the shape of `target`, converting its dtype."""
+        file = self._file_of.get(name)
+        if file is None:
+            where = ", ".join(file.name for file in self.files)
+            raise CheckpointError(
+                f"tensor {name} is missing from {where}; expected shape {list(target.shape)}"
+            )
+        header = self._opened[file].get_slice(name)
+        shape, dtype = header.get_shape(), header.get_dtype()
+        if shape != list(target.shape):
+            raise CheckpointError(f"{file}: tensor {name} has shape {shape}, expected {list(target.shape)}")
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(sorted(_FLOATS))}"
+            )
+        target.copy_(self._opened[file].get_tensor(name))
+
+    def has(self, name: str) -> bool:
+        return name in self._file_of
+
+    def digest(self) -> bytes:
+        """32 bytes over the content of all files."""
+        total = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as content:
+                total.update(hashlib.file_digest(content, "sha256").digest())
+        return total.digest()
+
+
+def _weight_files(model_path: Path) -> list[Path]:
+    index = model_path / _INDEX
+    if not index.exists():
+        files = sorted(model_path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{model_path} holds no *.safetensors file; other formats are not supported"
+            )
+        return files
+    try:
+        files = [
+            model_path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{index} is not an index of safetensors files: {e!r}") from e
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(f"{index} names files that do not exist: {', '.join(missing)}")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{file} is not a complete safetensors file: {e}") from e
