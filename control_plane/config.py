@@ -16,6 +16,7 @@ from control_plane.strict_yaml import ConfigError, RawMapping, build, parse_mapp
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # sun_path holds 108 bytes with its terminator; a name such as "/decode-99-control.sock" follows.
 MAX_SOCKET_DIR_BYTES = 80
+SOCKET_DIR = "sockets"  # in run_dir
 
 
 def _bounded(name: str, value: float | None, *, low: float, high: float) -> None:
@@ -164,6 +165,11 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         _bounded("start_timeout_s", self.start_timeout_s, low=1, high=86_400)
         _bounded("stop_timeout_s", self.stop_timeout_s, low=0.1, high=3600)
+        if self.stop_timeout_s <= self.gateway.drain_timeout_s:
+            raise ValueError(
+                f"stop_timeout_s is {self.stop_timeout_s:g}, but the gateway must have time to drain: "
+                f"more than gateway.drain_timeout_s, {self.gateway.drain_timeout_s:g}"
+            )
         if not self.run_dir.is_absolute():
             raise ValueError(f"run_dir is {self.run_dir}, but it must be absolute")
         length = len(str(self.socket_dir).encode())
@@ -175,7 +181,7 @@ class ClusterConfig:
 
     @property
     def socket_dir(self) -> Path:
-        return self.run_dir / "sockets"
+        return self.run_dir / SOCKET_DIR
 
     @property
     def directory_address(self) -> str:

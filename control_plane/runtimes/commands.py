@@ -1,0 +1,84 @@
+"""Command lines and environments of the cluster's processes: what `ClusterConfig` means to each."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from control_plane.config import PROJECT_ROOT, ClusterConfig, PoolConfig
+
+# -P: a directory "workers" where the user happens to stand must not be taken for ours.
+_PYTHON = (sys.executable, "-P", "-m")
+_WORKER_SETTINGS = (
+    "kv_cache_bytes",
+    "num_pages",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_num_waiting",
+    "lease_s",
+    "pull_timeout_s",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerPlace:
+    """Where one worker runs: its pool, its name (unique in the cluster) and its cores."""
+
+    pool: str
+    name: str
+    cores: tuple[int, ...]
+
+
+def control_command(config_path: Path) -> list[str]:
+    return [*_PYTHON, "control_plane.gateway", "--config", str(config_path)]
+
+
+def worker_command(config: ClusterConfig, place: WorkerPlace) -> list[str]:
+    pool = pool_config(config, place.pool)
+    settings: dict[str, object] = {
+        "role": place.pool,
+        "worker_id": place.name,
+        "model_path": config.model.path,
+        "model_name": config.model.name,
+        "dtype": config.model.dtype,
+        "max_model_len": config.model.max_model_len,
+        "num_threads": num_threads(pool, place.cores),
+        "directory": config.directory_address,
+        "log_level": config.log_level,
+        **{name: getattr(pool, name) for name in _WORKER_SETTINGS},
+    }
+    if config.transport == "unix":
+        settings["control_address"] = f"unix:{config.socket_dir / place.name}.control.sock"
+        settings["data_address"] = f"unix://{config.socket_dir / place.name}.data.sock"
+    flags = (
+        (f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items() if value is not None
+    )
+    return [*_PYTHON, "workers", *(word for flag in flags for word in flag)]
+
+
+def pool_config(config: ClusterConfig, pool: str) -> PoolConfig:
+    pools = {"prefill": config.pools.prefill, "decode": config.pools.decode, "mixed": config.pools.mixed}
+    if pool not in pools:
+        raise ValueError(f"pool is {pool!r}, but it must be one of: {', '.join(pools)}")
+    return pools[pool]
+
+
+def num_threads(pool: PoolConfig, cores: tuple[int, ...]) -> int:
+    return pool.num_threads or len(cores)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commands:
+    """How to start each kind of process."""
+
+    control: Callable[[Path], list[str]] = control_command
+    worker: Callable[[ClusterConfig, WorkerPlace], list[str]] = worker_command
+
+
+def environment(num_compute_threads: int) -> Mapping[str, str]:
+    """What a process inherits. Numeric libraries read these before anyone could tell them otherwise."""
+    threads = str(num_compute_threads)
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    python_path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **dict.fromkeys(names, threads), "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,295 @@
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from control_plane.config import PROJECT_ROOT, ClusterConfig
+from control_plane.runtimes.commands import Commands
+from control_plane.runtimes.errors import AlreadyRunning, PortBusy, StartFailed
+from control_plane.runtimes.local import LocalRuntime
+from control_plane.runtimes.process_id import ProcessId, identify
+from control_plane.runtimes.stale import wait_gone
+from control_plane.runtimes.state import RunState, Status, read_state
+from control_plane.strict_yaml import dump
+
+MakeCommands = Callable[[dict[str, str]], Commands]
+
+
+class Watcher:
+    """Records every state and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.states: list[RunState] = []
+        self._changed = asyncio.Event()
+
+    def __call__(self, state: RunState) -> None:
+        self.states.append(state)
+        self._changed.set()
+
+    async def until(self, condition: Callable[[RunState], bool]) -> RunState:
+        async with asyncio.timeout(20):
+            while not (self.states and condition(self.states[-1])):
+                self._changed.clear()
+                await self._changed.wait()
+        return self.states[-1]
+
+    def process_ids(self) -> set[ProcessId]:
+        return {p.process_id for state in self.states for p in state.processes if p.process_id}
+
+
+def assert_nothing_left(run_dir: Path, watcher: Watcher) -> None:
+    assert watcher.process_ids()
+    assert not [process for process in watcher.process_ids() if process.is_alive()]
+    assert [path.name for path in run_dir.iterdir()] == ["logs"]
+
+
+def ready_event(config: ClusterConfig, name: str) -> dict[str, Any]:
+    lines = (config.run_dir / "logs" / f"{name}.log").read_text().splitlines()
+    (entry,) = [entry for line in lines if (entry := json.loads(line))["event"] == "ready"]
+    return dict(entry)
+
+
+async def test_starts_every_process_and_leaves_only_logs(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+        state = read_state(config.run_dir)
+        assert state is not None
+        assert state == runtime.state()
+        assert state.ready
+        assert [process.name for process in state.processes] == [
+            "control",
+            "prefill-0",
+            "decode-0",
+            "decode-1",
+        ]
+        assert {process.status for process in state.processes} == {Status.READY}
+        assert all(process.process_id and process.process_id.is_alive() for process in state.processes)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            assert (await client.get(f"{state.http_url}/ready")).status_code == 200
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_loading_progress_is_seen_before_a_worker_is_ready(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+    seen = [process for state in watcher.states for process in state.processes if process.name == "prefill-0"]
+    assert any(
+        p.detail == "loading weights" and p.progress == 0.5 and p.status is Status.STARTING for p in seen
+    )
+
+
+async def test_each_worker_stays_on_its_own_cores_with_as_many_threads(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    pools = replace(config.pools, decode=replace(config.pools.decode, replicas=1))
+    config = replace(config, pools=pools)
+    async with LocalRuntime(config, commands=make_commands({})) as runtime:
+        await runtime.start()
+        workers = [process for process in runtime.state().processes if process.pool]
+        for process in workers:
+            entry = ready_event(config, process.name)
+            assert entry["cores"] == ",".join(map(str, process.cores))
+            assert entry["omp_num_threads"] == str(len(process.cores))
+    if len(os.sched_getaffinity(0)) >= 2:
+        assert not set(workers[0].cores) & set(workers[1].cores)
+
+
+async def test_a_worker_that_ends_while_it_starts_fails_the_start_and_shows_its_log(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    with pytest.raises(StartFailed, match="decode-1 ended with exit code 3 before it was ready") as failure:
+        async with LocalRuntime(
+            config, commands=make_commands({"decode-1": "fails"}), on_change=watcher
+        ) as runtime:
+            await runtime.start()
+    assert failure.value.log_tail[-1] == "error: load_failed reason=no such checkpoint"
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_a_program_that_does_not_exist_fails_the_start(config: ClusterConfig) -> None:
+    commands = Commands(
+        control=lambda path: ["/nonexistent/python"], worker=lambda config, place: ["/nonexistent"]
+    )
+    with pytest.raises(StartFailed) as failure:
+        async with LocalRuntime(config, commands=commands) as runtime:
+            await runtime.start()
+    assert "No such file" in failure.value.log_tail[-1]
+
+
+async def test_a_worker_that_is_never_ready_fails_the_start_at_the_deadline(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    config = replace(config, start_timeout_s=1.5)
+    with pytest.raises(StartFailed, match=r"prefill-0 was not ready within 1\.5 s"):
+        async with LocalRuntime(
+            config, commands=make_commands({"prefill-0": "never ready"}), on_change=watcher
+        ) as runtime:
+            await runtime.start()
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_whoever_ignores_sigterm_is_killed_with_all_it_started(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    config = replace(config, stop_timeout_s=0.3)
+    commands = make_commands({"decode-0": "ignores SIGTERM", "decode-1": "has a child"})
+    async with LocalRuntime(config, commands=commands, on_change=watcher) as runtime:
+        await runtime.start()
+        log = (config.run_dir / "logs" / "decode-1.log").read_text().splitlines()
+        (pid,) = [entry["pid"] for line in log if (entry := json.loads(line))["event"] == "child_started"]
+        grandchild = identify(pid)
+        assert grandchild is not None
+    assert await asyncio.to_thread(wait_gone, [grandchild], timeout_s=5)
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_a_forced_stop_does_not_wait_for_the_deadline(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    config = replace(config, stop_timeout_s=600.0)
+    async with asyncio.timeout(30):
+        async with LocalRuntime(
+            config, commands=make_commands({"decode-0": "ignores SIGTERM"}), on_change=watcher
+        ) as runtime:
+            await runtime.start()
+            runtime.force_stop()
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_a_worker_that_dies_is_started_again_after_a_pause_that_grows(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+        for num_deaths, pause in ((1, "0.5 s"), (2, "1 s")):
+            victim = runtime.state().processes[1]
+            assert victim.process_id is not None
+            os.kill(victim.process_id.pid, signal.SIGKILL)
+            died = await watcher.until(lambda state: state.processes[1].status is Status.RESTARTING)
+            assert died.processes[1].detail == f"was ended by SIGKILL; starts again in {pause}"
+            back = await watcher.until(lambda state: state.processes[1].status is Status.READY)
+            assert back.processes[1].num_restarts == num_deaths
+            assert back.processes[1].process_id not in (None, victim.process_id)
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_scale_adds_and_removes_workers(config: ClusterConfig, make_commands: MakeCommands) -> None:
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+        await runtime.scale("mixed", 1)
+        added = runtime.state().processes[-1]
+        assert (added.name, added.status) == ("mixed-0", Status.READY)
+        await runtime.scale("decode", 0)
+        names = [process.name for process in runtime.state().processes]
+        assert names == ["control", "prefill-0", "mixed-0"]
+        await runtime.scale("decode", 1)
+        assert runtime.state().processes[-1].name == "decode-2"
+        with pytest.raises(ValueError, match="one of: prefill, decode, mixed"):
+            await runtime.scale("decoder", 1)
+        with pytest.raises(ValueError, match="negative"):
+            await runtime.scale("decode", -1)
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_a_second_cluster_in_one_run_directory_is_refused(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    async with LocalRuntime(config, commands=make_commands({})) as runtime:
+        await runtime.start()
+        with pytest.raises(AlreadyRunning, match=str(os.getpid())):
+            async with LocalRuntime(config, commands=make_commands({})):
+                pass
+        assert {process.status for process in runtime.state().processes} == {Status.READY}
+
+
+async def test_a_busy_port_is_named_before_anything_starts(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config = replace(config, gateway=replace(config.gateway, port=port))
+        with pytest.raises(
+            PortBusy, match=rf"gateway\.port: cannot listen on 127\.0\.0\.1:{port}: .*in use.*--port"
+        ):
+            async with LocalRuntime(config, commands=make_commands({})):
+                pass
+    assert list(config.run_dir.iterdir()) == []
+
+
+LAUNCHER = """
+import asyncio, os, sys
+from pathlib import Path
+from control_plane.config import load_config
+from control_plane.runtimes.commands import Commands
+from control_plane.runtimes.local import LocalRuntime
+
+async def main():
+    fake, config = sys.argv[1], load_config(Path(sys.argv[2]))
+    commands = Commands(
+        control=lambda path: [sys.executable, fake, "control", str(path)],
+        worker=lambda config, place: [
+            sys.executable, fake, "worker", f"{config.socket_dir / place.name}.control.sock", ""
+        ],
+    )
+    async with LocalRuntime(config, commands=commands) as runtime:
+        await runtime.start()
+        print("started", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_when_the_launcher_is_killed_its_processes_die_and_the_next_start_clears_up(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    config_path = config.run_dir / "cluster.yaml"
+    config_path.write_text(dump(config))
+    fake = str(Path(__file__).with_name("fake_process.py"))
+    launcher = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        LAUNCHER,
+        fake,
+        str(config_path),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=PROJECT_ROOT,
+    )
+    assert launcher.stdout is not None
+    async with asyncio.timeout(30):
+        assert await launcher.stdout.readline() == b"started\n"
+    state = read_state(config.run_dir)
+    assert state is not None
+    process_ids = [process.process_id for process in state.processes if process.process_id]
+    assert len(process_ids) == 4
+    launcher.kill()
+    await launcher.wait()
+    assert await asyncio.to_thread(wait_gone, process_ids, timeout_s=5)
+    assert read_state(config.run_dir) is not None
+    config_path.unlink()
+
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+    assert_nothing_left(config.run_dir, watcher)
