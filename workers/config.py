@@ -1,15 +1,19 @@
 """All settings of a worker, validated. The command line (`workers.__main__`) and nothing else makes one."""
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
+from kvstore.addresses import parse_address
 from kvstore.layout import ITEM_BYTES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+# Listening there means on every interface.
+_ANY_HOST = re.compile(r"(^|//)(0\.0\.0\.0|\[::\]):")
 _COUNTS = (
     "num_pages",
     "kv_cache_bytes",
@@ -17,6 +21,7 @@ _COUNTS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "max_num_waiting",
+    "max_num_pulls",
     "num_threads",
     "parent_pid",
 )
@@ -48,6 +53,7 @@ class WorkerConfig:
     max_num_batched_tokens: Annotated[int, "tokens computed in one step, decodes first"] = 512
     max_num_seqs: Annotated[int, "requests running at a time"] = 64
     max_num_waiting: Annotated[int, "requests waiting; more are refused as overloaded"] = 1024
+    max_num_pulls: Annotated[int, "hand-overs pulled from other workers at a time"] = 8
     num_threads: Annotated[int, "threads that compute"] = 1
     cores: Annotated[tuple[int, ...], "cores to stay on, as 0,1; default: any"] = ()
     control_address: Annotated[str, "gRPC, host:port (port 0: any free one) or unix:/path"] = "127.0.0.1:0"
@@ -75,6 +81,12 @@ class WorkerConfig:
             raise ValueError(f"metrics_port must be between 0 and 65535, got {self.metrics_port}")
         if any(core < 0 for core in self.cores) or len(set(self.cores)) != len(self.cores):
             raise ValueError(f"cores must be distinct numbers from 0 on, got {self.cores}")
+        parse_address(self.data_address)
+        for name in ("control_address", "data_address"):
+            if not self.advertise_host and _ANY_HOST.search(getattr(self, name)):
+                raise ValueError(
+                    f"advertise_host must be set with {name} {getattr(self, name)}: nobody can connect to that"
+                )
         if self.max_num_batched_tokens < self.max_num_seqs:
             # Every running request decodes one token a step.
             raise ValueError(

@@ -3,7 +3,9 @@
     WorkerError
     ├── InvalidRequest     the request can never run here
     ├── QueueFull          try again later or elsewhere
-    ├── CheckpointError    the model on disk cannot be served: missing, truncated, of another shape, unsupported
+    ├── CheckpointError    the model on disk is missing, truncated, of another shape or unsupported
+    ├── CannotListen       an address of this worker is taken or not ours
+    ├── EngineFailed       a step raised; its requests end, and after several in a row the process
     ├── StaleEpoch         the message means another incarnation of this worker
     └── PullError          a hand-over failed; the request is recomputed here
         ├── PullRefused        the source does not agree: epoch, fingerprint, layout, no such lease
@@ -29,6 +31,14 @@ class QueueFull(WorkerError):
 
 
 class CheckpointError(WorkerError):
+    pass
+
+
+class CannotListen(WorkerError):
+    pass
+
+
+class EngineFailed(WorkerError):
     pass
 
 

@@ -23,7 +23,7 @@ def encode_handoff(handoff: Handoff) -> bytes:
     state = kv_pb2.HandoffState(
         num_computed_tokens=handoff.num_computed_tokens,
         output_token_ids=handoff.output_token_ids,
-        logprobs=[_logprobs_to_wire(logprobs) for logprobs in handoff.logprobs],
+        logprobs=[logprobs_to_wire(logprobs) for logprobs in handoff.logprobs],
         finish_reason=_FINISH_TO_WIRE[handoff.finish_reason],
         stop_string=handoff.stop_string or "",
         num_cached_tokens=handoff.num_cached_tokens,
@@ -62,7 +62,7 @@ def layout_to_wire(layout: KvLayout) -> worker_pb2.KvLayout:
     )
 
 
-def _logprobs_to_wire(logprobs: TokenLogprobs) -> worker_pb2.TokenLogprobs:
+def logprobs_to_wire(logprobs: TokenLogprobs) -> worker_pb2.TokenLogprobs:
     return worker_pb2.TokenLogprobs(
         logprob=logprobs.logprob,
         top_token_ids=[token_id for token_id, _ in logprobs.top],

@@ -26,6 +26,8 @@ def test_the_required_settings_alone_make_a_valid_configuration() -> None:
         ({"pull_timeout_s": float("nan")}, "pull_timeout_s must be a positive"),
         ({"metrics_port": 70000}, "metrics_port must be between 0 and 65535, got 70000"),
         ({"cores": (1, 1)}, "cores must be distinct"),
+        ({"control_address": "0.0.0.0:1"}, "advertise_host must be set with control_address"),
+        ({"data_address": "tcp://[::]:1"}, "advertise_host must be set with data_address"),
         ({"max_num_seqs": 600}, "must be at least max_num_seqs"),
     ],
 )

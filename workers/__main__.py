@@ -1,0 +1,171 @@
+"""`python -m workers`: one worker process.
+
+    python -m workers --role mixed --worker-id w0 --model-path models/demo --model-name demo
+
+Every flag is a field of `WorkerConfig`. Logs are JSON lines on stderr; the events `loading`, `ready` (with the
+addresses) and `stopped` are for whoever started the process. It ends with 0 after SIGTERM or SIGINT, with 2 for a
+configuration, an address or a checkpoint that cannot be used, with 1 after a crash.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from enum import Enum
+from typing import Any
+
+from workers.config import WorkerConfig, setting_help
+from workers.errors import CannotListen, CheckpointError
+from workers.identity import Identity
+from workers.logs import log_event, start_logging
+
+if typing.TYPE_CHECKING:
+    from workers.engine.engine import Engine
+
+_PR_SET_PDEATHSIG = 1
+EXIT_CRASHED, EXIT_REFUSED = 1, 2
+
+_logger = logging.getLogger("workers")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code. Does not return for flags that argparse refuses: it exits with 2 itself."""
+    parser = _parser()
+    try:
+        config = WorkerConfig(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        parser.error(str(error))
+    start_logging(config.log_level)
+    # Until there is an event loop to stop, there is nothing to clean up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    if config.parent_pid is not None and not _ends_with_parent(config.parent_pid):
+        return 0
+    try:
+        engine = _load(config)
+    except (CheckpointError, ValueError, OSError) as error:
+        return _refuse(error)
+    try:
+        asyncio.run(_serve(config, engine))
+    except CannotListen as error:
+        return _refuse(error)
+    except Exception:
+        _logger.exception("crashed")
+        return EXIT_CRASHED
+    log_event(_logger, "stopped")
+    return 0
+
+
+def _refuse(error: Exception) -> int:
+    log_event(_logger, "refused", level=logging.ERROR, detail=str(error))
+    return EXIT_REFUSED
+
+
+def _load(config: WorkerConfig) -> "Engine":
+    _use_cores(config)
+    # Imported here: OpenMP and numba read their environment when they are loaded.
+    from workers.engine.engine import load_engine
+
+    log_event(_logger, "loading", model_path=config.model_path)
+    return load_engine(
+        model_path=config.model_path,
+        dtype=config.dtype,
+        num_pages=config.num_pages,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_model_len=config.max_model_len,
+        num_threads=config.num_threads,
+    )
+
+
+async def _serve(config: WorkerConfig, engine: "Engine") -> None:
+    from workers.worker import Worker
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Worker(config, engine).serve(stop=stop, on_ready=_say_ready)
+
+
+def _say_ready(identity: Identity) -> None:
+    log_event(
+        _logger,
+        "ready",
+        worker_id=identity.worker_id,
+        role=identity.role.value,
+        epoch=identity.epoch,
+        control_address=identity.control_address,
+        data_address=identity.data_address,
+        max_model_len=identity.max_model_len,
+    )
+
+
+def _use_cores(config: WorkerConfig) -> None:
+    """Before any thread starts, so that all of them inherit it. Raises OSError for cores that are not there."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = str(config.num_threads)
+    if config.cores:
+        try:
+            os.sched_setaffinity(0, config.cores)
+        except OSError as error:
+            there = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise OSError(f"cores {config.cores} cannot be used; there are {there}: {error}") from error
+
+
+def _ends_with_parent(parent_pid: int) -> bool:
+    """Asks the kernel for a SIGTERM when our parent dies; False if it has died already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    return os.getppid() == parent_pid
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m workers", allow_abbrev=False)
+    explanations = setting_help()
+    types_of = typing.get_type_hints(WorkerConfig)
+    for setting in fields(WorkerConfig):
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=_reader(types_of[setting.name]),
+            help=explanations[setting.name],
+            **({"required": True} if setting.default is MISSING else {"default": setting.default}),
+        )
+    return parser
+
+
+def _reader(setting_type: Any) -> Callable[[str], Any]:
+    """Reads the text of a flag. argparse reports what it raises."""
+    if isinstance(setting_type, types.UnionType):  # int | None: a flag that is given is never None
+        (setting_type,) = (option for option in typing.get_args(setting_type) if option is not types.NoneType)
+    if setting_type == tuple[int, ...]:
+        return core_list
+    if isinstance(setting_type, type) and issubclass(setting_type, Enum):
+        return _choice(setting_type)
+    assert callable(setting_type)
+    return typing.cast(Callable[[str], Any], setting_type)
+
+
+def core_list(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def _choice(choices: type[Enum]) -> Callable[[str], Enum]:
+    def read(text: str) -> Enum:
+        try:
+            return choices(text)
+        except ValueError:
+            allowed = ", ".join(str(choice.value) for choice in choices)
+            raise argparse.ArgumentTypeError(f"must be one of {allowed}, got {text!r}") from None
+
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""The loop of a worker: decide, let the engine do it, account. Everything else waits for the gap between two steps.
+
+    settle the inbox    submissions, aborts, closed sessions, ended pulls, ended leases: here alone the state changes
+    plan                schedule(state.view(), limits)
+    pulls               recorded and started before the step, so that blocks travel while it computes
+    execute             in the engine's thread; numba and torch release the interpreter lock
+    apply               tokens to their sessions, finished blocks to their pullers
+
+The inbox is bounded without a bound of its own: at most `max_num_submitted` submissions, and for each request that is
+here at most one abort, one end of a pull and one end of a lease.
+"""
+
+import asyncio
+import functools
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from workers.engine.engine import Engine
+from workers.errors import EngineFailed, InvalidRequest, PullCorrupted, PullError, QueueFull, WorkerError
+from workers.exports import Exports
+from workers.handoff import Puller
+from workers.logs import log_event
+from workers.metrics import WorkerMetrics
+from workers.outbox import Outbox
+from workers.request import FinishReason, Handoff, Purpose, Request, RequestId, RequestOutput, SessionId
+from workers.scheduler import SchedulerLimits, schedule
+from workers.state import EngineState
+from workers.step import Pull, ScheduledRequest, StepPlan, StepResult
+
+# A step that fails may be the fault of one request; so many in a row are the fault of this process.
+MAX_FAILED_STEPS = 3
+RETRY_AFTER_S = 0.5
+# Proving the invariants takes about a microsecond a page: not after every request of a quiet worker.
+CHECK_EVERY_S = 5.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class _CloseSession:
+    session_id: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class _PullEnded:
+    """`handoff` is None if the pull failed or was cancelled. No page is written any more."""
+
+    request_id: RequestId
+    handoff: Handoff | None
+
+
+@dataclass(frozen=True, slots=True)
+class _LeaseEnded:
+    request_id: RequestId
+    released: bool
+
+
+_Message = _Submit | _Abort | _CloseSession | _PullEnded | _LeaseEnded
+
+
+class RequestLoop:
+    """All methods are called from the event loop that `run` runs on, and all but `run` and `settled` return at once."""
+
+    def __init__(
+        self,
+        *,
+        state: EngineState,
+        engine: Engine,
+        limits: SchedulerLimits,
+        exports: Exports,
+        puller: Puller,
+        metrics: WorkerMetrics,
+        max_num_submitted: int,
+    ) -> None:
+        self._state = state
+        self._engine = engine
+        self._limits = limits
+        self._exports = exports
+        self._puller = puller
+        self._metrics = metrics
+        self._max_num_submitted = max_num_submitted
+        self._num_submitted = 0
+        self._inbox: deque[_Message] = deque()
+        self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._session_ids = map(SessionId, itertools.count(1))
+        self._outboxes: dict[SessionId, Outbox] = {}
+        self._requests: dict[RequestId, Request] = {}  # all that are here, those in the inbox included
+        self._aborted: set[RequestId] = set()  # those of them that are on their way out
+        self._pulls: dict[RequestId, asyncio.Task[Handoff | None]] = {}
+        self._step_number = 0
+        self._num_failed_steps = 0
+        self._last_check_s = 0.0
+
+    # What sessions ask.
+
+    def open_session(self, outbox: Outbox) -> SessionId:
+        session_id = next(self._session_ids)
+        self._outboxes[session_id] = outbox
+        return session_id
+
+    def submit(self, request: Request) -> None:
+        """Raises `QueueFull` or `InvalidRequest`; then nothing has happened."""
+        twin = self._requests.get(request.request_id)
+        if twin is not None:
+            if twin.session_id == request.session_id and twin.request_id not in self._aborted:
+                raise InvalidRequest(
+                    f"request id {request.request_id!r} is in use; give every request its own"
+                )
+            # The same gateway, back after its connection broke, before we have noticed that the old one did.
+            raise QueueFull(
+                f"request id {request.request_id!r} is still being aborted", retry_after_s=RETRY_AFTER_S
+            )
+        if self._num_submitted >= self._max_num_submitted:
+            raise QueueFull(
+                f"{self._num_submitted} requests came during one step, the most this worker takes",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._requests[request.request_id] = request
+        self._num_submitted += 1
+        self._post(_Submit(request))
+
+    def abort(self, session_id: SessionId, request_id: RequestId) -> None:
+        """Ends a request of this session; one that has ended already does not matter."""
+        request = self._requests.get(request_id)
+        if request is not None and request.session_id == session_id and request_id not in self._aborted:
+            self._aborted.add(request_id)
+            self._post(_Abort(request_id))
+
+    def close_session(self, session_id: SessionId) -> None:
+        """Aborts all requests of the session; nobody is there to hear of it."""
+        if self._outboxes.pop(session_id, None) is None:
+            return
+        self._aborted.update(self._requests_of(session_id))
+        self._post(_CloseSession(session_id))
+
+    # What the hand-over says.
+
+    def lease_ended(self, request_id: RequestId, *, released: bool) -> None:
+        """The puller has all it wanted (`released`), or the lease is over."""
+        if request_id in self._requests:
+            self._post(_LeaseEnded(request_id, released))
+
+    async def settled(self) -> None:
+        """Returns once no request is here and no pull runs."""
+        while self._requests or self._pulls or self._inbox:
+            self._settled.clear()
+            await self._settled.wait()
+
+    # The loop.
+
+    async def run(self) -> None:
+        """Until cancelled. Raises `EngineFailed` if the engine fails step after step."""
+        with ThreadPoolExecutor(1, "engine") as engine_thread:
+            try:
+                while True:
+                    self._wake.clear()
+                    self._settle_inbox()
+                    plan = schedule(self._state.view(), self._limits)
+                    if plan.is_empty:
+                        self._rest()
+                        await self._wake.wait()
+                    else:
+                        await self._step(plan, engine_thread)
+            finally:
+                await self._cancel_pulls()
+
+    def _rest(self) -> None:
+        self._metrics.set_load(self._state.load())
+        now_s = time.monotonic()
+        if now_s - self._last_check_s >= CHECK_EVERY_S:
+            self._last_check_s = now_s
+            self._state.check()
+        self._settled.set()
+
+    async def _step(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> None:
+        if plan.pulls:
+            # Their pages are disjoint from those of the rows, so they may be recorded ahead of them.
+            self._state.apply(StepPlan(pulls=plan.pulls), StepResult(sampled={}), now_s=time.time())
+            for pull in plan.pulls:
+                self._start_pull(pull)
+            plan = replace(plan, pulls=())
+        self._step_number += 1
+        started_s = time.monotonic()
+        try:
+            result = await self._execute(plan, engine_thread)
+        except Exception as error:
+            _logger.exception("step_failed")
+            self._fail_rows(plan, error)
+            return
+        self._num_failed_steps = 0
+        now_s = time.time()
+        outputs = self._state.apply(plan, result, now_s=now_s)
+        self._metrics.step_done(plan, step_s=time.monotonic() - started_s)
+        for progress in self._state.export_progress():
+            self._exports.progress(progress)
+        self._deliver(outputs)
+        self._metrics.set_load(self._state.load())
+
+    async def _execute(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> StepResult:
+        if not plan.rows:
+            return StepResult(sampled={})
+        loop = asyncio.get_running_loop()
+        # The last chunk of a prompt that somebody waits for: its blocks leave layer by layer.
+        exported = [row for row in plan.rows if row.samples and row.request.purpose is Purpose.PREFILL_ONLY]
+
+        def on_layer(layer: int) -> None:
+            loop.call_soon_threadsafe(self._report_layer, exported, layer)
+
+        execute = functools.partial(self._engine.execute, plan, on_layer=on_layer if exported else None)
+        return await loop.run_in_executor(engine_thread, execute)
+
+    def _fail_rows(self, plan: StepPlan, error: Exception) -> None:
+        """Nothing of the plan has been recorded, so its requests are where they were; they end here."""
+        self._num_failed_steps += 1
+        self._metrics.step_failed()
+        failure = EngineFailed(f"step {self._step_number} failed: {type(error).__name__}: {error}")
+        for row in plan.rows:
+            self._end(row.request.request_id, failure=failure)
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise EngineFailed(f"{self._num_failed_steps} steps in a row have failed") from error
+
+    # The inbox.
+
+    def _settle_inbox(self) -> None:
+        while self._inbox:
+            match self._inbox.popleft():
+                case _Submit(request):
+                    self._num_submitted -= 1
+                    self._add(request)
+                case _Abort(request_id):
+                    self._end(request_id)
+                case _CloseSession(session_id):
+                    for request_id in self._requests_of(session_id):
+                        self._end(request_id)
+                case _PullEnded(request_id, handoff):
+                    self._end_pull(request_id, handoff)
+                case _LeaseEnded(request_id, released):
+                    self._end_lease(request_id, released=released)
+
+    def _post(self, message: _Message) -> None:
+        self._inbox.append(message)
+        self._wake.set()
+
+    def _requests_of(self, session_id: SessionId) -> list[RequestId]:
+        return [r.request_id for r in self._requests.values() if r.session_id == session_id]
+
+    def _add(self, request: Request) -> None:
+        exported = request.purpose is Purpose.PREFILL_ONLY
+        try:
+            self._state.add(request, now_s=time.time())
+        except WorkerError as error:
+            self._forget(request.request_id)
+            if exported:
+                self._exports.close(request.request_id)  # so that its puller learns at once
+            if (outbox := self._outboxes.get(request.session_id)) is not None:
+                outbox.put_refusal(request.request_id, error)
+            return
+        self._metrics.request_began(num_prompt_tokens=request.num_prompt_tokens)
+        if exported:
+            self._exports.open(request.request_id, num_prompt_tokens=request.num_tokens)
+
+    def _end(self, request_id: RequestId, *, failure: WorkerError | None = None) -> None:
+        """Aborts a request, or ends it with a failure. One that pulls keeps its pages until the pull has ended."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if request.purpose is Purpose.PREFILL_ONLY:
+            self._exports.close(request_id)
+        output = self._state.abort(request_id, now_s=time.time())
+        if (pull := self._pulls.get(request_id)) is not None:
+            pull.cancel()
+        if output is None:
+            return
+        if failure is not None:
+            output = replace(output, finish_reason=FinishReason.ERROR, failure=failure)
+        self._deliver((output,))
+
+    def _end_lease(self, request_id: RequestId, *, released: bool) -> None:
+        if not released:
+            self._end(request_id)
+        elif (output := self._state.release(request_id, now_s=time.time())) is not None:
+            self._deliver((output,))
+
+    # Pulls.
+
+    def _start_pull(self, pull: Pull) -> None:
+        request_id = pull.request.request_id
+        task = asyncio.create_task(self._pull(pull), name=f"pull {request_id}")
+        self._pulls[request_id] = task
+        # A callback and not the task itself says that it has ended: a task may be cancelled before its first line.
+        task.add_done_callback(
+            lambda done: self._post(_PullEnded(request_id, None if done.cancelled() else done.result()))
+        )
+
+    async def _pull(self, pull: Pull) -> Handoff | None:
+        started_s = time.monotonic()
+        try:
+            handoff = await self._puller.pull(pull)
+        except PullError as error:
+            self._metrics.pull_failed()
+            log_event(
+                _logger,
+                "pull_failed",
+                level=logging.WARNING,
+                request=pull.request.request_id,
+                error=type(error).__name__,
+                detail=str(error),
+            )
+            return None
+        except Exception:
+            self._metrics.pull_failed()
+            _logger.exception("pull_failed")
+            return None
+        num_blocks = len(pull.page_ids) - pull.first_block
+        num_bytes = num_blocks * self._engine.model.layout.block_bytes
+        self._metrics.pull_done(num_bytes=num_bytes, pull_s=time.monotonic() - started_s)
+        return handoff
+
+    def _end_pull(self, request_id: RequestId, handoff: Handoff | None) -> None:
+        del self._pulls[request_id]
+        now_s = time.time()
+        output: RequestOutput | None = None
+        if handoff is None:
+            self._state.pull_failed(request_id, now_s=now_s)
+        else:
+            try:
+                output = self._state.pull_succeeded(request_id, handoff, now_s=now_s)
+            except PullCorrupted as error:
+                log_event(
+                    _logger, "pull_unusable", level=logging.WARNING, request=request_id, detail=str(error)
+                )
+                self._state.pull_failed(request_id, now_s=now_s)
+        if request_id in self._aborted:
+            self._forget(request_id)
+        if output is not None:
+            self._deliver((output,))
+
+    async def _cancel_pulls(self) -> None:
+        tasks = tuple(self._pulls.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # What is said.
+
+    def _report_layer(self, rows: Iterable[ScheduledRequest], layer: int) -> None:
+        for row in rows:
+            self._exports.layer_progress(
+                row.request.request_id,
+                page_ids=row.page_ids,
+                num_ready_tokens=row.num_computed_tokens + row.num_new_tokens,
+                num_layers=layer + 1,
+            )
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        by_session: dict[SessionId, list[RequestOutput]] = {}
+        now_s = time.time()
+        for output in outputs:
+            by_session.setdefault(output.session_id, []).append(output)
+            self._metrics.output(output, now_s=now_s)
+            if output.finish_reason is not None and output.request_id not in self._pulls:
+                self._forget(output.request_id)
+            elif output.finish_reason is not None:
+                self._aborted.add(output.request_id)
+        for session_id, session_outputs in by_session.items():
+            if (outbox := self._outboxes.get(session_id)) is not None:
+                outbox.put(self._step_number, session_outputs)
+
+    def _forget(self, request_id: RequestId) -> None:
+        self._engine.forget(request_id)
+        del self._requests[request_id]
+        self._aborted.discard(request_id)
