@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from control_plane.routing.view import RoutingRequest, WorkerView
-from kvstore.blocks import BLOCK_SIZE_TOKENS
 
 # So many prompt tokens in a queue, or requests on a worker, halve its score. Fixed, not relative to the other
 # candidates: one request more or less must not outweigh a long cached prefix.
@@ -33,8 +32,7 @@ def queue(worker: WorkerView, request: RoutingRequest) -> float:
 
 def free_pages(worker: WorkerView, request: RoutingRequest) -> float:
     """The share of pages that are free once everything sent there has its own."""
-    num_promised = -(-worker.num_unreported_tokens // BLOCK_SIZE_TOKENS)
-    num_free = worker.load.num_free_pages - num_promised
+    num_free = worker.load.num_free_pages - worker.num_unreported_pages
     return min(1.0, max(0, num_free) / max(1, worker.load.num_pages))
 
 

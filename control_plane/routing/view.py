@@ -11,8 +11,8 @@ from control_plane.directory.member import Incarnation, Role, WorkerId, WorkerLo
 class WorkerView:
     """One worker at this moment: what it reported last, and what was sent to it since.
 
-    `num_assigned` are all requests of this gateway that it works on; `num_unreported_tokens` are the prompt
-    tokens of those that were sent after its last report, which `load` therefore cannot contain.
+    `num_assigned` are all requests of this gateway that it works on. `num_unreported_tokens` (to compute) and
+    `num_unreported_pages` are for those sent after its last report, which `load` therefore cannot contain.
     `last_pick` orders workers by when they were last chosen; 0: never.
     """
 
@@ -23,6 +23,7 @@ class WorkerView:
     is_healthy: bool = True
     num_assigned: int = 0
     num_unreported_tokens: int = 0
+    num_unreported_pages: int = 0
     last_pick: int = 0
 
 

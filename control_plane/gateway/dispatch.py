@@ -1,0 +1,238 @@
+"""Sends every generation to the workers that routing picks and makes one stream of what they answer.
+
+Tokens are numbered, so it does not matter who sends them: the prefill worker's first token, the decode worker's,
+and those of another decode worker after a failure are one sequence (token_merge).
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from control_plane.directory.member import WorkerId
+from control_plane.directory.memory import MemoryDirectory
+from control_plane.errors import (
+    GenerationFailed,
+    GenerationTimeout,
+    InvalidRequest,
+    NoWorkers,
+    QueueFull,
+    RequestError,
+)
+from control_plane.gateway.admission import Admission
+from control_plane.gateway.attempt import Attempt
+from control_plane.gateway.backend import ServedModel
+from control_plane.gateway.progress import Progress
+from control_plane.gateway.sessions import SessionClosed, SessionPool
+from control_plane.gateway.token_merge import TokenMerge
+from control_plane.gateway.wire import Assignment, FailureCode, WorkerFailure
+from control_plane.generation import Generation, TokenChunk
+from control_plane.routing.policy import RoutingPolicy
+from control_plane.routing.router import route
+from control_plane.routing.view import ClusterView, NoPlacement, Placement, RoutingRequest
+from kvstore.blocks import BLOCK_SIZE_TOKENS
+
+# Of an id in front of our own number; workers take at most 256 characters.
+MAX_REQUEST_ID_CHARS = 200
+# After a worker was lost: what a restarted one needs at least.
+NO_WORKERS_RETRY_AFTER_S = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchSettings:
+    """`request_timeout_s`: without any token. `connect_wait_s`: for a worker that has joined to answer hello."""
+
+    max_concurrent_requests: int = 256
+    max_queued_requests: int = 512
+    request_timeout_s: float = 600.0
+    max_retries: int = 2
+    connect_wait_s: float = 2.0
+
+
+class PoolDispatcher:
+    """The `Dispatcher` of `gateway.backend`. Used from one event loop."""
+
+    def __init__(
+        self,
+        directory: MemoryDirectory,
+        sessions: SessionPool,
+        *,
+        policy: RoutingPolicy,
+        settings: DispatchSettings,
+    ) -> None:
+        self._directory = directory
+        self._sessions = sessions
+        self._policy = policy
+        self._settings = settings
+        self._numbers = itertools.count(1)
+        self.admission = Admission(
+            max_concurrent=settings.max_concurrent_requests,
+            max_queued=settings.max_queued_requests,
+            now_s=time.monotonic,
+        )
+
+    def models(self) -> Sequence[ServedModel]:
+        """Those that somebody generates with; where workers differ, the length that all of them can do."""
+        lengths: dict[str, int] = {}
+        for session in self._sessions.sessions():
+            model = session.member.model
+            if session.is_ready and session.member.role.can_decode:
+                lengths[model.name] = min(model.max_model_len, lengths.get(model.name, model.max_model_len))
+        return [ServedModel(name=name, max_model_len=length) for name, length in sorted(lengths.items())]
+
+    def ready(self) -> bool:
+        return any(
+            session.is_ready and session.member.role.can_decode for session in self._sessions.sessions()
+        )
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[TokenChunk, None]:
+        """See `Dispatcher.generate`. However it ends, no worker goes on with the request."""
+        await self._enter()
+        run = Progress(
+            generation=generation,
+            merge=TokenMerge(max_tokens=generation.sampling.max_tokens),
+            arrival_unix_s=time.time(),
+        )
+        try:
+            while not run.is_finished:
+                attempt = run.attempt or await self._place(run)
+                chunk, failure = run.absorb(await attempt.take())
+                if chunk is not None:
+                    yield chunk
+                if failure is not None:
+                    self._count_failure(run, failure)
+        finally:
+            # Nothing here waits, so a second cancellation cannot cut it short.
+            run.close_attempt()
+            self.admission.leave(has_completed=run.is_finished)
+
+    async def _enter(self) -> None:
+        timeout_s = self._settings.request_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.admission.enter()
+        except TimeoutError:
+            raise GenerationTimeout(f"the request waited {timeout_s:g} s in the queue") from None
+
+    async def _place(self, run: Progress) -> Attempt:
+        """Submits to whom routing picks, once somebody can be picked."""
+        deadline_s = asyncio.get_running_loop().time() + self._settings.connect_wait_s
+        while True:
+            placement = self._route(run)
+            if isinstance(placement, Placement):
+                try:
+                    return self._submit(run, placement)
+                except SessionClosed:
+                    run.excluded.add(placement.decode)
+                    continue
+            if not self._somebody_connects(run):
+                raise self._nobody_error(run, placement)
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._sessions.wait_for_change()
+            except TimeoutError:
+                raise self._nobody_error(run, placement) from None
+
+    def _route(self, run: Progress) -> Placement | NoPlacement:
+        num_prompt_tokens = run.num_tokens
+        num_cached_tokens: dict[WorkerId, int] = {}
+        if len(self._directory.blocks):
+            for session in self._sessions.sessions():
+                member = session.member
+                keys = run.block_keys(member.model.fingerprint)
+                num_blocks = self._directory.blocks.num_leading_blocks(member.worker_id, keys)
+                num_cached_tokens[member.worker_id] = num_blocks * BLOCK_SIZE_TOKENS
+        request = RoutingRequest(
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=num_cached_tokens,
+            model_fingerprint=run.model_fingerprint,
+            excluded=frozenset(run.excluded),
+            can_hand_over=not run.merge.token_ids,
+        )
+        view = ClusterView(tuple(session.view() for session in self._sessions.sessions()))
+        return route(request, view, self._policy)
+
+    def _submit(self, run: Progress, placement: Placement) -> Attempt:
+        """Raises SessionClosed if the decode worker has just gone."""
+        number = next(self._numbers)
+        decode = self._sessions.get(placement.decode)
+        prefill = self._sessions.get(placement.prefill) if placement.prefill is not None else None
+        assert decode is not None, f"{placement.decode} was picked but has no session"
+        assignment = Assignment(
+            # A number of our own, because clients may choose one id for several requests, and a second attempt
+            # must not meet what the first one left behind.
+            request_id=f"{run.generation.request_id[:MAX_REQUEST_ID_CHARS]}#{number}",
+            generation=run.generation,
+            output_token_ids=tuple(run.merge.token_ids),
+            arrival_unix_s=run.arrival_unix_s,
+        )
+        run.attempt = Attempt(
+            assignment, decode=decode, prefill=prefill, timeout_s=self._settings.request_timeout_s
+        )
+        try:
+            run.attempt.start()
+        except SessionClosed:
+            run.close_attempt()
+            raise
+        # Tokens and all later attempts come from one model, or they would not be one text.
+        run.model_fingerprint = decode.member.model.fingerprint
+        num_pages = run.num_tokens // BLOCK_SIZE_TOKENS + 1
+        decode.note_pick(number, num_tokens=0 if prefill else run.num_tokens, num_pages=num_pages)
+        if prefill is not None:
+            prefill.note_pick(number, num_tokens=run.num_tokens, num_pages=num_pages)
+        return run.attempt
+
+    def _somebody_connects(self, run: Progress) -> bool:
+        """Whether a worker that may be able to serve this has joined and not answered hello yet."""
+        return any(
+            session.member.role.can_decode
+            and not session.is_ready
+            and session.member.incarnation not in run.excluded
+            for session in self._sessions.sessions()
+        )
+
+    def _count_failure(self, run: Progress, failure: WorkerFailure) -> None:
+        """Closes the attempt, so that the next one is made elsewhere. Raises if none may be made."""
+        assert run.attempt is not None, "an attempt failed that was not made"
+        worker_id = run.attempt.decode.worker_id
+        _log.warning(
+            "attempt_failed",
+            extra={
+                "fields": {
+                    "request_id": run.generation.request_id,
+                    "worker_id": worker_id,
+                    "code": failure.code.value,
+                    "reason": failure.message,
+                    "num_tokens": len(run.merge.token_ids),
+                }
+            },
+        )
+        run.excluded.add(run.attempt.decode)
+        run.close_attempt()
+        run.last_failure = failure
+        if failure.code is FailureCode.INVALID:
+            raise InvalidRequest(failure.message)
+        if failure.code is FailureCode.OVERLOADED:
+            return  # it did nothing, so nothing was retried; the number of workers bounds this
+        run.num_retries += 1
+        if run.num_retries > self._settings.max_retries:
+            raise GenerationFailed(
+                f"{run.num_retries} workers failed, the last one ({worker_id}): {failure.message}"
+            )
+
+    def _nobody_error(self, run: Progress, reason: NoPlacement) -> RequestError:
+        failure = run.last_failure
+        was_refused = failure is not None and failure.code is FailureCode.OVERLOADED
+        if was_refused or reason is NoPlacement.OVERLOADED:
+            retry_after_s = failure.retry_after_s if failure is not None else 0.0
+            return QueueFull(
+                f"{NoPlacement.OVERLOADED.value}; try again later",
+                retry_after_s=retry_after_s or self.admission.retry_after_s(),
+            )
+        if failure is not None and (failure.code is FailureCode.INTERNAL or run.merge.token_ids):
+            return GenerationFailed(f"{failure.message}, and no other worker can go on")
+        return NoWorkers(reason.value, retry_after_s=NO_WORKERS_RETRY_AFTER_S)
