@@ -40,6 +40,9 @@ class FrameKind(IntEnum):
     REFUSAL = 5  # the source gives up; the payload is the reason in UTF-8
 
 
+_KINDS = {kind.value: kind for kind in FrameKind}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrameHeader:
     """What a frame says of itself. `checksum` is filled in by `pack_header` and checked by `verify`."""
@@ -69,7 +72,7 @@ def unpack_header(data: memoryview) -> FrameHeader:
         raise TransferCorrupted(f"not a frame: starts with {magic!r}, must be {MAGIC!r}")
     if version != VERSION:
         raise TransferCorrupted(f"frame version {version}, this worker speaks {VERSION}")
-    if kind not in FrameKind:
+    if kind not in _KINDS:
         raise TransferCorrupted(f"unknown frame kind {kind}")
     if flags != 0:
         raise TransferCorrupted(f"frame flags {flags:#x}, must be 0 in version {VERSION}")
@@ -77,7 +80,7 @@ def unpack_header(data: memoryview) -> FrameHeader:
         raise TransferCorrupted(f"frame announces {payload_bytes} bytes, allowed are {MAX_PAYLOAD_BYTES}")
     (checksum,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
     return FrameHeader(
-        kind=FrameKind(kind),
+        kind=_KINDS[kind],
         layer=layer,
         first_block=first_block,
         num_blocks=num_blocks,
