@@ -1,0 +1,145 @@
+"""`penstock status`: processes by the state file, load by the directory, health by the gateway."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from control_plane.cli import options
+from control_plane.cli.failures import FAILED, CommandFailed, clean_errors
+from control_plane.runtimes.state import ProcessState, RunState, read_state
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from control_plane.cli.members import MemberLoad
+
+_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One process. `health` is what is true now: the state file of a killed launcher tells of better days."""
+
+    process: ProcessState
+    health: str
+    member: "MemberLoad | None"
+
+
+def status(
+    config: options.ConfigOption = None,
+    run_dir: options.RunDirOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for programs.")] = False,
+) -> None:
+    """Show who is there, how busy and how healthy. The exit code is 0 if the cluster serves, else 1."""
+    with clean_errors():
+        directory = options.load(config, run_dir).run_dir
+        state = read_state(directory)
+        if state is None:
+            raise CommandFailed(f"nothing runs in {directory}; penstock up starts a cluster")
+        rows, gateway = inspect(state)
+        if as_json:
+            print(json.dumps(_as_json(state, rows, gateway), indent=1))
+        else:
+            _print(state, rows, gateway)
+        if gateway != "ready":
+            raise typer.Exit(FAILED)
+
+
+def inspect(state: RunState) -> tuple[list[Row], str]:
+    """A row for each process, and how the gateway is: "ready", "not ready" or why it cannot be asked."""
+    from control_plane.cli.members import fetch_members
+
+    if not state.launcher.is_alive():
+        gateway = "dead: the launcher was killed; penstock down clears up"
+        members = None
+    else:
+        gateway = _ask_gateway(state.http_url)
+        members = fetch_members(state.directory_address, timeout_s=_TIMEOUT_S)
+    by_name = {member.worker_id: member for member in members or ()}
+    rows = []
+    for process in state.processes:
+        member = by_name.get(process.name)
+        health = _health(process, is_member=member is not None or not process.pool, known=members is not None)
+        rows.append(Row(process=process, health=health, member=member))
+    return rows, gateway
+
+
+def _health(process: ProcessState, *, is_member: bool, known: bool) -> str:
+    if process.process_id is None or not process.process_id.is_alive():
+        return process.status.value if process.process_id is None else "dead"
+    if process.status.value == "ready" and known and not is_member:
+        return "not in the directory"
+    return process.status.value
+
+
+def _ask_gateway(url: str) -> str:
+    import httpx
+
+    try:
+        response = httpx.get(f"{url}/ready", timeout=_TIMEOUT_S, trust_env=False)
+    except httpx.TransportError as e:
+        return f"does not answer: {e or type(e).__name__}"
+    return "ready" if response.status_code == 200 else "not ready"
+
+
+def _as_json(state: RunState, rows: list[Row], gateway: str) -> dict[str, object]:
+    return {
+        "gateway": gateway,
+        "model": state.model,
+        "http_url": state.http_url,
+        "grpc_address": state.grpc_address,
+        "directory_address": state.directory_address,
+        "launcher_pid": state.launcher.pid,
+        "processes": [
+            {
+                "name": row.process.name,
+                "pool": row.process.pool or None,
+                "health": row.health,
+                "detail": row.process.detail,
+                "pid": row.process.process_id.pid if row.process.process_id else None,
+                "cores": row.process.cores,
+                "num_restarts": row.process.num_restarts,
+                "log_path": row.process.log_path,
+                "load": asdict(row.member) if row.member else None,
+            }
+            for row in rows
+        ],
+    }
+
+
+def _print(state: RunState, rows: list[Row], gateway: str) -> None:
+    from rich.console import Console
+
+    print(f"{state.model} at {state.http_url}/v1 (gRPC {state.grpc_address}): {gateway}\n")
+    Console().print(_table(rows))
+
+
+def _table(rows: list[Row]) -> "Table":
+    from rich.table import Table
+
+    from control_plane.cli.console import format_cores
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("process", "health", "pid", "cores"):
+        table.add_column(title, no_wrap=True)
+    for title in ("running", "waiting", "pages used", "leases", "restarts"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    for row in rows:
+        process_id, member = row.process.process_id, row.member
+        load = ["", "", "", ""]
+        if member:
+            pages = f"{member.num_pages - member.num_free_pages}/{member.num_pages}"
+            load = [str(member.num_running), str(member.num_waiting), pages, str(member.num_leases)]
+        table.add_row(
+            row.process.name,
+            row.health,
+            str(process_id.pid) if process_id else "",
+            format_cores(row.process.cores),
+            *load,
+            str(row.process.num_restarts),
+            row.process.detail,
+        )
+    return table
