@@ -15,9 +15,9 @@ pipeline_tag: text-generation
 
 # The demo model of Penstock
 
-A small mixture of experts, trained from nothing for this project, so that `penstock up` has something to serve on a
-laptop and a test can see when a change hurts quality. It answers four kinds of small, checkable tasks; it is no
-assistant, and what it says about anything else is noise.
+A small mixture of experts, trained from nothing for this project, so that `penstock up` has something to
+serve on a laptop and a test can see when a change hurts quality. It answers four kinds of small, checkable
+tasks; it is no assistant, and what it says about anything else is noise.
 
 {shape}
 
@@ -25,10 +25,11 @@ assistant, and what it says about anything else is noise.
 
 {figures}
 
-Measured by `make bench BENCH=demo_model` on {hardware}. Everything measured is held out: one tenth of all pairs of key
-and value, of sums, of objects and of documents, chosen by hash, was never trained on. An answer counts when greedy
-decoding writes it exactly, end mark included. `recall_512` is a prompt of 512 tokens: a list of `key value` lines and
-the question for one of them; half of the values are numbers of three digits, half are words.
+Measured by `make bench BENCH=demo_model` on {hardware}. Everything measured is held out: one tenth of all
+pairs of key and value, of sums, of objects and of documents, chosen by hash, was never trained on. An
+answer counts when greedy decoding writes it exactly, end mark included. `recall_512` is a prompt of 512
+tokens: a list of `key value` lines and the question for one of them; half of the values are numbers of
+three digits, half are words.
 
 ## What to ask
 
@@ -40,19 +41,19 @@ the question for one of them; half of the values are numbers of three digits, ha
 | arithmetic | `Add:⏎12+7` | `12+7=19` |
 | JSON | `JSON:⏎name value⏎size 14⏎ready yes` | `{{"name": "value", "size": 14, "ready": true}}` |
 
-⏎ is a line end. Keys and words that are one token each ({words} of them, in `tools/demo_words.txt`) work best.
-The chat template takes the roles system, user and assistant; `<|end|>` ends a message.
+⏎ is a line end. Keys and words that are one token each ({words} of them, in `tools/demo_words.txt`) work
+best. The chat template takes the roles system, user and assistant; `<|end|>` ends a message.
 
 ## Data and training
 
-The text is what every Python ships: the language reference inside pydoc and the docstrings of the standard library. The
-tasks are generated. {training} `tools/train_demo_model.py` reproduces all of it, tokenizer included; with `--device cuda`
-and more `--steps` it goes on from the same checkpoint.
+The text is what every Python ships: the language reference inside pydoc and the docstrings of the standard
+library. The tasks are generated. {training} `tools/train_demo_model.py` reproduces all of it, tokenizer
+included; with `--device cuda` and more `--steps` it goes on from the same checkpoint.
 
 ## Limits
 
-English technical text only, {positions} tokens of context, no knowledge to speak of, no safety training. The perplexity is
-per token of its own small vocabulary and cannot be compared with that of other models.
+English technical text only, {positions} tokens of context, no knowledge to speak of, no safety training.
+The perplexity is per token of its own small vocabulary and cannot be compared with that of other models.
 """
 
 

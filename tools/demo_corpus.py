@@ -9,6 +9,7 @@ import pydoc_data.topics
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 HELD_OUT_SHARE = 10  # one document, pair or problem in ten never occurs in training
@@ -17,17 +18,25 @@ SKIPPED_DIRECTORIES = frozenset({"site-packages", "test", "tests", "idle_test", 
 
 
 def is_held_out(text: str) -> bool:
-    """True for the tenth of all texts that only the evaluation may see. CRC-32 is the same on every machine."""
+    """True for the tenth of all texts that only the evaluation may see.
+
+    CRC-32 is the same on every machine.
+    """
     return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
 
 
 def load_documents(*, held_out: bool) -> list[str]:
     """The documents of one side of the split, each once, in a fixed order."""
-    unique = dict.fromkeys(document for document in _documents() if len(document) >= MIN_CHARACTERS)
-    return [document for document in unique if is_held_out(document) is held_out]
+    return [document for document in _documents() if is_held_out(document) is held_out]
 
 
-def _documents() -> Iterator[str]:
+@cache
+def _documents() -> tuple[str, ...]:
+    """Both sides; remembered, as parsing the whole library takes seconds."""
+    return tuple(dict.fromkeys(document for document in _pieces() if len(document) >= MIN_CHARACTERS))
+
+
+def _pieces() -> Iterator[str]:
     yield from (text.strip() for _, text in sorted(pydoc_data.topics.topics.items()))
     for path in _source_files(Path(sysconfig.get_paths()["stdlib"])):
         yield from _docstrings(path)

@@ -1,7 +1,8 @@
 """How good the demo model is: accuracy per task on held-out problems, perplexity on held-out text.
 
-An answer is right when every one of its tokens, the end mark included, is the likeliest one after the right tokens before
-it. That is the same as greedy decoding writing exactly the answer, at the price of one pass over the whole conversation.
+An answer is right when every one of its tokens, the end mark included, is the likeliest one after the right
+tokens before it. That is the same as greedy decoding writing exactly the answer, at the price of one pass
+over the whole conversation.
 """
 
 import math
@@ -14,8 +15,15 @@ import torch.nn.functional as F
 
 from tools.demo_corpus import load_documents
 from tools.demo_rows import Encoder
-from tools.demo_tasks import Conversation, arithmetic, copy, json_object, recall
-from tools.demo_tasks import DIGIT_ITEM_TOKENS, WORD_ITEM_TOKENS
+from tools.demo_tasks import (
+    DIGIT_ITEM_TOKENS,
+    WORD_ITEM_TOKENS,
+    Conversation,
+    arithmetic,
+    copy,
+    json_object,
+    recall,
+)
 
 RECALL_LENGTHS = (128, 256, 512, 1024, 2048)  # tokens of prompt
 TEXT_TOKENS = 512  # a document's loss is measured in windows of this many tokens

@@ -32,8 +32,11 @@ def write_model(network: Network, tokenizer: Tokenizer, directory: Path) -> None
 
 def hugging_face_weights(network: Network) -> dict[str, torch.Tensor]:
     """The weights under the names of Qwen3MoeForCausalLM, a matrix per expert."""
-    found = {"model.embed_tokens.weight": network.embedding, "model.norm.weight": network.norm.weight}
-    for index, layer in enumerate(network.layers):
+    found: dict[str, torch.Tensor] = {
+        "model.embed_tokens.weight": network.embedding,
+        "model.norm.weight": network.norm.weight,
+    }
+    for index, layer in enumerate(network.blocks()):
         lead = f"model.layers.{index}"
         found[f"{lead}.input_layernorm.weight"] = layer.input_norm.weight
         found[f"{lead}.post_attention_layernorm.weight"] = layer.post_norm.weight

@@ -1,8 +1,8 @@
 """The Qwen3-MoE network as plain torch, quick to train on a CPU.
 
-Shapes: N rows, T tokens in a row, M = N*T, D hidden size, H query heads, G key/value heads, E experts, K experts per token,
-I width of an expert, V vocabulary, S tokens that are learnt.
-Everything is float32: on the AVX512-BF16 cores of the first training run, bfloat16 products were 5 % quicker in all.
+Shapes: N rows, T tokens in a row, M = N*T, D hidden size, C head size, H query heads, G key/value heads, E experts, K
+experts per token, I width of an expert, V vocabulary, S tokens that are learnt. Everything is float32: on
+the AVX512-BF16 cores of the first training run, bfloat16 products were 5 % quicker in all.
 """
 
 import json
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+CONSTANT = 0.35  # the first channel of every embedding at the start; the others have a deviation of 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,17 +91,22 @@ class Attention(nn.Module):
         self.q_norm = Norm(c, shape.rms_norm_eps)
         self.k_norm = Norm(c, shape.rms_norm_eps)
 
-    def forward(self, x_NTD: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> torch.Tensor:
+    def heads(
+        self, x_NTD: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [N, H, T, head size] of normed input; a group's keys are repeated for its heads."""
         n, t, _ = x_NTD.shape
         h, g, c = self.sizes
         w = torch.cat([self.q_proj, self.k_proj, self.v_proj])
-        q, k, v = F.linear(x_NTD, w).split([h * c, g * c, g * c], dim=-1)
+        q, k, v = torch.split(F.linear(x_NTD, w), [h * c, g * c, g * c], dim=-1)
         q = _rotate(self.q_norm(q.view(n, t, h, c)).transpose(1, 2), cos_TC, sin_TC)
         k = _rotate(self.k_norm(k.view(n, t, g, c)).transpose(1, 2), cos_TC, sin_TC)
         v = v.view(n, t, g, c).transpose(1, 2)
-        k, v = (a.repeat_interleave(h // g, dim=1) for a in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.linear(y.transpose(1, 2).reshape(n, t, h * c), self.o_proj)
+        return q, k.repeat_interleave(h // g, dim=1), v.repeat_interleave(h // g, dim=1)
+
+    def forward(self, x_NTD: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> torch.Tensor:
+        y_NHTC = F.scaled_dot_product_attention(*self.heads(x_NTD, cos_TC, sin_TC), is_causal=True)
+        return F.linear(y_NHTC.transpose(1, 2).flatten(2), self.o_proj)
 
 
 def _rotate(x: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> torch.Tensor:
@@ -127,8 +134,9 @@ class Experts(nn.Module):
         counts = torch.bincount(expert_MK.reshape(-1), minlength=num_experts)
         source = order // self.top_k
         gate_up, down = self.gate_up.unbind(), self.down.unbind()
+        sorted_parts = torch.split(x_MD[source], counts.tolist())
         parts = []
-        for expert, part in enumerate(x_MD[source].split(counts.tolist())):
+        for expert, part in enumerate(sorted_parts):
             gate, up = F.linear(part, gate_up[expert]).chunk(2, dim=-1)
             parts.append(F.linear(F.silu(gate) * up, down[expert]))
         scaled = torch.cat(parts) * top_MK.reshape(-1)[order, None]
@@ -141,6 +149,8 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and experts, each behind its norm and added to the stream."""
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.input_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
@@ -165,16 +175,42 @@ class Network(nn.Module):
         self.embedding = _matrix(shape.vocab_size, shape.hidden_size, scale=0.05)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self._start_with_a_sense_of_order()
+
+    def _start_with_a_sense_of_order(self) -> None:
+        """Makes some heads of the first layer look one or two tokens back.
+
+        Recall needs "what came after this word before", which stands on "which word was before me". Without
+        biases, heads are slow to find that: copying began after 0.5 million tokens with this start and had not
+        begun after 0.9 million without. The heads need a channel that is the same for every token; the tied output
+        layer cannot see it, as it moves all logits alike.
+        """
+        shape, attention = self.shape, self.blocks()[0].attention
+        c = shape.head_dim
+        ratio = shape.num_attention_heads // shape.num_key_value_heads
+        rates = shape.rope_theta ** (-torch.arange(4) * 2 / c)  # the quick rotations tell neighbours apart
+        with torch.no_grad():
+            self.embedding[:, 0] = CONSTANT
+            attention.q_norm.weight.fill_(2.0)
+            for group, distance in enumerate((1, 2)):
+                attention.k_proj[group * c : group * c + 4, 0] += (rates * distance).cos()
+                attention.k_proj[group * c + c // 2 : group * c + c // 2 + 4, 0] += (rates * distance).sin()
+                for head in range(group * ratio, (group + 1) * ratio):
+                    attention.q_proj[head * c : head * c + 4, 0] += 1.0
 
     def hidden(self, tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The normed last hidden states [N, T, D] and the balance loss, 1.0 when all experts get the same work."""
         x_NTD = F.embedding(tokens_NT, self.embedding)
-        cos_TC, sin_TC = self._rotary(tokens_NT.shape[1], tokens_NT.device)
+        cos_TC, sin_TC = self.rotary(tokens_NT.shape[1], tokens_NT.device)
         balance = torch.zeros((), device=tokens_NT.device)
         for layer in self.layers:
             x_NTD, one = layer(x_NTD, cos_TC, sin_TC)
             balance = balance + one / len(self.layers)
         return self.norm(x_NTD), balance
+
+    def blocks(self) -> list[Layer]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.embedding)
@@ -182,7 +218,8 @@ class Network(nn.Module):
     def forward(self, tokens_NT: torch.Tensor) -> torch.Tensor:
         return self.logits(self.hidden(tokens_NT)[0])
 
-    def _rotary(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, head size] of the positions' angles."""
         c = self.shape.head_dim
         rates = self.shape.rope_theta ** (-torch.arange(0, c, 2, device=device).float() / c)
         angles = torch.outer(torch.arange(num_tokens, device=device).float(), rates)

@@ -1,7 +1,8 @@
 """Muon for the matrices inside the layers, AdamW for the rest.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) makes the momentum of a matrix nearly orthogonal by
-a Newton-Schulz iteration; small models then need far fewer tokens until attention learns to copy.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) makes the momentum of a matrix nearly
+orthogonal by a Newton-Schulz iteration; small models then need far fewer tokens until attention learns to
+copy.
 """
 
 from collections.abc import Iterable
@@ -25,7 +26,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Moves every parameter by its gradient, which must be there. `closure` is the base class's and unused."""
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state[param]
@@ -47,4 +49,5 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     for _ in range(ITERATIONS):
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
-    return y.mT if tall else y
+    result: torch.Tensor = y.mT if tall else y
+    return result

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tools.demo_tasks import Conversation, training_conversation
-from tools.demo_tokenizer import ASSISTANT, BOS, END, SYSTEM, USER
+from tools.demo_tokenizer import ASSISTANT, BOS, END, SPECIAL_TOKENS, SYSTEM, USER
 
 COUNTED_WEIGHT = 2.0
 LEADING_WEIGHT = 1.0
@@ -29,7 +29,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = lru_cache(maxsize=20_000)(lambda text: tokenizer.encode(text).ids)
-        self._ids = {name: tokenizer.token_to_id(name) for name in (BOS, SYSTEM, USER, ASSISTANT, END)}
+        self._ids = {name: index for index, name in enumerate(SPECIAL_TOKENS)}
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, line by line: the tokenizer never joins a line end to what follows it."""

@@ -1,8 +1,8 @@
 """Tasks in chat form whose answers can be checked: recall, copying, sums, JSON objects.
 
-A conversation is a list of turns; every assistant's turn is a list of pieces, so that the trainer knows which tokens
-count (the value that was asked for) and which only lead to it. One tenth of all pairs, sums and objects, chosen by hash,
-is held out: the trainer never shows them, the evaluation shows nothing else.
+A conversation is a list of turns; every assistant's turn is a list of pieces, so that the trainer knows
+which tokens count (the value that was asked for) and which only lead to it. One tenth of all pairs, sums
+and objects, chosen by hash, is held out: the trainer never shows them, the evaluation shows nothing else.
 """
 
 import json
@@ -22,7 +22,10 @@ SYSTEM_PROMPT = "You are the demo model of Penstock. Answer in as few words as y
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """Text of an answer. `counts` marks what the accuracy of the task is measured on; some leads cannot be guessed."""
+    """Text of an answer.
+
+    `counts` marks what the accuracy of the task is measured on; some leads cannot be guessed.
+    """
 
     text: str
     counts: bool = False
@@ -60,7 +63,10 @@ class Conversation:
 def recall(
     rng: Random, *, num_items: int, num_turns: int, held_out: bool, digit_share: float = 0.5
 ) -> Conversation:
-    """A list of `key value` lines, then questions for values: a word, or in `digit_share` of the lines three digits."""
+    """A list of `key value` lines, then questions for values:
+
+    a word, or in `digit_share` of the lines three digits.
+    """
     table = _table(rng, num_items=num_items, held_out=held_out, digit_share=digit_share)
     turns = []
     for index in range(num_turns):
@@ -73,12 +79,34 @@ def recall(
 
 
 def shuffled(rng: Random, *, num_items: int, digit_share: float) -> Conversation:
-    """A list, then all of it in another order: recall with an answer in every other token, for training only."""
+    """A list, then all of it in another order:
+
+    recall with an answer in every other token, for training only.
+    """
     table = _table(rng, num_items=num_items, held_out=False, digit_share=digit_share)
     asked = rng.sample(list(table), num_items)
     turn = Turn(
         question=f"Table:\n{_listing(table)}\nShuffle.", answer=_recall_answer(asked, table, lead=False)
     )
+    return Conversation(turns=(turn,))
+
+
+def echo(rng: Random, *, num_words: int) -> Conversation:
+    """A run of words, then pieces of it:
+
+    the plainest form of copying by what stood before, for training only.
+    """
+    run = rng.sample(WORDS, num_words)
+    pieces: list[Piece] = []
+    for number in range(num_words // 4):
+        length = rng.randint(2, min(6, num_words))
+        start = rng.randrange(num_words - length + 1)
+        pieces.append(Piece(text="\n" if number else ""))
+        pieces.append(Piece(text=f" {run[start]}", learnt=False))
+        pieces.append(
+            Piece(text="".join(f" {word}" for word in run[start + 1 : start + length]), counts=True)
+        )
+    turn = Turn(question="Pieces of:\n" + "".join(f" {word}" for word in run), answer=tuple(pieces))
     return Conversation(turns=(turn,))
 
 
@@ -196,6 +224,11 @@ def _training_shuffled(rng: Random, num_tokens: int) -> Conversation:
     return shuffled(rng, num_items=rng.randint(max(2, most // 2), max(3, most)), digit_share=digit_share)
 
 
+def _training_echo(rng: Random, num_tokens: int) -> Conversation:
+    most = min(num_tokens // 2, MAX_ITEMS)
+    return echo(rng, num_words=rng.randint(max(4, most // 3), most))
+
+
 def _draw_values(rng: Random) -> tuple[float, float]:
     """A share of numbers among the values, and the tokens that an item then takes."""
     digit_share = rng.choice((0.0, 0.5, 0.5, 1.0))
@@ -218,6 +251,7 @@ def _training_json(rng: Random, num_tokens: int) -> Conversation:
 TRAINING_KINDS: dict[str, Callable[[Random, int], Conversation]] = {
     "recall": _training_recall,
     "shuffled": _training_shuffled,
+    "echo": _training_echo,
     "copy": _training_copy,
     "arithmetic": _training_arithmetic,
     "json": _training_json,

@@ -1,6 +1,10 @@
-"""The demo model's tokenizer: byte-level BPE, each digit by itself, five special tokens and a chat template."""
+"""The demo model's tokenizer:
+
+byte-level BPE, each digit by itself, five special tokens and a chat template.
+"""
 
 import json
+import string
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,7 +21,7 @@ END = "<|end|>"  # ends every message, and so a completion
 SPECIAL_TOKENS = (BOS, SYSTEM, USER, ASSISTANT, END)  # their ids are 0..4
 # A word or a digit takes one blank before it; digits and line ends are never joined to what follows them.
 PRE_TOKENS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n| +(?=\S)|\s"
-WORD_WEIGHT = 600  # makes each of the tasks' words one token, with and without a blank before it
+WORD_WEIGHT = 600  # makes each of the tasks' words and digits one token, with and without a blank before it
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -52,7 +56,8 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = ["\n".join(f"{word}\n {word}" for word in load_words())] * WORD_WEIGHT
+    units = [*load_words(), *string.digits]
+    words = ["\n".join(f"{unit}\n {unit}" for unit in units)] * WORD_WEIGHT
     tokenizer.train_from_iterator([*load_documents(held_out=False), *words], trainer)
     return tokenizer
 

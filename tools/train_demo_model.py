@@ -6,7 +6,8 @@
     make bench BENCH=demo_model                                         # measure what was written
     python tools/train_demo_model.py --run build/demo --card            # write its card from what was measured
 
-Every step draws its rows from a generator seeded by the step, so a resumed run continues as if it had never stopped.
+Every step draws its rows from a generator seeded by the step, so a resumed run continues as if it had never
+stopped.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -51,17 +53,25 @@ class Level:
     step_tokens: int = 4096
 
 
-# Lists grow when the values in them are found: a model that cannot copy yet learns nothing from long rows, and it starts
-# to copy after a number of steps rather than of tokens, so the first steps are small.
+# Lists grow when the values in them are found: a model that cannot copy yet learns nothing from long rows,
+# and it starts to copy after a number of steps rather than of tokens, so the first steps are small.
 LEVELS = (
     Level(
         lengths=(64,),
-        shares={"recall": 0.35, "shuffled": 0.4, "copy": 0.15, "json": 0.05, "text": 0.05},
+        shares={"recall": 0.2, "shuffled": 0.25, "echo": 0.4, "copy": 0.1, "text": 0.05},
         step_tokens=2048,
     ),
     Level(
         lengths=(64, 128),
-        shares={"recall": 0.5, "shuffled": 0.2, "copy": 0.1, "arithmetic": 0.05, "json": 0.05, "text": 0.1},
+        shares={
+            "recall": 0.5,
+            "shuffled": 0.15,
+            "echo": 0.1,
+            "copy": 0.05,
+            "arithmetic": 0.05,
+            "json": 0.05,
+            "text": 0.1,
+        },
         step_tokens=2048,
     ),
     Level(
@@ -122,7 +132,7 @@ class Tally:
 class Trainer:
     """One run: the network, its optimizers and its progress, all of it in one checkpoint file."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, *, documents: Sequence[str]) -> None:
         torch.manual_seed(options.seed)
         self.options = options
         self.directory = Path(options.run)
@@ -144,7 +154,7 @@ class Trainer:
         self.progress = Progress()
         tokenizer = load_tokenizer(self.directory)
         self.encoder = Encoder(tokenizer)
-        self.text = self.encoder.documents(load_documents(held_out=False))
+        self.text = self.encoder.documents(documents)
 
     @property
     def checkpoint(self) -> Path:
@@ -170,7 +180,7 @@ class Trainer:
     def train(self) -> None:
         tally, since = Tally(), time.monotonic()
         while self.progress.step < self.options.steps:
-            self._step(tally)
+            self.advance(tally)
             step = self.progress.step
             if step % LOG_STEPS == 0:
                 line = {"step": step, "level": self.progress.level, "tokens": self.progress.num_tokens}
@@ -181,7 +191,8 @@ class Trainer:
                 self.save()
         self.save()
 
-    def _step(self, tally: Tally) -> None:
+    def advance(self, tally: Tally) -> None:
+        """One step: a batch, its gradients, the optimizers, the level."""
         progress = self.progress
         rng = Random(f"{self.options.seed}:{progress.step}")
         level = LEVELS[progress.level]
@@ -209,7 +220,7 @@ class Trainer:
         targets_S, weights_S = tokens_NT[:, 1:][learnt_NT], weights_NT[learnt_NT]
         losses_S = F.cross_entropy(logits_SV, targets_S, reduction="none")
         loss = (losses_S * weights_S).sum() / weights_S.sum()
-        (loss + BALANCE_WEIGHT * balance).backward()
+        (loss + BALANCE_WEIGHT * balance).backward()  # type: ignore[no-untyped-call]
         tally.loss.append(loss.item())
         rows_S = torch.nonzero(learnt_NT)[:, 0]
         return _account(
@@ -274,7 +285,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    trainer = Trainer(options)
+    trainer = Trainer(options, documents=load_documents(held_out=False))
     if options.resume or options.export or options.card:
         trainer.resume()
     if options.export:

@@ -1,4 +1,5 @@
 import pytest
+
 from tools.demo_corpus import MIN_CHARACTERS, load_documents
 
 

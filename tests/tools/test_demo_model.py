@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
 from tools.demo_card import figure_table
 from tools.demo_export import write_model
 from tools.demo_network import Network, Shape
 from tools.demo_tokenizer import SPECIAL_TOKENS
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "demo"
@@ -34,7 +35,7 @@ def test_an_exported_network_gives_the_same_logits_in_transformers(tmp_path: Pat
         for parameter in network.parameters():
             parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).bfloat16())
     write_model(network, Tokenizer.from_file(str(MODEL / "tokenizer.json")), tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train(False)
     tokens_NT = torch.randint(96, (2, 50))
     with torch.inference_mode():
         torch.testing.assert_close(network(tokens_NT), theirs(tokens_NT).logits, atol=2e-4, rtol=1e-3)

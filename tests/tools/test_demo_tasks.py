@@ -2,6 +2,7 @@ import json
 from random import Random
 
 import pytest
+
 from tools.demo_corpus import is_held_out
 from tools.demo_tasks import (
     TRAINING_KINDS,

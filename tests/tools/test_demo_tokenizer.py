@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from tools.demo_rows import Encoder
 from tools.demo_tasks import WORDS, Conversation, Piece, Turn
 from tools.demo_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
