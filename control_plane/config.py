@@ -5,7 +5,6 @@ overrides from the working directory. Facts that are measured at start (how many
 free) are not settings: `None` leaves them to the worker.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +49,10 @@ class GatewayConfig:
     drain_timeout_s: float = 10.0  # at a stop, for running requests to finish
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise ValueError(
+                "host is empty, but it must be an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+            )
         _bounded("port", self.port, low=0, high=65535)
         _bounded("grpc_port", self.grpc_port, low=0, high=65535)
         if self.port == self.grpc_port != 0:
@@ -74,6 +77,10 @@ class DirectoryConfig:
     ttl_s: float = 2.0  # silence after which a worker is dropped
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise ValueError(
+                "host is empty, but it must be an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+            )
         _bounded("port", self.port, low=0, high=65535)
         _bounded("heartbeat_s", self.heartbeat_s, low=0.01, high=60)
         _bounded("ttl_s", self.ttl_s, low=0.02, high=600)
@@ -200,7 +207,7 @@ def load_config(path: Path | None = None, *, overrides: Sequence[str] = ()) -> C
     if path is not None:
         raw = parse_mapping(_read(path), source=str(path))
     for assignment in overrides:
-        set_override(raw, _from_working_directory(assignment))
+        _set_from_working_directory(raw, assignment)
     _name_after_path(raw)
     try:
         return build(ClusterConfig(), raw, directory=path.resolve().parent if path else Path.cwd())
@@ -217,11 +224,13 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {e.start})") from e
 
 
-def _from_working_directory(assignment: str) -> str:
-    key, separator, value = assignment.partition("=")
-    if key in ("model.path", "run_dir") and separator and value:
-        return f"{key}={json.dumps(str(Path.cwd() / Path(value).expanduser()))}"
-    return assignment
+def _set_from_working_directory(raw: RawMapping, assignment: str) -> None:
+    set_override(raw, assignment)
+    match raw, assignment.partition("=")[0].strip():
+        case {"run_dir": str(path)}, "run_dir" if path:
+            raw["run_dir"] = str(Path.cwd() / Path(path).expanduser())
+        case {"model": {"path": str(path)}}, "model.path" if path:
+            raw["model"]["path"] = str(Path.cwd() / Path(path).expanduser())
 
 
 def _name_after_path(raw: RawMapping) -> None:

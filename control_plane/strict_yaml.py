@@ -134,9 +134,7 @@ def _convert_choice(value: object, choices: tuple[object, ...], *, path: str) ->
     if value in choices:
         return value
     listed = ", ".join(str(choice) for choice in choices)
-    raise ConfigError(
-        f"{path} is {_describe(value)}, but it must be one of: {listed}{_nearest(str(value), choices)}"
-    )
+    raise ConfigError(f"{path} is {_describe(value)}, but it must be one of: {listed}")
 
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
@@ -152,6 +150,8 @@ def _convert_scalar(value: object, hint: type, *, directory: Path, path: str) ->
             return value
         case int() | float() if hint is float and math.isfinite(value):
             return float(value)
+        case str() if "\0" in value:
+            pass  # no path and no argument of a process can hold it
         case str() if hint is str:
             return value
         case str() if hint is Path and value:
