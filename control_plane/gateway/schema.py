@@ -1,0 +1,142 @@
+"""The bodies of requests, as OpenAI defines them, with vLLM's extensions.
+
+A field that OpenAI knows and this server does not support is declared with the type of its harmless values alone; a
+field declared as inactive
+is accepted and changes nothing; any other field is refused.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_CHOICES_PER_PROMPT = 16
+MAX_TOP_LOGPROBS = 20
+INT64_MIN, UINT64_MAX = -(2**63), 2**64 - 1
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class _Body(BaseModel):
+    # Strict: "1" is no number and 1.0 no count. Unknown fields are refused, as OpenAI does.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="Accepted; no obfuscation is ever added.")
+
+
+class _SampledBody(_Body):
+    """What chat and plain completions share."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    stop: Stop | None = None
+    seed: int | None = Field(None, ge=INT64_MIN, le=UINT64_MAX)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[TokenKey, Bias] | None = Field(None, description="Token ids as strings to biases.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    # Extensions, named as in vLLM.
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 and -1 keep all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
+    min_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
+    priority: int | None = Field(None, ge=INT32_MIN, le=INT32_MAX, description="Lower is sooner.")
+    cache_salt: str | None = Field(
+        None, max_length=256, description="Requests share cached prefixes only with equal salts."
+    )
+    # Accepted and inactive.
+    user: str | None = None
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    tool_calls: None = None
+    function_call: None = None
+
+
+class TextFormat(_Body):
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(_SampledBody):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with logprobs.")
+    add_generation_prompt: bool | None = None
+    # Accepted and inactive.
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    # Unsupported beyond these values.
+    audio: None = None
+    function_call: Literal["none"] | None = None
+    functions: Annotated[list[None], Field(max_length=0)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    reasoning_effort: None = None
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[None], Field(max_length=0)] | None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class CompletionRequest(_SampledBody):
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    echo: bool | None = Field(None, description="Not together with logprobs.")
+    logprobs: int | None = Field(None, ge=0, le=5)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT, description="Only equal to n.")
+    # Unsupported beyond this value.
+    suffix: None = None
+
+
+class TokenizeRequest(_Body):
+    """Either prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Default: true for a prompt, false for messages."
+    )
+    add_generation_prompt: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,74 @@
+"""The served model's tokenizer: text to token ids and back, and the bytes of single tokens."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with what a gateway asks of it. Safe to call from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.is_byte_level = "ByteLevel" in _decoder_types(tokenizer)
+        self.special_ids = frozenset(
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._pieces = [self._piece(token_id) for token_id in range(self.vocab_size)]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Special tokens written out in `text` become those tokens, as in transformers and vLLM."""
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary become nothing."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's share of the text's UTF-8 bytes, which may begin or end inside a character."""
+        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def _piece(self, token_id: int) -> bytes:
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.is_byte_level:
+            if all(char in BYTE_OF_CHAR for char in token):
+                return bytes(BYTE_OF_CHAR[char] for char in token)
+            return token.encode()
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def load_tokenizer(model_path: Path) -> TextTokenizer:
+    """Reads tokenizer.json. `ValueError` if the directory has none."""
+    path = model_path / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"no tokenizer.json in {model_path}: the gateway needs the model's fast tokenizer")
+    return TextTokenizer(Tokenizer.from_file(str(path)))
+
+
+def _decoder_types(tokenizer: Tokenizer) -> set[str]:
+    decoder: dict[str, Any] | None = json.loads(tokenizer.to_str()).get("decoder")
+    if decoder is None:
+        return set()
+    return {decoder["type"], *(part["type"] for part in decoder.get("decoders", ()))}
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's byte alphabet: printable Latin-1 stands for itself, the other bytes for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_CHAR = _byte_of_char()
