@@ -32,9 +32,11 @@ class ChatClient:
     def __init__(self, url: str, *, model: str | None, settings: Mapping[str, object]) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._settings = settings
-        self._http = httpx.Client(
-            base_url=self.url, timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-        )
+        timeout = httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        try:
+            self._http = httpx.Client(base_url=self.url, timeout=timeout)
+        except httpx.InvalidURL as e:
+            raise CommandFailed(f"{self.url!r} is not a URL: {e}") from e
         self.last_usage: Usage | None = None
         self.last_finish_reason: str | None = None
         self.model = model or self._first_model()
@@ -69,8 +71,6 @@ class ChatClient:
                             yield text
         except httpx.HTTPError as e:
             raise self._unreachable(e) from e
-        except httpx.InvalidURL as e:
-            raise CommandFailed(f"{self.url!r} is not a URL: {e}") from e
 
     def _take_in(self, data: str) -> str:
         if data == "[DONE]":
@@ -90,8 +90,6 @@ class ChatClient:
             response = self._http.get("/v1/models")
         except httpx.HTTPError as e:
             raise self._unreachable(e) from e
-        except httpx.InvalidURL as e:
-            raise CommandFailed(f"{self.url!r} is not a URL: {e}") from e
         if response.is_error:
             raise CommandFailed(_reason(response))
         try:
