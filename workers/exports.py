@@ -108,6 +108,11 @@ class Exports:
         """Finished and kept for a puller."""
         return sum(export.is_finished for export in self._exports.values())
 
+    @property
+    def num_waiting_pulls(self) -> int:
+        """Pulls that came before their request."""
+        return self._num_waiting
+
     def open(self, request_id: RequestId, *, num_prompt_tokens: int) -> None:
         """From now on the request can be pulled."""
         if request_id in self._exports:
@@ -243,7 +248,8 @@ class Exports:
         return FrameBuffer(staging_bytes(self._memory.layout, num_blocks=num_blocks))
 
     async def _find(self, request_id: RequestId, *, timeout_s: float) -> _Export:
-        if self._num_waiting < self._limits.max_waiting_pulls:
+        is_known = request_id in self._exports or request_id in self._gone
+        if not is_known and self._num_waiting < self._limits.max_waiting_pulls:
             await self._wait_for(request_id, timeout_s=timeout_s)
         export = self._exports.get(request_id)
         if export is None or export.is_released:

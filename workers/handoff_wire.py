@@ -40,7 +40,7 @@ def decode_handoff(data: bytes) -> Handoff:
         raise PullCorrupted(f"the state frame holds no HandoffState: {error}") from error
     if state.finish_reason not in _FINISH_FROM_WIRE:
         raise PullCorrupted(f"unknown finish reason {state.finish_reason}")
-    if state.logprobs and len(state.logprobs) != len(state.output_token_ids):
+    if len(state.logprobs) > len(state.output_token_ids):
         raise PullCorrupted(f"{len(state.logprobs)} logprobs for {len(state.output_token_ids)} tokens")
     return Handoff(
         num_computed_tokens=state.num_computed_tokens,
