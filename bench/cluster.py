@@ -29,6 +29,13 @@ class RunningCluster:
     run_dir: Path
     host: str = "127.0.0.1"
 
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}/v1"
+
+    def worker_processes(self) -> list[psutil.Process]:
+        return [child for child in self.launcher.children(recursive=True) if "workers" in child.cmdline()]
+
     def process(self, word: str) -> psutil.Process:
         """The one process of the cluster whose command line holds `word` as an argument."""
         found = [child for child in self.launcher.children(recursive=True) if word in child.cmdline()]

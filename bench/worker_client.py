@@ -1,6 +1,7 @@
 """Talks to a worker directly, past the gateway: what remains is what the gateway adds."""
 
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -10,13 +11,25 @@ from protos import directory_pb2, directory_pb2_grpc, worker_pb2, worker_pb2_grp
 DEADLINE_S = 30.0
 
 
-async def find_worker(run_dir: Path, role: "worker_pb2.Role.ValueType") -> worker_pb2.WorkerDescription:
-    """The first worker of `role` that the cluster's directory knows."""
+async def watch_workers(run_dir: Path) -> AsyncIterator[list[worker_pb2.WorkerDescription]]:
+    """The workers that the cluster's directory knows, now and after every change."""
+    workers: dict[str, worker_pb2.WorkerDescription] = {}
     async with grpc.aio.insecure_channel(f"unix:{run_dir / 'sockets' / 'directory.sock'}") as channel:
         stub = directory_pb2_grpc.DirectoryAsyncStub(channel)
         async for event in stub.Watch(directory_pb2.WatchRequest(), timeout=DEADLINE_S):
-            if event.kind == directory_pb2.WatchEvent.JOINED and event.worker.role == role:
-                return event.worker
+            if event.kind == directory_pb2.WatchEvent.LEFT:
+                workers.pop(event.worker.worker_id, None)
+            elif event.worker.worker_id:
+                workers[event.worker.worker_id] = event.worker
+            yield list(workers.values())
+
+
+async def find_worker(run_dir: Path, role: "worker_pb2.Role.ValueType") -> worker_pb2.WorkerDescription:
+    """The first worker of `role` that the cluster's directory knows."""
+    async for workers in watch_workers(run_dir):
+        for worker in workers:
+            if worker.role == role:
+                return worker
     raise RuntimeError(f"no worker of role {role} in the directory")
 
 
