@@ -59,7 +59,10 @@ class AnswerResponse(Response):
                     await unless_disconnected(receive, guard.run(self._stream(guard.send)))
                 except Stalled as error:
                     self._timeline.failed(str(error))
-                    scope.get("extensions", {}).get(ABORT_EXTENSION, _nothing)()
+                    if (abort := scope.get("extensions", {}).get(ABORT_EXTENSION)) is not None:
+                        abort()
+                        await _disconnected(receive)
+                    raise ClientDisconnect from None
             else:
                 body = await unless_disconnected(receive, self._collect())
                 await _send_json(body, send)
@@ -168,7 +171,3 @@ async def _send_json(body: bytes, send: Send) -> None:
 
 def _part(body: bytes, *, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more}
-
-
-def _nothing() -> None:
-    """Stands in for an abort function where the server offers none."""

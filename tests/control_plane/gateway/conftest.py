@@ -1,17 +1,21 @@
 """A small byte-level tokenizer in a model directory, a scripted dispatcher, and the app over both."""
 
+import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from control_plane.gateway.app import create_app
+from control_plane.gateway.http_protocol import GatewayProtocol
 from control_plane.gateway.metrics import GatewayMetrics
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.tokenizer import TextTokenizer, load_tokenizer
@@ -103,3 +107,18 @@ async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 async def client(http: httpx.AsyncClient) -> openai.AsyncOpenAI:
     """The official client, without its own retries."""
     return openai.AsyncOpenAI(api_key="none", base_url="http://gateway/v1", http_client=http, max_retries=0)
+
+
+@pytest.fixture
+async def address(app: FastAPI) -> AsyncIterator[tuple[str, int]]:
+    """Host and port of a real server over the app."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, http=GatewayProtocol, ws="none", lifespan="off", log_config=None, access_log=False
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server._serve(sockets=[listener]))
+    yield listener.getsockname()
+    server.should_exit = True
+    await asyncio.wait_for(serving, 10)
+    listener.close()

@@ -28,12 +28,12 @@ class ScriptedDispatcher:
         self.generations: list[Generation] = []
         self.aborted: list[str] = []
         self.num_open = 0
-        self.all_closed = asyncio.Event()
+        self.closed = asyncio.Event()  # set whenever the last open generation ends
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenChunk, None]:
         self.generations.append(generation)
         self.num_open += 1
-        self.all_closed.clear()
+        self.closed.clear()
         finished = False
         try:
             for step in self.script(generation):
@@ -53,7 +53,7 @@ class ScriptedDispatcher:
                 self.aborted.append(generation.request_id)
             self.num_open -= 1
             if not self.num_open:
-                self.all_closed.set()
+                self.closed.set()
 
     def models(self) -> Sequence[ServedModel]:
         return self.served

@@ -1,0 +1,51 @@
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import load_all_checks, positive_data_acceptance
+
+load_all_checks()
+POSTS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+GETS = ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/version", "/metrics")
+
+
+def check_operation(app: FastAPI, *, path: str, method: str, mode: GenerationMode, num_examples: int) -> None:
+    operation = schemathesis.openapi.from_asgi("/openapi.json", app)[path][method]
+
+    @settings(
+        max_examples=num_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: Case) -> None:
+        # A body may fit the schema and still ask for what the model's window or vocabulary cannot give.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    check()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("path", POSTS)
+def test_bodies_are_accepted_and_refused_as_the_document_says(
+    app: FastAPI, path: str, mode: GenerationMode
+) -> None:
+    check_operation(app, path=path, method="POST", mode=mode, num_examples=40)
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_what_is_read_is_as_the_document_says(app: FastAPI, path: str) -> None:
+    check_operation(app, path=path, method="GET", mode=GenerationMode.POSITIVE, num_examples=5)
+
+
+def test_the_document_names_every_path_its_body_and_its_errors(app: FastAPI) -> None:
+    document = app.openapi()
+    assert set(document["paths"]) == {*POSTS, *GETS}
+    for path in POSTS:
+        operation = document["paths"][path]["post"]
+        reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        assert reference.rpartition("/")[2] in document["components"]["schemas"]
+        assert {"200", "400", "404", "413", "415", "503"} <= set(operation["responses"])
+        assert "422" not in operation["responses"]
+    chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert "text/event-stream" in chat["200"]["content"]
+    assert "429" in chat
