@@ -142,7 +142,7 @@ class Experts(nn.Module):
         scaled = torch.cat(parts) * top_MK.reshape(-1)[order, None]
         # Each token stands at K places of the sorted list; gathering them back is quicker than index_add.
         back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
+        back[order] = torch.arange(len(order), device=order.device)
         y_MD = scaled[back].view(len(x_MD), self.top_k, -1).sum(1)
         balance = num_experts * (counts / counts.sum() * odds_ME.mean(0)).sum()
         return y_MD, balance

@@ -83,12 +83,12 @@ LEVELS = (
         shares={"recall": 0.35, "shuffled": 0.05, "copy": 0.1, "arithmetic": 0.1, "json": 0.1, "text": 0.3},
     ),
     Level(
-        lengths=(256, 512, 1024),
-        shares={"recall": 0.3, "copy": 0.05, "arithmetic": 0.15, "json": 0.1, "text": 0.4},
+        lengths=(128, 128, 256, 256, 512, 1024),
+        shares={"recall": 0.25, "copy": 0.1, "arithmetic": 0.15, "json": 0.1, "text": 0.4},
     ),
     Level(
-        lengths=(256, 512, 1024, 2048),
-        shares={"recall": 0.25, "copy": 0.05, "arithmetic": 0.15, "json": 0.05, "text": 0.5},
+        lengths=(128, 128, 256, 256, 512, 512, 1024, 2048),
+        shares={"recall": 0.2, "copy": 0.08, "arithmetic": 0.14, "json": 0.08, "text": 0.5},
     ),
 )
 LEVEL_UP_ACCURACY = 0.85
@@ -271,7 +271,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=6000, help="the step at which the learning rate reaches zero"
     )
-    parser.add_argument("--save-steps", type=int, default=150)
+    parser.add_argument("--save-steps", type=int, default=100)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
