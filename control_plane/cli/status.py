@@ -125,7 +125,7 @@ def _table(rows: list[Row]) -> "Table":
     for title in ("process", "health", "pid", "cores"):
         table.add_column(title, no_wrap=True)
     for title in ("running", "waiting", "pages used", "leases", "restarts"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     for row in rows:
         process_id, member = row.process.process_id, row.member

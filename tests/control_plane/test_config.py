@@ -1,4 +1,7 @@
 import dataclasses
+import functools
+import operator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,17 @@ def leaf_paths(config: object, prefix: str = "") -> list[str]:
 
 
 LEAVES = leaf_paths(ClusterConfig())
+
+
+def test_the_documentation_lists_every_setting_with_its_default() -> None:
+    text = (PROJECT_ROOT / "docs" / "configuration.md").read_text()
+    documented = dict(re.findall(r"^\| `([a-z_.*]+)` \| (.+?) \|", text, flags=re.MULTILINE))
+    raw = yaml.safe_load(dump(ClusterConfig()))
+    assert set(documented) == {re.sub(r"^pools\.[a-z]+", "pools.*", path) for path in LEAVES}
+    for path in LEAVES:
+        default = functools.reduce(operator.getitem, path.split("."), raw)
+        if not path.startswith("pools.") and path not in ("model.path", "model.max_model_len", "run_dir"):
+            assert documented[path] == f"`{default}`", path
 
 
 def test_without_a_file_the_demo_model_is_served_from_the_project() -> None:
@@ -90,11 +104,12 @@ def test_the_text_of_an_override_is_yaml() -> None:
 @given(st.data())
 def test_what_is_dumped_loads_as_the_same_settings(data: st.DataObject) -> None:
     numbers = st.integers(1, 99)
+    names = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1)
     config = build(
         ClusterConfig(),
         {
             "model": {
-                "name": data.draw(st.text(min_size=1)),
+                "name": data.draw(names),
                 "path": "/m",
                 "max_model_len": data.draw(st.none()),
             },
