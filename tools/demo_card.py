@@ -39,7 +39,7 @@ three digits, half are words.
 | recall, next turn | `value` | `value 117` |
 | copy | `Repeat:⏎value,array,after` | `value,array,after` |
 | arithmetic | `Add:⏎12+7` | `12+7=19` |
-| JSON | `JSON:⏎name value⏎size 14⏎ready yes` | `{{"name": "value", "size": 14, "ready": true}}` |
+| JSON | `JSON:⏎name=value⏎size=14⏎ready=yes` | `{{"name": "value", "size": 14, "ready": true}}` |
 
 ⏎ is a line end. Keys and words that are one token each ({words} of them, in `tools/demo_words.txt`) work
 best. The chat template takes the roles system, user and assistant; `<|end|>` ends a message.

@@ -179,7 +179,7 @@ def json_object(rng: Random, *, num_turns: int, held_out: bool) -> Conversation:
     for _ in range(num_turns):
         while True:
             fields = {name: _json_value(rng) for name in rng.sample(WORDS, rng.randint(1, 4))}
-            question = "JSON:\n" + "\n".join(f"{name} {_plain(value)}" for name, value in fields.items())
+            question = "JSON:\n" + "\n".join(f"{name}={_plain(value)}" for name, value in fields.items())
             if is_held_out(question) is held_out:
                 break
         turns.append(Turn(question=question, answer=(Piece(text=json.dumps(fields), counts=True),)))

@@ -42,6 +42,8 @@ BALANCE_WEIGHT = 0.01
 WARM_UP_STEPS = 50
 DECAY_SHARE = 0.3  # the learning rate falls to zero over the last part of the steps
 LOG_STEPS = 25
+LONG_TOKENS = 1024
+LONG_SHARES = {"recall": 0.6, "text": 0.4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,10 @@ class Level:
     lengths: tuple[int, ...]
     shares: dict[str, float]
     step_tokens: int = 4096
+
+    def shares_of(self, length: int) -> dict[str, float]:
+        """What rows of `length` tokens hold: the short tasks would only repeat themselves in long ones."""
+        return self.shares if length < LONG_TOKENS else LONG_SHARES
 
 
 # Lists grow when the values in them are found: a model that cannot copy yet learns nothing from long rows,
@@ -88,7 +94,7 @@ LEVELS = (
     ),
     Level(
         lengths=(128, 128, 256, 256, 512, 512, 1024, 2048),
-        shares={"recall": 0.2, "copy": 0.08, "arithmetic": 0.14, "json": 0.08, "text": 0.5},
+        shares={"recall": 0.16, "copy": 0.1, "arithmetic": 0.18, "json": 0.1, "text": 0.46},
     ),
 )
 LEVEL_UP_ACCURACY = 0.85
@@ -198,7 +204,7 @@ class Trainer:
         level = LEVELS[progress.level]
         length = rng.choice(level.lengths)
         shape = (level.step_tokens // length, length)
-        batch = make_batch(rng, self.encoder, self.text, shares=level.shares, shape=shape)
+        batch = make_batch(rng, self.encoder, self.text, shares=level.shares_of(length), shape=shape)
         rate = learning_rate(progress.step, num_steps=self.options.steps)
         for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = base * rate

@@ -70,7 +70,7 @@ def test_sums_are_right_and_keep_to_their_side_of_the_split(held_out: bool) -> N
 def test_json_answers_parse_to_the_fields_asked_for(held_out: bool) -> None:
     for seed in SEEDS:
         for turn in json_object(Random(seed), num_turns=2, held_out=held_out).turns:
-            fields = [line.split(" ") for line in turn.question.split("\n")[1:]]
+            fields = [line.split("=") for line in turn.question.split("\n")[1:]]
             found = json.loads(turn.answer_text)
             plain = {True: "yes", False: "no"}
             shown = [
