@@ -231,20 +231,38 @@ def test_an_urgent_latecomer_is_not_preempted_for_an_older_request() -> None:
 
 
 def test_a_request_computed_for_another_worker_is_never_preempted() -> None:
-    state, limits = new_state(num_pages=5), new_limits(max_num_batched_tokens=16)
-    add(state, "decodes", prompt=14, arrival_s=0.0)
+    state, limits = new_state(num_pages=12), new_limits(max_num_batched_tokens=4, max_num_seqs=4)
+    add(state, "decodes", prompt=4, arrival_s=0.0)
     step(state, limits)
-    add(state, "exported", prompt=48, arrival_s=1.0, purpose=Purpose.PREFILL_ONLY)
-    preempted: list[str] = []
-    for _ in range(40):
-        preempted += step(state, limits)[0].preempted
-    assert not preempted
-    decodes = state.view().running[0]
-    # It has filled its pages and sits out, with nothing lost, until the other worker lets go.
-    assert decodes.num_tokens == 2 * 16 + 1
-    assert schedule(state.view(), limits).is_empty
+    add(state, "exported", prompt=160, arrival_s=1.0, purpose=Purpose.PREFILL_ONLY)  # 10 pages, over 50 steps
+    plan, _ = step(state, limits)
+    while len(plan.rows) == 2:
+        assert not plan.preempted
+        plan, _ = step(state, limits)
+    # The decode has filled its two pages and sits out, with nothing lost, while the other goes on.
+    assert rows(plan) == [("exported", 4)]
+    assert names(state.view().running) == ["decodes", "exported"]
+    while not schedule(state.view(), limits).is_empty:
+        assert rows(step(state, limits)[0])[0][0] == "exported"
+    # What is computed is kept for the other worker. When that lets go, the decode has its page.
     assert state.release(RequestId("exported"), now_s=0.0) is not None
     assert rows(step(state, limits)[0]) == [("decodes", 1)]
+
+
+def test_a_page_that_others_share_is_not_free_when_one_of_its_users_is_preempted() -> None:
+    state, limits = new_state(num_pages=6), new_limits()
+    prompt = list(range(1, 17))
+    add(state, "warm", prompt=prompt, max_tokens=1)
+    step(state, limits)
+    for number in range(3):
+        add(state, f"r{number}", prompt=[*prompt, number], arrival_s=float(number))
+    plan, _ = step(state, limits)
+    while not plan.preempted:
+        plan, _ = step(state, limits)
+    # All have one page in common. The youngest gives up its own one, which is enough for one of the others only.
+    assert plan.preempted == ("r2",)
+    assert rows(plan) == [("r0", 1)]
+    assert names(state.view().running) == ["r0", "r1"]
 
 
 def test_an_admission_leaves_a_page_for_every_request_that_may_grow() -> None:

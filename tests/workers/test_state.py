@@ -548,6 +548,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert sum(row.num_new_tokens for row in plan.rows) <= self.limits.max_num_batched_tokens
         assert num_seqs <= self.limits.max_num_seqs
         assert len(self.pulling) + len(plan.pulls) <= self.limits.max_num_pulls or not plan.pulls
+        assert all(self.live[i].purpose is Purpose.GENERATE for i in plan.preempted)
         # Rows of one plan write to pages of their own.
         written = [page_id for row in plan.rows for page_id in row.page_ids[row.num_computed_tokens // 16 :]]
         written += [page_id for pull in plan.pulls for page_id in pull.page_ids[pull.first_block :]]
