@@ -53,7 +53,7 @@ async def _receive_all(request: Request, *, limit: int) -> bytes:
 def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object. NaN, Infinity, bytes that are no UTF-8 and anything that is no object raise `InvalidRequest`."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(body.decode("utf-8"), parse_float=_number, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The request body is not valid UTF-8 (byte {error.start}).") from error
     except RecursionError as error:
@@ -63,6 +63,12 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"The request body must be a JSON object, got {_json_type(value)}.")
     return value
+
+
+def _number(text: str) -> float:
+    """Whole numbers are integers however they are written, as in JSON Schema: 1.0 is a count."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _refuse_constant(name: str) -> NoReturn:

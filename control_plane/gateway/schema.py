@@ -26,7 +26,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Body(BaseModel):
-    # Strict: "1" is no number and 1.0 no count. Unknown fields are refused, as OpenAI does.
+    # Strict: "1" is no number. Unknown fields are refused, as OpenAI does.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 

@@ -60,6 +60,7 @@ async def test_temperatures_that_are_no_number_from_0_to_2_are_refused(
         ("n", 0),
         ("n", 17),
         ("n", 1.5),
+        ("n", 1e300),
         ("max_tokens", 0),
         ("max_tokens", -5),
         ("max_tokens", "16"),

@@ -92,6 +92,16 @@ async def test_logprobs_have_offsets_into_the_text(client: openai.AsyncOpenAI) -
     assert set(logprobs.token_logprobs or ()) == {-0.25}
 
 
+async def test_a_whole_number_is_a_count_however_it_is_written(
+    http: httpx.AsyncClient, dispatcher: ScriptedDispatcher
+) -> None:
+    body = b'{"model": "demo", "prompt": [7.0, 80e-1], "max_tokens": 1e1, "temperature": 1}'
+    response = await http.post("/v1/completions", content=body)
+    assert response.status_code == 200
+    assert dispatcher.generations[0].prompt_token_ids == [7, 8]
+    assert dispatcher.generations[0].sampling.max_tokens == 10
+
+
 async def test_the_seed_of_the_first_choice_is_the_requests_own(
     client: openai.AsyncOpenAI, dispatcher: ScriptedDispatcher
 ) -> None:
