@@ -24,6 +24,7 @@ from control_plane.errors import (
 from control_plane.gateway.admission import Admission
 from control_plane.gateway.attempt import Attempt
 from control_plane.gateway.backend import ServedModel
+from control_plane.gateway.logs import log_event
 from control_plane.gateway.progress import Progress
 from control_plane.gateway.sessions import SessionClosed, SessionPool
 from control_plane.gateway.token_merge import TokenMerge
@@ -199,17 +200,15 @@ class PoolDispatcher:
         """Closes the attempt, so that the next one is made elsewhere. Raises if none may be made."""
         assert run.attempt is not None, "an attempt failed that was not made"
         worker_id = run.attempt.decode.worker_id
-        _log.warning(
+        log_event(
+            _log,
             "attempt_failed",
-            extra={
-                "fields": {
-                    "request_id": run.generation.request_id,
-                    "worker_id": worker_id,
-                    "code": failure.code.value,
-                    "reason": failure.message,
-                    "num_tokens": len(run.merge.token_ids),
-                }
-            },
+            level=logging.WARNING,
+            request_id=run.generation.request_id,
+            worker_id=worker_id,
+            code=failure.code.value,
+            reason=failure.message,
+            num_tokens=len(run.merge.token_ids),
         )
         run.excluded.add(run.attempt.decode)
         run.close_attempt()

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError
 from control_plane.directory.member import Incarnation, Member, WorkerId
 from control_plane.directory.memory import Change, ChangeKind
 from control_plane.gateway import wire
+from control_plane.gateway.logs import log_event
 from control_plane.gateway.wire import WorkerOutput
 from control_plane.routing.view import WorkerView
 from protos import worker_pb2, worker_pb2_grpc
@@ -216,9 +218,8 @@ class WorkerSession:
                     del sinks[message.request_id]
                 sink(output)
 
-    def _log(self, event: str, **fields: object) -> None:
-        worker = {"worker_id": self.member.worker_id, "epoch": self.member.epoch}
-        _log.info(event, extra={"fields": worker | fields})
+    def _log(self, event: str, **fields: Any) -> None:
+        log_event(_log, event, worker_id=self.member.worker_id, epoch=self.member.epoch, **fields)
 
 
 _SessionCall = grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionEvent]

@@ -1,0 +1,67 @@
+"""`python -m control_plane.gateway --config FILE`: the control process of a cluster.
+
+Logs are JSON lines on stderr; the events `ready` (with the addresses) and `stopped` are for whoever started the
+process. It ends with 0 after SIGTERM or SIGINT, with 2 for a configuration, an address or a model directory
+that cannot be used, with 1 after a crash.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import uvloop
+
+from control_plane.config import ClusterConfig, load_config
+from control_plane.gateway.control_process import Addresses, StartRefused, serve
+from control_plane.gateway.logs import log_event, start_logging
+from control_plane.strict_yaml import ConfigError
+
+EXIT_CRASHED, EXIT_REFUSED = 1, 2
+
+_logger = logging.getLogger("control_plane.gateway")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code. Does not return for flags that argparse refuses: it exits with 2 itself."""
+    parser = argparse.ArgumentParser(prog="python -m control_plane.gateway", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="the YAML file of the cluster; default: all defaults")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config)
+    except ConfigError as error:
+        parser.error(str(error))
+    start_logging(config.log_level)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config))
+    except StartRefused as error:
+        log_event(_logger, "refused", level=logging.ERROR, detail=str(error))
+        return EXIT_REFUSED
+    except Exception:
+        _logger.exception("crashed")
+        return EXIT_CRASHED
+    log_event(_logger, "stopped")
+    return 0
+
+
+async def _serve(config: ClusterConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if config.transport == "unix":
+        config.socket_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    await serve(config, stop=stop, on_ready=_say_ready)
+
+
+def _say_ready(addresses: Addresses) -> None:
+    log_event(_logger, "ready", **asdict(addresses))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

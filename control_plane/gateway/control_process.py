@@ -1,0 +1,181 @@
+"""The servers of the control process, in one event loop: HTTP, public gRPC and the directory."""
+
+import asyncio
+import contextlib
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import grpc
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from control_plane.config import ClusterConfig
+from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer, expire_silent
+from control_plane.gateway.app import create_app
+from control_plane.gateway.dispatch import DispatchSettings, PoolDispatcher
+from control_plane.gateway.grpc_server import add_services
+from control_plane.gateway.http_protocol import GatewayProtocol
+from control_plane.gateway.metrics import GatewayMetrics
+from control_plane.gateway.pool_metrics import add_pool_metrics
+from control_plane.gateway.sessions import SessionPool, SessionSettings
+from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.tokenizer import load_tokenizer
+from control_plane.routing.policy import RoutingPolicy
+from protos import directory_pb2_grpc
+
+HTTP_BACKLOG = 2048
+
+
+class StartRefused(Exception):
+    """The configuration cannot be served: the message names an address that is taken or what the model lacks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Addresses:
+    """Where the process listens, with the ports that the system chose."""
+
+    http: str
+    grpc: str
+    directory: str
+
+
+class _HttpServer(uvicorn.Server):
+    """One of several servers in a process that has its own idea of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callable[[Addresses], None]) -> None:
+    """Until `stop` is set; then lets running requests finish for `drain_timeout_s`.
+
+    Raises StartRefused.
+    """
+    gateway = config.gateway
+    directory = MemoryDirectory(ttl_s=config.directory.ttl_s)
+    sessions = SessionPool(SessionSettings(gateway_id=f"{socket.gethostname()}:{gateway.port}"))
+    directory.subscribe(sessions.on_change)
+    dispatcher = PoolDispatcher(
+        directory, sessions, policy=_policy(config), settings=_dispatch_settings(config)
+    )
+    metrics = GatewayMetrics(CollectorRegistry())
+    add_pool_metrics(metrics.registry, dispatcher=dispatcher, sessions=sessions)
+    settings = GatewaySettings(
+        model_path=config.model.path,
+        max_body_bytes=gateway.max_body_bytes,
+        stream_write_timeout_s=gateway.stream_write_timeout_s,
+    )
+    try:
+        tokenizer = load_tokenizer(config.model.path)
+        app = create_app(dispatcher=dispatcher, tokenizer=tokenizer, settings=settings, metrics=metrics)
+    except ValueError as error:
+        raise StartRefused(f"model.path: {error}") from error
+
+    async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(_listen_http(gateway.host, gateway.port))
+        directory_server = grpc.aio.server(options=SERVER_OPTIONS)
+        stack.push_async_callback(directory_server.stop, None)
+        stack.push_async_callback(sessions.close)
+        public_server = grpc.aio.server(options=SERVER_OPTIONS)
+        stack.push_async_callback(public_server.stop, None)
+        directory_pb2_grpc.add_DirectoryServicer_to_server(
+            DirectoryServicer(directory, heartbeat_s=config.directory.heartbeat_s), directory_server
+        )
+        health = add_services(
+            public_server, dispatcher=dispatcher, tokenizer=tokenizer, settings=settings, metrics=metrics
+        )
+        addresses = Addresses(
+            http=_url(listener),
+            grpc=_listen_grpc(
+                public_server, f"{_bracketed(gateway.host)}:{gateway.grpc_port}", setting="gateway.grpc_port"
+            ),
+            directory=_listen_grpc(directory_server, config.directory_address, setting="directory.port"),
+        )
+        await directory_server.start()
+        await public_server.start()
+        for service in (expire_silent(directory), health.follow(interval_s=settings.health_interval_s)):
+            stack.push_async_callback(_cancel, asyncio.create_task(service))
+        http_server = _HttpServer(_http_config(app, drain_timeout_s=gateway.drain_timeout_s))
+        http = asyncio.create_task(http_server.serve(sockets=[listener]))
+        stack.push_async_callback(_cancel, http)
+        on_ready(addresses)
+        await _until_stopped(stop, http)
+        http_server.should_exit = True
+        # Both at once, so that draining takes no longer than it may.
+        await asyncio.gather(http, public_server.stop(gateway.drain_timeout_s))
+
+
+def _policy(config: ClusterConfig) -> RoutingPolicy:
+    return RoutingPolicy(
+        prefill_threshold_tokens=config.routing.prefill_threshold_tokens,
+        weights=asdict(config.routing.weights),
+    )
+
+
+def _dispatch_settings(config: ClusterConfig) -> DispatchSettings:
+    return DispatchSettings(
+        max_concurrent_requests=config.gateway.max_concurrent_requests,
+        max_queued_requests=config.gateway.max_queued_requests,
+        request_timeout_s=config.gateway.request_timeout_s,
+    )
+
+
+def _http_config(app: FastAPI, *, drain_timeout_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=GatewayProtocol,
+        ws="none",
+        loop="none",  # it runs in ours
+        lifespan="off",
+        log_config=None,
+        access_log=False,  # gateway.timeline writes a line per request
+        server_header=False,
+        backlog=HTTP_BACKLOG,
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s),
+    )
+
+
+def _listen_http(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=HTTP_BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise StartRefused(f"gateway.port: cannot listen on {host}:{port}: {reason}") from error
+
+
+def _listen_grpc(server: grpc.aio.Server, address: str, *, setting: str) -> str:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartRefused(f"{setting}: cannot listen on {address}: is another program there?") from error
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _url(listener: socket.socket) -> str:
+    host, port, *_ = listener.getsockname()
+    return f"http://{_bracketed(host)}:{port}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+async def _until_stopped(stop: asyncio.Event, http: asyncio.Task[None]) -> None:
+    """Raises what ended the HTTP server, if it ends before."""
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((stopped, http), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await _cancel(stopped)
+
+
+async def _cancel(task: asyncio.Task[object]) -> None:
+    task.cancel()
+    await asyncio.wait((task,))

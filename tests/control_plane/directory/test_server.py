@@ -1,0 +1,159 @@
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+import pytest
+
+from control_plane.directory import server as directory_server
+from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer, expire_silent
+from protos import directory_pb2, directory_pb2_grpc, worker_pb2
+from tests.control_plane.fake_worker import FakeWorker
+
+TIMEOUT_S = 5.0
+KINDS = directory_pb2.WatchEvent
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class Service:
+    stub: "directory_pb2_grpc.DirectoryAsyncStub"
+    directory: MemoryDirectory
+    clock: Clock
+
+    async def register(self, worker_id: str = "w", *, epoch: int = 1) -> directory_pb2.RegisterReply:
+        description = FakeWorker(worker_id, epoch=epoch).description
+        description.control_address = "127.0.0.1:1"
+        return await self.stub.Register(directory_pb2.RegisterRequest(worker=description), timeout=TIMEOUT_S)
+
+    async def beat(self, **fields: object) -> directory_pb2.HeartbeatReply:
+        request = directory_pb2.HeartbeatRequest(**{"worker_id": "w", "epoch": 1, **fields})
+        return await self.stub.Heartbeat(request, timeout=TIMEOUT_S)
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    directory, clock = MemoryDirectory(ttl_s=2.0), Clock()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    directory_pb2_grpc.add_DirectoryServicer_to_server(
+        DirectoryServicer(directory, heartbeat_s=0.5, now_s=clock), server
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield Service(directory_pb2_grpc.DirectoryStub(channel), directory, clock)
+    await server.stop(None)
+
+
+async def read(watch: grpc.aio.UnaryStreamCall) -> directory_pb2.WatchEvent:
+    async with asyncio.timeout(TIMEOUT_S):
+        event = await watch.read()
+    assert isinstance(event, directory_pb2.WatchEvent), "the watch has ended"
+    return event
+
+
+async def drain(watch: grpc.aio.UnaryStreamCall) -> None:
+    while True:
+        await read(watch)
+
+
+async def test_a_worker_learns_how_often_to_report(service: Service) -> None:
+    reply = await service.register()
+    assert (reply.heartbeat_s, reply.ttl_s) == (0.5, 2.0)
+    assert [member.worker_id for member in service.directory.members()] == ["w"]
+
+
+async def test_a_watcher_gets_the_present_members_then_every_change(service: Service) -> None:
+    await service.register("early")
+    watch = service.stub.Watch(directory_pb2.WatchRequest(), timeout=TIMEOUT_S)
+    first, second = await read(watch), await read(watch)
+    assert (first.kind, first.worker.worker_id, second.kind) == (KINDS.JOINED, "early", KINDS.SYNCED)
+    await service.register("w")
+    await service.beat(load=worker_pb2.WorkerLoad(num_running=7))
+    await service.stub.Deregister(directory_pb2.DeregisterRequest(worker_id="w", epoch=1), timeout=TIMEOUT_S)
+    events = [await read(watch) for _ in range(3)]
+    assert [event.kind for event in events] == [KINDS.JOINED, KINDS.UPDATED, KINDS.LEFT]
+    assert events[1].worker.load.num_running == 7
+    watch.cancel()
+
+
+async def test_a_watcher_that_does_not_keep_up_is_cut_off(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_server, "MAX_QUEUED_CHANGES", 3)
+    watch = service.stub.Watch(directory_pb2.WatchRequest(), timeout=TIMEOUT_S)
+    assert (await read(watch)).kind == KINDS.SYNCED
+    description = FakeWorker("w").description
+    description.control_address = "127.0.0.1:1"
+    for epoch in range(1, 6):  # without a turn of the loop: nothing is sent in between
+        description.epoch = epoch
+        service.directory.register(directory_server.wire.read_member(description), now_s=0.0)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await drain(watch)
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_watch_that_ends_leaves_no_listener(service: Service) -> None:
+    watch = service.stub.Watch(directory_pb2.WatchRequest(), timeout=TIMEOUT_S)
+    await read(watch)
+    assert len(service.directory._listeners) == 1
+    watch.cancel()
+    async with asyncio.timeout(TIMEOUT_S):
+        while service.directory._listeners:
+            await service.register()  # a turn of both ends
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"worker_id": "nobody"}, grpc.StatusCode.NOT_FOUND),
+        ({"epoch": 7}, grpc.StatusCode.FAILED_PRECONDITION),
+        ({"blocks": directory_pb2.BlockEvents(stored=b"odd")}, grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+async def test_a_heartbeat_that_does_not_fit_is_refused_with_the_reason(
+    service: Service, fields: dict[str, object], code: grpc.StatusCode
+) -> None:
+    await service.register()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await service.beat(**fields)
+    assert failure.value.code() is code
+    assert failure.value.details()
+
+
+async def test_a_worker_of_no_role_cannot_register(service: Service) -> None:
+    description = FakeWorker("w", role=worker_pb2.ROLE_UNSPECIFIED).description
+    with pytest.raises(grpc.aio.AioRpcError, match="role of 'w' must be prefill, decode or mixed") as failure:
+        await service.stub.Register(directory_pb2.RegisterRequest(worker=description), timeout=TIMEOUT_S)
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_gap_in_the_block_events_is_answered_with_resend(service: Service) -> None:
+    await service.register()
+    assert (await service.beat(blocks=directory_pb2.BlockEvents(sequence=3, stored=bytes(16)))).resend_blocks
+    snapshot = directory_pb2.BlockEvents(sequence=4, snapshot=True, stored=bytes(32))
+    assert not (await service.beat(blocks=snapshot)).resend_blocks
+
+
+async def test_silence_is_noticed_by_the_clock_alone() -> None:
+    directory, clock = MemoryDirectory(ttl_s=0.02), Clock()
+    left = asyncio.Event()
+    description = FakeWorker("w").description
+    description.control_address = "127.0.0.1:1"
+    directory.register(directory_server.wire.read_member(description), now_s=clock())
+    directory.subscribe(lambda change: left.set())
+    expiry = asyncio.create_task(expire_silent(directory, now_s=clock))
+    clock.now_s = 1.0
+    async with asyncio.timeout(TIMEOUT_S):
+        await left.wait()
+    assert directory.members() == ()
+    expiry.cancel()
+    await asyncio.wait([expiry])
