@@ -1,12 +1,19 @@
 """The experts of a mixture: y_t = sum_k weight_tk down_e(silu(gate_e x_t) * up_e x_t), e = expert_tk.
 
-T tokens, K active experts per token, E experts, D channels, I expert width, W = 2I. gate_up_EWD holds all I gate rows
-of an expert, then its up rows; down_EDI its [D, I] output matrix.
+T tokens, K active experts per token, S = T K rows sorted by expert, E experts, D channels, I expert width, W = 2I.
+gate_up_EWD holds all I gate rows of an expert, then its up rows; down_EDI its [D, I] output matrix.
+Few tokens run as four tasks (gather, products, gate, products, combine); many as torch products per expert.
 """
 
 import torch
+from numba import carray, cfunc, int64, njit
 
 from kernels import silu_mul
+from kernels.linear import multiply
+from kernels.team import TASK, Call, Step, bind, claim, floats, words
+
+_CHUNK = 64  # outputs per work item
+_MIN_TEAM_TOKENS = 16
 
 
 def reference(
@@ -25,6 +32,95 @@ def reference(
     return y_TD
 
 
+@cfunc(TASK, cache=True)
+def _gather_task(data):
+    a = carray(data, (7,), int64)  # counter, step, x, places, x sorted, D, K
+    num_tokens, width, num_active = words(a[1], 1)[0], a[5], a[6]
+    while True:
+        token = claim(data)
+        if token >= num_tokens:
+            return
+        x_D, places_K = (
+            floats(a[2] + 4 * token * width, width),
+            words(a[3] + 8 * token * num_active, num_active),
+        )
+        for place in places_K:
+            row_D = floats(a[4] + 4 * place * width, width)
+            for d in range(width):
+                row_D[d] = x_D[d]
+
+
+@cfunc(TASK, cache=True)
+def _products_task(data):
+    a = carray(data, (9,), int64)  # counter, step, x sorted, w, y sorted, starts, E, depth, outputs
+    num_experts, depth, num_outputs = a[6], a[7], a[8]
+    num_chunks = (num_outputs + _CHUNK - 1) // _CHUNK
+    starts = words(a[5], num_experts + 1)
+    while True:
+        item = claim(data)
+        if item >= num_experts * num_chunks:
+            return
+        expert, start = item // num_chunks, item % num_chunks * _CHUNK
+        first, num_rows = starts[expert], starts[expert + 1] - starts[expert]
+        if num_rows > 0:
+            x, y = a[2] + 4 * first * depth, a[4] + 4 * first * num_outputs
+            w = a[3] + 4 * expert * num_outputs * depth
+            multiply(x, w, y, num_rows, depth, num_outputs, start, min(start + _CHUNK, num_outputs))
+
+
+@njit("void(float32[::1], float32, float32[::1])", cache=True, nogil=True, fastmath=True)
+def _add_scaled(y_D, weight, row_D):
+    for d in range(len(y_D)):
+        y_D[d] += weight * row_D[d]
+
+
+@cfunc(TASK, cache=True)
+def _combine_task(data):
+    a = carray(data, (8,), int64)  # counter, step, y sorted, places, weights, y, D, K
+    num_tokens, width, num_active = words(a[1], 1)[0], a[6], a[7]
+    while True:
+        token = claim(data)
+        if token >= num_tokens:
+            return
+        y_D = floats(a[5] + 4 * token * width, width)
+        places_K = words(a[3] + 8 * token * num_active, num_active)
+        weights_K = floats(a[4] + 4 * token * num_active, num_active)
+        y_D[:] = 0
+        for k in range(num_active):
+            _add_scaled(y_D, weights_K[k], floats(a[2] + 4 * places_K[k] * width, width))
+
+
+def expert_mlp_calls(
+    step: Step,
+    x_TD: torch.Tensor,
+    gate_up_EWD: torch.Tensor,
+    down_EDI: torch.Tensor,
+    *,
+    weights_TK: torch.Tensor,
+    places_TK: torch.Tensor,
+    starts: torch.Tensor,
+    out_TD: torch.Tensor,
+) -> list[Call]:
+    """For tokens routed by `kernels.route_experts.route_experts_call`."""
+    (max_tokens, num_active), (num_experts, double, hidden) = places_TK.shape, gate_up_EWD.shape
+    max_rows, width = max_tokens * num_active, double // 2
+    x_SD, gate_up_SW = x_TD.new_empty(max_rows, hidden), x_TD.new_empty(max_rows, double)
+    act_SI, y_SD = x_TD.new_empty(max_rows, width), x_TD.new_empty(max_rows, hidden)
+    up = (x_SD, gate_up_EWD, gate_up_SW, starts, num_experts, hidden, double)
+    down = (act_SI, down_EDI, y_SD, starts, num_experts, width, hidden)
+    few = _MIN_TEAM_TOKENS
+    return [
+        bind(_gather_task.address, step, x_TD, places_TK, x_SD, hidden, num_active, min_team_tokens=few),
+        bind(_products_task.address, step, *up),
+        silu_mul.silu_mul_call(step, gate_up_SW, out_TI=act_SI, rows_per_token=num_active),
+        bind(_products_task.address, step, *down),
+        bind(
+            _combine_task.address, step, y_SD, places_TK, weights_TK, out_TD, hidden, num_active,
+            min_team_tokens=few,
+        ),
+    ]  # fmt: skip
+
+
 def expert_mlp(
     x_TD: torch.Tensor,
     gate_up_EWD: torch.Tensor,
@@ -33,4 +129,19 @@ def expert_mlp(
     weights_TK: torch.Tensor,
     experts_TK: torch.Tensor,
 ) -> torch.Tensor:
-    return reference(x_TD, gate_up_EWD, down_EDI, weights_TK=weights_TK, experts_TK=experts_TK)
+    """For many tokens: rows sorted by expert, two products for each expert that has rows."""
+    num_experts, num_active = len(gate_up_EWD), experts_TK.shape[1]
+    chosen_S = experts_TK.flatten()
+    order_S = chosen_S.argsort(stable=True)
+    token_S = order_S // num_active
+    x_SD = x_TD[token_S]
+    y_SD = torch.empty_like(x_SD)
+    start = 0
+    for expert, count in enumerate(torch.bincount(chosen_S, minlength=num_experts).tolist()):
+        if count:
+            rows = slice(start, start + count)
+            act_SI = silu_mul.silu_mul(x_SD[rows] @ gate_up_EWD[expert].T)
+            torch.mm(act_SI, down_EDI[expert].T, out=y_SD[rows])
+            start += count
+    y_SD *= weights_TK.flatten()[order_S].unsqueeze(1)
+    return torch.zeros_like(x_TD).index_add_(0, token_S, y_SD)

@@ -38,7 +38,7 @@ def prefill_attention(
     window: int | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [T, H, C], lse [T, H] in fp32) of a chunk after `num_prefix` tokens that `prefix_pages` (page ids) hold."""
+    """(out [T, H, C], lse [T, H] in fp32) of a chunk after the first `num_prefix` tokens in `prefix_pages` (ids)."""
     if num_prefix == 0 and (window is None or len(q_THC) <= window):
         return _flash(q_THC, k_TGC, v_TGC, causal=True, mask=None, scale=scale)
     k_SGC, v_SGC = _gather(pages_P2GBC, prefix_pages, num_prefix)
@@ -70,7 +70,8 @@ def _gather(
     pages_P2GBC: torch.Tensor, page_ids: torch.Tensor, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and the values of `num_tokens` tokens, each a [S, G, C] view of one gathered copy."""
-    _, _, num_kv_heads, _, head_dim = pages_P2GBC.shape
+    _, _, num_kv_heads, block, head_dim = pages_P2GBC.shape
+    page_ids = page_ids[: -(-num_tokens // block)]
     kv_2GSC = pages_P2GBC[page_ids].permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
     k_SGC, v_SGC = kv_2GSC[:, :, :num_tokens].transpose(1, 2)
     return k_SGC, v_SGC

@@ -53,12 +53,13 @@ class Engine:
             max_pages_per_request=-(-model.max_model_len // model.layout.block_size_tokens),
         )
 
+    @torch.inference_mode()
     def execute(self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Computes the rows of `plan`, all in one batch; `on_layer(l)` follows the last KV write of layer l."""
         if not plan.rows:
             return StepResult(sampled={})
         batch, sampling = self._batches.build(plan.rows)
-        logits_RV = self._transformer.forward(batch, self.kv_pool.pages_LP2GBC, on_layer=on_layer)
+        logits_RV = self._transformer.forward(batch, on_layer=on_layer)
         if not sampling:
             return StepResult(sampled={})
         requests = [row.request for row in sampling]
@@ -105,7 +106,6 @@ def load_engine(
                 f"kv_cache_bytes {kv_cache_bytes} is less than one page of {layout.block_bytes} bytes"
             )
     weights = load_weights(checkpoint, config, dtype=getattr(torch, dtype))
-    tokenizer_path = model_path / "tokenizer.json"
     model = ModelInfo(
         fingerprint=_fingerprint(config, checkpoint, dtype=dtype),
         vocab_size=config.vocab_size,
@@ -113,12 +113,13 @@ def load_engine(
         eos_token_ids=load_eos_token_ids(model_path),
         layout=layout,
     )
+    kv_pool = KvPool(layout, num_pages=num_pages)
     return Engine(
         model,
-        transformer=Transformer(config, weights, max_model_len=length),
-        kv_pool=KvPool(layout, num_pages=num_pages),
-        sampler=Sampler(),
-        stop_strings=StopStrings(tokenizer_path),
+        transformer=Transformer(config, weights, pages_LP2GBC=kv_pool.pages_LP2GBC, max_model_len=length),
+        kv_pool=kv_pool,
+        sampler=Sampler(eos_token_ids=model.eos_token_ids, vocab_size=model.vocab_size),
+        stop_strings=StopStrings(model_path / "tokenizer.json"),
     )
 
 

@@ -1,0 +1,100 @@
+"""y = x w^T + bias for few rows x: reads the weights at the speed of memory, in the layout the checkpoint has.
+
+M rows, K inputs, N outputs; x [M, K], w [N, K], y [M, N]. Rows of w come four at a time and stay in cache while the
+rows of x pass, four at a time. EPYC with AVX-512, two threads, K 1024, N 5632: M=1 0.68 ms (34 GB/s) against 1.4 of
+torch's linear, M=4 0.9 against 2.8; from about 64 rows on torch is as good, and takes over.
+"""
+
+import torch
+from numba import carray, cfunc, int64, njit
+
+from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
+from kernels.tile import MAX_TILE_COLUMNS, TILE_ROWS, tile_1, tile_2, tile_3, tile_4
+
+MAX_ROWS = 64
+_CHUNK = 64  # outputs per work item
+_BLOCK = 8  # outputs whose weights pass all rows of x before the next
+
+
+def reference(x_MK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.linear(x_MK, w_NK, bias_N)
+
+
+@njit("void(int64,int64,int64,int64,int64,int64,int64,int64)", cache=True, nogil=True)
+def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
+    """Outputs start..stop-1 of all rows; x, w, y are addresses, start a multiple of 4."""
+    whole = start + (stop - start) // TILE_ROWS * TILE_ROWS
+    for block in range(start, whole, _BLOCK):
+        block_stop = min(block + _BLOCK, whole)
+        row = 0
+        while row < num_rows:
+            columns = min(MAX_TILE_COLUMNS, num_rows - row)
+            x_row = x + 4 * row * depth
+            for n in range(block, block_stop, TILE_ROWS):
+                w_row, place = w + 4 * n * depth, y + 4 * (row * num_outputs + n)
+                if columns == 4:
+                    tile_4(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+                elif columns == 3:
+                    tile_3(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+                elif columns == 2:
+                    tile_2(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+                else:
+                    tile_1(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+            row += columns
+    for n in range(whole, stop):  # fewer than four outputs are left: the same row of w four times, one result
+        for row in range(num_rows):
+            tile_1(
+                w + 4 * n * depth, 0, x + 4 * row * depth, depth, depth, y + 4 * (row * num_outputs + n), 0, 0
+            )
+
+
+@njit("void(int64,int64,int64,int64,int64,int64)", cache=True, nogil=True, fastmath=True)
+def add_bias(y, bias, num_rows, num_outputs, start, stop):
+    bias_N = floats(bias, num_outputs)[start:stop]
+    for row in range(num_rows):
+        y_N = floats(y + 4 * row * num_outputs, num_outputs)[start:stop]
+        for n in range(len(y_N)):
+            y_N[n] += bias_N[n]
+
+
+@cfunc(TASK, cache=True)
+def _task(data):
+    a = carray(data, (8,), int64)  # counter, step, x, w, bias, y, K, N
+    num_rows, depth, num_outputs = words(a[1], 1)[0], a[6], a[7]
+    while True:
+        start = claim(data) * _CHUNK
+        if start >= num_outputs:
+            return
+        stop = min(start + _CHUNK, num_outputs)
+        multiply(a[2], a[3], a[5], num_rows, depth, num_outputs, start, stop)
+        if a[4] != 0:
+            add_bias(a[5], a[4], num_rows, num_outputs, start, stop)
+
+
+def linear_call(
+    step: Step, x_MK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None, *, out_MN: torch.Tensor
+) -> Call:
+    """Multiplies as many rows as the step has tokens."""
+    num_outputs, depth = w_NK.shape
+    if x_MK.shape[1] != depth or out_MN.shape[1] != num_outputs:
+        raise ValueError(f"w {list(w_NK.shape)} does not fit x {list(x_MK.shape)} and y {list(out_MN.shape)}")
+    return bind(_task.address, step, x_MK, w_NK, bias_N, out_MN, depth, num_outputs)
+
+
+def linear(
+    x_MK: torch.Tensor,
+    w_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    *,
+    out_MN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x w^T + bias, into `out_MN` if given."""
+    if x_MK.dtype != torch.float32 or len(x_MK) > MAX_ROWS:
+        if out_MN is None or bias_N is not None:
+            return reference(x_MK, w_NK, bias_N)
+        return torch.mm(x_MK, w_NK.T, out=out_MN)
+    out_MN = x_MK.new_empty(len(x_MK), len(w_NK)) if out_MN is None else out_MN
+    step = Step()
+    step.fill(len(x_MK))
+    Program([linear_call(step, x_MK.contiguous(), w_NK, bias_N, out_MN=out_MN)]).run()
+    return out_MN
