@@ -1,0 +1,166 @@
+"""Killed workers, vanishing clients and Ctrl-C, against real processes."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Callable
+
+import openai
+import psutil
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from bench.cluster import RunningCluster, running_cluster
+from bench.worker_client import watch_workers
+from protos import worker_pb2
+
+MODEL = "penstock-demo"
+Connect = Callable[[RunningCluster], OpenAI]
+
+
+def long_prompt(seed: int, num_tokens: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(300, 1900) for _ in range(num_tokens)]
+
+
+def is_idle(worker: worker_pb2.WorkerDescription) -> bool:
+    load = worker.load
+    return load.num_free_pages == load.num_pages and not (
+        load.num_running or load.num_waiting or load.num_leases
+    )
+
+
+async def wait_until_idle(cluster: RunningCluster) -> list[worker_pb2.WorkerDescription]:
+    """Follows the directory until every worker has all its pages free and no request or lease."""
+    async with asyncio.timeout(20):
+        async for workers in watch_workers(cluster.run_dir):
+            if len(workers) == 2 and all(is_idle(worker) for worker in workers):
+                return workers
+    raise AssertionError("unreachable")
+
+
+async def test_pages_leases_and_sockets_return_to_zero_after_500_cancels(
+    disaggregated: RunningCluster,
+) -> None:
+    generator = random.Random(1)
+    await wait_until_idle(disaggregated)
+    processes = [disaggregated.process("control_plane.gateway"), *disaggregated.worker_processes()]
+    warm = AsyncOpenAI(base_url=disaggregated.url, api_key="unused", max_retries=0, timeout=60)
+    await warm.completions.create(model=MODEL, prompt=long_prompt(0, 100), max_tokens=2)
+    await warm.close()
+    await wait_until_idle(disaggregated)
+    before = {process.pid: process.num_fds() for process in processes}
+
+    async def disconnect_somewhere(index: int) -> None:
+        """Opens a stream and leaves it before the first token, after a few, or before the answer's head."""
+        async with AsyncOpenAI(
+            base_url=disaggregated.url, api_key="unused", max_retries=0, timeout=60
+        ) as client:
+            num_events = generator.randrange(4)
+            request = client.completions.create(
+                model=MODEL,
+                prompt=long_prompt(index, generator.randrange(8, 600)),
+                max_tokens=400,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            if num_events == 0:
+                task = asyncio.ensure_future(request)
+                await asyncio.wait([task], timeout=generator.random() / 10)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                return
+            stream = await request
+            async for _ in stream:
+                num_events -= 1
+                if num_events == 0:
+                    break
+            await stream.close()
+
+    gate = asyncio.Semaphore(32)
+
+    async def bounded(index: int) -> None:
+        async with gate:
+            await disconnect_somewhere(index)
+
+    await asyncio.gather(*(bounded(index) for index in range(500)))
+    await wait_until_idle(disaggregated)
+    after = {process.pid: process.num_fds() for process in processes}
+    assert all(after[pid] <= before[pid] + 2 for pid in before), (before, after)
+
+
+def test_a_prefill_worker_killed_mid_way_costs_its_clients_nothing(connect: Connect) -> None:
+    settings = {
+        "routing": {"prefill_threshold_tokens": 32},
+        "pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 1}},
+    }
+    with running_cluster(settings) as cluster:
+        client = connect(cluster)
+        requests = [long_prompt(seed, 900) for seed in range(4)]
+        expected = [complete(client, prompt) for prompt in requests]
+        streams = [start(client, prompt[1:]) for prompt in requests]
+        cluster.process("prefill").send_signal(signal.SIGKILL)
+        texts = ["".join(event.choices[0].text for event in stream) for stream in streams]
+        assert texts == [complete(client, prompt[1:]) for prompt in requests]
+        assert [complete(client, prompt) for prompt in requests] == expected
+
+
+def test_a_killed_decode_worker_has_its_requests_finished_by_the_other_one(connect: Connect) -> None:
+    with running_cluster({"pools": {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}}) as cluster:
+        client = connect(cluster)
+        prompts = [long_prompt(seed, 60) for seed in range(4)]
+        expected = [complete(client, prompt) for prompt in prompts]
+        streams = [start(client, prompt) for prompt in prompts]
+        texts = [next(stream).choices[0].text for stream in map(iter, streams)]
+        cluster.worker_processes()[0].send_signal(signal.SIGKILL)
+        for index, stream in enumerate(streams):
+            texts[index] += "".join(event.choices[0].text for event in stream)
+        assert texts == expected
+
+
+def test_without_any_decode_worker_left_requests_fail_clearly(connect: Connect) -> None:
+    with running_cluster({"pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}}) as cluster:
+        client = connect(cluster)
+        stream = start(client, long_prompt(1, 200))
+        next(iter(stream))
+        for process in cluster.worker_processes():
+            process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(openai.APIError, match="worker"):
+                list(stream)
+            with pytest.raises(openai.APIStatusError, match="worker"):
+                complete(client, long_prompt(2, 50))
+        finally:
+            for process in cluster.worker_processes():
+                process.send_signal(signal.SIGCONT)
+
+
+def test_ctrl_c_leaves_no_process_and_no_socket_behind() -> None:
+    with running_cluster({}) as cluster:
+        processes = [cluster.launcher, *cluster.launcher.children(recursive=True)]
+        sockets = cluster.run_dir / "sockets"
+        assert len(processes) >= 4
+        assert list(sockets.iterdir())
+        os.kill(cluster.launcher.pid, signal.SIGINT)
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        assert alive == []
+        assert not sockets.exists() or list(sockets.iterdir()) == []
+
+
+def complete(client: OpenAI, prompt: list[int]) -> str:
+    reply = client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+    )
+    return reply.choices[0].text
+
+
+def start(client: OpenAI, prompt: list[int]) -> "openai.Stream[openai.types.Completion]":
+    return client.completions.create(
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=200,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
