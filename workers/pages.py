@@ -99,6 +99,15 @@ class PagePool:
             else:
                 self._stored[key] = None
 
+    def spoil(self, page_ids: Iterable[PageId]) -> None:
+        """Says that these pages may have been written to: cached blocks of those that nobody uses are forgotten."""
+        for page_id in page_ids:
+            key = self._keys[page_id]
+            if key is not None and self._ref_counts[page_id] == 0:
+                del self._idle[page_id]
+                self._forget(page_id, key)
+                self._make_available(page_id)
+
     def take_changes(self) -> tuple[tuple[BlockKey, ...], tuple[BlockKey, ...]]:
         """Keys that became cached, and keys evicted, since the last call; without those that did both."""
         changes = tuple(self._stored), tuple(self._removed)

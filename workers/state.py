@@ -199,6 +199,16 @@ class EngineState:
         outputs = (self._apply_row(row, result, now_s=now_s) for row in plan.rows)
         return tuple(output for output in outputs if output is not None)
 
+    def step_failed(self, plan: StepPlan, *, now_s: float) -> None:
+        """Instead of `apply`, if the step broke off: nobody goes on from what it may have overwritten.
+
+        Its requests are where they were; the caller decides whether they end. Pulls of the plan are not recorded.
+        """
+        for request_id in plan.preempted:
+            self._preempt(self._requests[request_id], now_s=now_s)
+        for row in plan.rows:
+            self._pages.spoil(row.page_ids[row.num_computed_tokens // BLOCK_SIZE_TOKENS :])
+
     def export_progress(self) -> tuple[ExportProgress, ...]:
         """Of every PREFILL_ONLY request that owns pages."""
         exported = (r for r in self._requests.values() if r.purpose is Purpose.PREFILL_ONLY and r.page_ids)

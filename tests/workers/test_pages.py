@@ -99,6 +99,18 @@ def test_what_came_and_went_between_two_calls_is_no_change() -> None:
     assert pool.take_changes() == ((), ())
 
 
+def test_a_spoiled_page_is_free_and_what_it_held_is_forgotten() -> None:
+    pool = PagePool(3)
+    spoiled, used = cached_chain(pool, [1]), cached_chain(pool, [2])
+    pool.release(spoiled)
+    pool.take_changes()
+    pool.spoil([*spoiled, *used])
+    pool.check(Counter(used))
+    assert pool.take_changes() == ((), (key(1),))
+    assert pool.longest_cached_prefix([key(2)], 1) == used
+    assert take(pool, 1) == spoiled
+
+
 @pytest.mark.parametrize(
     "misuse",
     [

@@ -267,12 +267,20 @@ def test_a_page_that_others_share_is_not_free_when_one_of_its_users_is_preempted
 
 def test_an_admission_leaves_a_page_for_every_request_that_may_grow() -> None:
     state, limits = new_state(num_pages=4), new_limits()
-    add(state, "runs", prompt=16, arrival_s=0.0)
+    add(state, "runs", prompt=17, arrival_s=0.0)
     step(state, limits)
-    add(state, "waits", prompt=33, arrival_s=1.0)  # 3 pages are free, and all would be taken
+    add(state, "waits", prompt=32, arrival_s=1.0)  # as many pages as are free
     assert rows(step(state, limits)[0]) == [("runs", 1)]
     state.abort(RequestId("runs"), now_s=0.0)
-    assert rows(step(state, limits)[0]) == [("waits", 33)]
+    assert rows(step(state, limits)[0]) == [("waits", 32)]
+
+
+def test_requests_admitted_together_leave_a_page_for_each_other() -> None:
+    state, limits = new_state(num_pages=4), new_limits()
+    for number in range(3):
+        add(state, f"r{number}", prompt=16, arrival_s=float(number))
+    # The first needs nobody's leave; each further one leaves a page for those before it.
+    assert rows(step(state, limits)[0]) == [("r0", 16), ("r1", 16)]
 
 
 def test_a_request_as_large_as_the_pool_runs_alone_to_its_end() -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -496,6 +497,20 @@ class EngineMachine(RuleBasedStateMachine):
         self.run_step(token_ids)
         for _ in range(num_more):
             self.run_step([3, 2, 1, 3, 2])
+
+    @rule()
+    def fail_step(self) -> None:
+        """The engine breaks off somewhere, and the rows end, as the loop has it."""
+        plan = schedule(self.state.view(), self.limits)
+        plan = replace(plan, pulls=())
+        for row in plan.rows:
+            for position in range(row.num_computed_tokens, len(row.page_ids) * 16):
+                self.memory[row.page_ids[position // 16]][position % 16] = -1
+        self.state.step_failed(plan, now_s=0.0)
+        for row in plan.rows:
+            output = self.state.abort(row.request.request_id, now_s=0.0)
+            assert output is not None
+            self.hear([output])
 
     @precondition(lambda self: self.pulling)
     @rule(data=st.data(), succeeds=st.booleans())

@@ -52,7 +52,9 @@ class Sampler:
             for row, request in enumerate(requests)
             if len(request.output_token_ids) < request.sampling.min_tokens
         ]
-        penalized = [row for row, request in enumerate(requests) if _is_penalized(request.sampling)]
+        penalized = [
+            row for row, request in enumerate(requests) if _penalties(request.sampling) != (1.0, 0.0, 0.0)
+        ]
         if not (biased or ending or penalized):
             return logits_RV
         logits_RV = logits_RV.clone()
@@ -71,19 +73,13 @@ class Sampler:
 
     def _penalize(self, requests: Sequence[Request], rows: list[int], logits_RV: torch.Tensor) -> None:
         counts = [self._counts_of(requests[row]) for row in rows]
-        penalties = torch.ones((len(requests), 3))
-        for row in rows:
-            sampling = requests[row].sampling
-            penalties[row] = torch.tensor(
-                [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
-            )
         num_tokens = [len(count.token_ids) for count in counts]
         penalize_(
             logits_RV,
             torch.from_numpy(np.repeat(rows, num_tokens)),
             torch.from_numpy(np.concatenate([count.token_ids for count in counts])),
             count_N=torch.from_numpy(np.concatenate([count.num_outputs for count in counts])),
-            penalties_R3=penalties,
+            penalties_R3=torch.tensor([_penalties(request.sampling) for request in requests]),
         )
 
     def _counts_of(self, request: Request) -> "_TokenCounts":
@@ -125,12 +121,8 @@ class _TokenCounts:
         self._num_followed = len(self.request.output_token_ids)
 
 
-def _is_penalized(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
-    )
+def _penalties(sampling: SamplingParams) -> tuple[float, float, float]:
+    return sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
 
 
 def _draws(requests: Sequence[Request]) -> Draws:
@@ -160,7 +152,7 @@ def _with_logprobs(
         return [SampledToken(token_id) for token_id in token_ids]
     rows = torch.tensor(list(asked))
     asked_RV = logits_RV[rows]
-    log_total_R1 = asked_RV.double().logsumexp(dim=1, keepdim=True)
+    log_total_R1 = asked_RV.logsumexp(dim=1, keepdim=True)
     chosen = (asked_RV.gather(1, token_R[rows, None]) - log_total_R1)[:, 0].tolist()
     top_RK, top_token_RK = asked_RV.topk(min(max(asked.values()), asked_RV.shape[1]), dim=1)
     top, top_token_ids = (top_RK - log_total_R1).tolist(), top_token_RK.tolist()
