@@ -16,8 +16,8 @@ All integers are little-endian. One checksum covers header and payload. On one A
 """
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import xxhash
 
@@ -43,16 +43,14 @@ class FrameKind(IntEnum):
 _KINDS = {kind.value: kind for kind in FrameKind}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FrameHeader:
-    """What a frame says of itself. `checksum` is filled in by `pack_header` and checked by `verify`."""
+class FrameHeader(NamedTuple):
+    """What a frame says of itself, but for the checksum."""
 
     kind: FrameKind
     layer: int = 0
     first_block: int = 0
     num_blocks: int = 0
     payload_bytes: int = 0
-    checksum: int = 0
 
 
 def pack_header(header: FrameHeader, *, payload: memoryview, into: memoryview) -> None:
@@ -61,12 +59,15 @@ def pack_header(header: FrameHeader, *, payload: memoryview, into: memoryview) -
         raise ValueError(
             f"payload is {len(payload)} bytes, announced {header.payload_bytes}, allowed {MAX_PAYLOAD_BYTES}"
         )
-    _pack_fields(header, into)
+    _FIELDS.pack_into(into, 0, MAGIC, VERSION, header.kind, 0, *header[1:])
     _CHECKSUM.pack_into(into, _FIELDS.size, _digest(into[: _FIELDS.size], payload))
 
 
 def unpack_header(data: memoryview) -> FrameHeader:
-    """Reads HEADER_BYTES. Raises TransferCorrupted for what this version would not have written."""
+    """Reads HEADER_BYTES; `verify` comes when the payload is there.
+
+    Raises TransferCorrupted for what this version would not have written.
+    """
     magic, version, kind, flags, layer, first_block, num_blocks, payload_bytes = _FIELDS.unpack_from(data)
     if magic != MAGIC:
         raise TransferCorrupted(f"not a frame: starts with {magic!r}, must be {MAGIC!r}")
@@ -78,41 +79,15 @@ def unpack_header(data: memoryview) -> FrameHeader:
         raise TransferCorrupted(f"frame flags {flags:#x}, must be 0 in version {VERSION}")
     if payload_bytes > MAX_PAYLOAD_BYTES:
         raise TransferCorrupted(f"frame announces {payload_bytes} bytes, allowed are {MAX_PAYLOAD_BYTES}")
-    (checksum,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
-    return FrameHeader(
-        kind=_KINDS[kind],
-        layer=layer,
-        first_block=first_block,
-        num_blocks=num_blocks,
-        payload_bytes=payload_bytes,
-        checksum=checksum,
-    )
+    return FrameHeader(_KINDS[kind], layer, first_block, num_blocks, payload_bytes)
 
 
-def verify(header: FrameHeader, payload: memoryview) -> None:
-    """Raises TransferCorrupted unless header and payload arrived as they were sent."""
-    fields = memoryview(bytearray(_FIELDS.size))
-    _pack_fields(header, fields)
-    found = _digest(fields, payload)
-    if found != header.checksum:
-        raise TransferCorrupted(
-            f"checksum of a {header.kind.name} frame is {found:#x}, announced {header.checksum:#x}"
-        )
-
-
-def _pack_fields(header: FrameHeader, into: memoryview) -> None:
-    _FIELDS.pack_into(
-        into,
-        0,
-        MAGIC,
-        VERSION,
-        header.kind,
-        0,
-        header.layer,
-        header.first_block,
-        header.num_blocks,
-        header.payload_bytes,
-    )
+def verify(header: memoryview, payload: memoryview) -> None:
+    """Raises TransferCorrupted unless the HEADER_BYTES and the payload arrived as they were sent."""
+    (announced,) = _CHECKSUM.unpack_from(header, _FIELDS.size)
+    found = _digest(header[: _FIELDS.size], payload)
+    if found != announced:
+        raise TransferCorrupted(f"checksum of a frame is {found:#x}, announced {announced:#x}")
 
 
 def _digest(fields: memoryview, payload: memoryview) -> int:

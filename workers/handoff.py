@@ -21,7 +21,7 @@ from kvstore.transfer import (
 )
 from protos import kv_pb2, kv_pb2_grpc
 from workers.channels import Channels
-from workers.errors import PullCorrupted, PullInterrupted, PullRefused
+from workers.errors import PullCorrupted, PullError, PullInterrupted, PullRefused
 from workers.handoff_wire import decode_handoff, layout_to_wire
 from workers.request import Handoff, KvSource
 from workers.step import Pull
@@ -89,19 +89,18 @@ class Puller:
     async def pull(self, pull: Pull) -> Handoff:
         """Fills the pages of `pull` from `first_block` on and returns the request's state.
 
-        Raises PullRefused, PullInterrupted or PullCorrupted; the pages then hold nothing of use. The source is
-        told of a success in the background.
+        Raises PullRefused, PullInterrupted or PullCorrupted; the pages then hold nothing of use. Either way the
+        source is told in the background that we want no more. A cancelled pull tells it nothing: whoever aborts
+        the request does.
         """
         source = pull.request.kv_source
         assert source is not None, f"request {pull.request.request_id} has no source to pull from"
         async with self._slots:
             try:
-                async with asyncio.timeout(self._timeouts.total_s):
-                    handoff = await self._fetch(pull, source)
-            except TimeoutError as error:
-                raise PullInterrupted(
-                    f"{source.worker_id} did not hand over {source.request_id} in {self._timeouts.total_s:g} s"
-                ) from error
+                handoff = await self._fetch_in_time(pull, source)
+            except PullError:
+                self._release_soon(source)
+                raise
         self._release_soon(source)
         return handoff
 
@@ -112,6 +111,15 @@ class Puller:
             task.cancel()
         await asyncio.gather(*releases, return_exceptions=True)
         await self._channels.close()
+
+    async def _fetch_in_time(self, pull: Pull, source: KvSource) -> Handoff:
+        try:
+            async with asyncio.timeout(self._timeouts.total_s):
+                return await self._fetch(pull, source)
+        except TimeoutError as error:
+            raise PullInterrupted(
+                f"{source.worker_id} did not hand over {source.request_id} in {self._timeouts.total_s:g} s"
+            ) from error
 
     async def _fetch(self, pull: Pull, source: KvSource) -> Handoff:
         reply = await self._shake_hands(pull, source)

@@ -182,13 +182,13 @@ async def test_nobody_listening_is_an_interruption(tmp_path: Path) -> None:
 
 
 async def test_a_silent_peer_is_an_interruption() -> None:
-    expected = pytest.raises(TransferInterrupted, match=r"sent nothing for 0\.05 s")
+    expected = pytest.raises(TransferInterrupted, match=r"did nothing for 0\.05 s")
     with pair(idle_timeout_s=0.05) as (connection, _), expected:
         await connection.receive_header()
 
 
 async def test_a_peer_that_takes_nothing_is_an_interruption() -> None:
-    expected = pytest.raises(TransferInterrupted, match="took less than a frame")
+    expected = pytest.raises(TransferInterrupted, match="did nothing for")
     with pair(idle_timeout_s=0.05) as (connection, _), expected:
         await send(connection, bytes(MAX_PAYLOAD_BYTES))
 
@@ -216,7 +216,7 @@ async def test_a_changed_payload_is_corrupt() -> None:
         frame = bytearray(buffer.sealed(blocks(4)))
         frame[-1] ^= 1
         peer.send(frame)
-        with pytest.raises(TransferCorrupted, match="checksum of a BLOCKS frame"):
+        with pytest.raises(TransferCorrupted, match="checksum of a frame"):
             await receive(connection)
 
 

@@ -276,7 +276,7 @@ HASTY = PullTimeouts(handshake_s=5.0, connect_s=0.2, idle_s=0.2, total_s=0.4, re
     ("handler", "error", "found"),
     [
         (closes, PullInterrupted, "closed the connection"),
-        (silence, PullInterrupted, "sent nothing"),
+        (silence, PullInterrupted, "did nothing"),
         (endless_keep_alives, PullCorrupted, "keep-alives"),
         (sends_state(b"\xff\xff"), PullCorrupted, "no HandoffState"),
         (sends_state(encode_handoff(Handoff(num_computed_tokens=5, output_token_ids=(1,)))), PullCorrupted,
@@ -292,7 +292,8 @@ async def test_a_source_that_misbehaves_is_a_typed_error(
     async with Impostor(handler) as impostor:
         with pytest.raises(error, match=found):
             await puller.pull(make_pull(impostor.control_address, first_block=len(PAGES)))
-        assert impostor.num_releases == 0
+        async with asyncio.timeout(SOON_S):
+            await impostor.released.wait()  # it need not keep the pages
     await puller.close()
 
 
@@ -384,7 +385,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    ("number", "found"), [(signal.SIGKILL, "closed|broke"), (signal.SIGSTOP, "sent nothing for 1 s")]
+    ("number", "found"), [(signal.SIGKILL, "closed|broke"), (signal.SIGSTOP, "did nothing for 1 s")]
 )
 async def test_a_source_process_killed_or_frozen_in_the_middle_interrupts_the_pull(
     pool: KvPool, number: signal.Signals, found: str
