@@ -29,6 +29,7 @@ class Start:
     ready_s: float
     first_token_s: float
     stop_s: float
+    cpu_s: float  # of all processes up to there: it tells a busy machine from a slow start
     pss_bytes: int
     rss_bytes: int
 
@@ -39,15 +40,24 @@ def measure_start() -> Start:
         ready_s = time.perf_counter() - began_s
         ask(cluster, num_prompt_tokens=16)
         first_token_s = time.perf_counter() - began_s
+        cpu_s = sum(sum(process.cpu_times()[:2]) for process in processes(cluster))
         ask(cluster, num_prompt_tokens=LONG_PROMPT_TOKENS)
         pss_bytes, rss_bytes = memory(cluster)
         stop_began_s = time.perf_counter()
     return Start(
         ready_s=ready_s,
         first_token_s=first_token_s,
+        cpu_s=cpu_s,
         stop_s=time.perf_counter() - stop_began_s,
         pss_bytes=pss_bytes,
         rss_bytes=rss_bytes,
+    )
+
+
+def describe(start: Start) -> str:
+    return (
+        f"ready {start.ready_s:.2f} s, first token {start.first_token_s:.2f} s ({start.cpu_s:.1f} s of CPU), "
+        f"PSS {start.pss_bytes / 1e9:.2f} GB, RSS {start.rss_bytes / 1e9:.2f} GB, stop {start.stop_s:.2f} s"
     )
 
 
@@ -63,11 +73,15 @@ def ask(cluster: RunningCluster, *, num_prompt_tokens: int) -> None:
 def memory(cluster: RunningCluster) -> tuple[int, int]:
     """(PSS, RSS) of all processes, printed for each."""
     total_pss = total_rss = 0
-    for process in (cluster.launcher, *cluster.launcher.children(recursive=True)):
+    for process in processes(cluster):
         info = process.memory_full_info()
         total_pss, total_rss = total_pss + info.pss, total_rss + info.rss
         print(f"  {info.pss / 2**20:7.0f} MiB PSS {info.rss / 2**20:7.0f} MiB RSS  {name(process)}")
     return total_pss, total_rss
+
+
+def processes(cluster: RunningCluster) -> list[psutil.Process]:
+    return [cluster.launcher, *cluster.launcher.children(recursive=True)]
 
 
 def name(process: psutil.Process) -> str:
@@ -89,10 +103,7 @@ def main() -> None:
         for number in range(1 + num_warm):
             start = measure_start()
             starts.append(start)
-            print(
-                f"{'warm' if number else 'cold'}: ready {start.ready_s:.2f} s, first token {start.first_token_s:.2f} s,"
-                f" PSS {start.pss_bytes / 1e9:.2f} GB, RSS {start.rss_bytes / 1e9:.2f} GB, stop {start.stop_s:.2f} s"
-            )
+            print(f"{'warm' if number else 'cold'}: {describe(start)}")
     cold, *warm = starts
     resident_bytes = max(start.pss_bytes for start in starts)
     write_report(

@@ -70,6 +70,7 @@ def _refuse(error: Exception) -> int:
 
 def _load(config: WorkerConfig) -> "Engine":
     _use_cores(config)
+    log_event(_logger, "loading_kernels")  # compiles them where no compiled ones are at hand
     # Imported here: OpenMP and numba read their environment when they are loaded.
     from workers.engine.engine import load_engine
 

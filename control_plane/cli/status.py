@@ -124,7 +124,7 @@ def _table(rows: list[Row]) -> "Table":
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("process", "health", "pid", "cores"):
         table.add_column(title, no_wrap=True)
-    for title in ("running", "waiting", "pages used", "leases", "restarts"):
+    for title in ("running", "waiting", "pages used", "leases"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     for row in rows:
@@ -139,7 +139,11 @@ def _table(rows: list[Row]) -> "Table":
             str(process_id.pid) if process_id else "",
             format_cores(row.process.cores),
             *load,
-            str(row.process.num_restarts),
-            row.process.detail,
+            _remark(row.process),
         )
     return table
+
+
+def _remark(process: ProcessState) -> str:
+    restarts = f"restarted {process.num_restarts} times" if process.num_restarts else ""
+    return "; ".join(filter(None, [process.detail, restarts]))

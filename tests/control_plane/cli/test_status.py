@@ -59,10 +59,10 @@ def test_shows_processes_with_their_load(
     first, _, _, *rows = result.stdout.splitlines()
     assert first == f"fake at {state.http_url}/v1 (gRPC {state.grpc_address}): ready"
     control, prefill, decode = (row.split() for row in rows)
-    assert control == ["control", "ready", str(state.processes[0].process_id.pid), "any", "0"]
+    assert control == ["control", "ready", str(state.processes[0].process_id.pid), "any"]
     assert "not in the directory" in " ".join(prefill)
     assert decode[:2] == ["decode-0", "ready"]
-    assert decode[4:] == ["3", "2", "40/100", "1", "0"]
+    assert decode[4:] == ["3", "2", "40/100", "1"]
 
 
 def test_json_holds_the_same_for_programs(
