@@ -13,13 +13,12 @@ executes.
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
-from math import isfinite
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey, chain_keys, child_key, root_key
 from workers import timeline
-from workers.errors import InvalidRequest, PullCorrupted, QueueFull
+from workers.errors import InvalidRequest, QueueFull
 from workers.pages import PagePool, num_pages_for
 from workers.request import (
     FinishReason,
@@ -35,6 +34,7 @@ from workers.request import (
 )
 from workers.scheduler import SchedulerView
 from workers.step import SampledToken, ScheduledRequest, StepPlan, StepResult
+from workers.validation import check_request, new_tokens
 
 # How long a rejected client should wait: a few decode steps of a full batch on a slow machine, or one long
 # prompt.
@@ -115,7 +115,9 @@ class EngineState:
 
     def add(self, request: Request, *, now_s: float) -> None:
         """Queues a request. Raises `InvalidRequest` or `QueueFull`; then the state is as before."""
-        self._validate(request)
+        if request.request_id in self._requests:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use; give every request its own")
+        check_request(request, vocab_size=self._limits.vocab_size, max_tokens=self.max_request_tokens)
         if len(self._waiting) >= self._limits.max_num_waiting:
             message = f"{len(self._waiting)} requests are waiting, the most this worker takes"
             raise QueueFull(message, retry_after_s=RETRY_AFTER_S)
@@ -166,7 +168,7 @@ class EngineState:
         if request.status is Status.DOOMED:
             self._drop(request)
             return None
-        tokens = _new_tokens(request, handoff, vocab_size=self._limits.vocab_size)
+        tokens = new_tokens(request, handoff, vocab_size=self._limits.vocab_size)
         request.timeline.stamp(timeline.PULL_DONE, now_s)
         request.num_cached_tokens = max(request.num_cached_tokens, handoff.num_cached_tokens)
         self._run_pulled(request)
@@ -251,7 +253,7 @@ class EngineState:
         for request in self._requests.values():
             by_status[request.status].add(request.request_id)
             users.update(request.page_ids)
-            _check_request(request)
+            _prove(request)
         self._pages.check(users)
         assert by_status[Status.WAITING] == {r.request_id for r in self._waiting}
         assert by_status[Status.RUNNING] == {r.request_id for r in self._running}
@@ -261,30 +263,6 @@ class EngineState:
             assert ranked == sorted(ranked, key=_rank)
 
     # Inside.
-
-    def _validate(self, request: Request) -> None:
-        if request.request_id in self._requests:
-            raise InvalidRequest(f"request id {request.request_id!r} is in use; give every request its own")
-        if not request.prompt_token_ids:
-            raise InvalidRequest("the prompt has no tokens; it needs at least one")
-        if request.num_tokens >= self.max_request_tokens:
-            raise InvalidRequest(
-                f"the prompt has {request.num_tokens} tokens; at most {self.max_request_tokens - 1} fit here"
-            )
-        if len(request.output_token_ids) >= request.sampling.max_tokens:
-            raise InvalidRequest(
-                f"{len(request.output_token_ids)} tokens are generated already, max_tokens is "
-                f"{request.sampling.max_tokens}"
-            )
-        if request.purpose is Purpose.PREFILL_ONLY and request.kv_source is not None:
-            raise InvalidRequest("a PREFILL_ONLY request computes its prompt itself: it takes no kv_source")
-        if not isfinite(request.arrival_s):
-            raise InvalidRequest(f"arrival_s must be a time, got {request.arrival_s}")
-        vocab_size = self._limits.vocab_size
-        biased = (token_id for token_id, _ in request.sampling.logit_bias)
-        for token_id in (*request.prompt_token_ids, *request.output_token_ids, *biased):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequest(f"token id {token_id} is not in the vocabulary of {vocab_size}")
 
     def _root_key(self, request: Request) -> BlockKey:
         return root_key(model_fingerprint=self._limits.model_fingerprint, cache_salt=request.cache_salt)
@@ -457,31 +435,7 @@ def _ended(request: Request, finish_reason: FinishReason, *, now_s: float) -> Re
     )
 
 
-def _new_tokens(request: Request, handoff: Handoff, *, vocab_size: int) -> list[SampledToken]:
-    """The tokens of a hand-over that are new here; `PullCorrupted` if it is not of this request."""
-    num_known = len(request.output_token_ids)
-    known, new = handoff.output_token_ids[:num_known], handoff.output_token_ids[num_known:]
-    if list(known) != request.output_token_ids or not new:
-        raise PullCorrupted(f"the hand-over has outputs {handoff.output_token_ids}, known are {known}")
-    num_expected = request.num_tokens + len(new) - 1
-    if handoff.num_computed_tokens != num_expected or num_pages_for(num_expected) != len(request.page_ids):
-        raise PullCorrupted(
-            f"the hand-over has {handoff.num_computed_tokens} computed tokens, expected are {num_expected} "
-            f"in {len(request.page_ids)} pages"
-        )
-    if not all(0 <= token_id < vocab_size for token_id in new):
-        raise PullCorrupted(f"the hand-over has tokens {new}, the vocabulary has {vocab_size}")
-    if request.sampling.num_logprobs is not None and len(handoff.logprobs) < len(new):
-        raise PullCorrupted(f"the hand-over has {len(handoff.logprobs)} logprobs for {len(new)} tokens")
-    logprobs: Sequence[TokenLogprobs | None] = [None] * len(new)
-    if request.sampling.num_logprobs is not None:
-        logprobs = handoff.logprobs[-len(new) :]
-    tokens = [SampledToken(token_id, each) for token_id, each in zip(new, logprobs, strict=True)]
-    tokens[-1] = replace(tokens[-1], stop_string=handoff.stop_string)
-    return tokens
-
-
-def _check_request(request: Request) -> None:
+def _prove(request: Request) -> None:
     num_pages, num_computed = len(request.page_ids), request.num_computed_tokens
     assert num_computed <= num_pages * BLOCK_SIZE_TOKENS, "computed tokens have no page"
     assert len(set(request.page_ids)) == num_pages, "a page holds two blocks of one request"
