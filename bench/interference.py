@@ -94,9 +94,8 @@ def main() -> None:
     changes = {}
     with tempfile.TemporaryDirectory(prefix="penstock-") as directory:
         model = write_random_model(Path(directory), hidden_size=512, num_layers=8)
-        print(
-            f"{'topology':14} {'quiet p50':>10} {'quiet p99':>10} {'loaded p50':>11} {'loaded p99':>11} {'p99 change':>11}"
-        )
+        columns = ("quiet p50", "quiet p99", "loaded p50", "loaded p99", "p99 change")
+        print(f"{'topology':14}", *(f"{column:>11}" for column in columns))
         for name, pools in TOPOLOGIES.items():
             settings = {"model": {"name": "bench", "path": str(model)}, "pools": dict(pools)}
             with running_cluster(settings) as cluster:

@@ -15,7 +15,7 @@ async def watch_workers(run_dir: Path) -> AsyncIterator[list[worker_pb2.WorkerDe
     """The workers that the cluster's directory knows, now and after every change."""
     workers: dict[str, worker_pb2.WorkerDescription] = {}
     async with grpc.aio.insecure_channel(f"unix:{run_dir / 'sockets' / 'directory.sock'}") as channel:
-        stub = directory_pb2_grpc.DirectoryAsyncStub(channel)
+        stub = directory_pb2_grpc.DirectoryStub(channel)
         async for event in stub.Watch(directory_pb2.WatchRequest(), timeout=DEADLINE_S):
             if event.kind == directory_pb2.WatchEvent.LEFT:
                 workers.pop(event.worker.worker_id, None)
@@ -38,7 +38,7 @@ class DirectSession:
 
     def __init__(self, worker: worker_pb2.WorkerDescription) -> None:
         self._channel = grpc.aio.insecure_channel(worker.control_address)
-        self._stream = worker_pb2_grpc.WorkerAsyncStub(self._channel).Session()
+        self._stream = worker_pb2_grpc.WorkerStub(self._channel).Session()  # type: ignore[call-arg]  # as in sessions.py
         self._worker = worker
 
     async def open(self) -> None:
@@ -72,4 +72,4 @@ class DirectSession:
 
     async def close(self) -> None:
         self._stream.cancel()
-        await self._channel.close()
+        await self._channel.close(None)

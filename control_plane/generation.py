@@ -49,7 +49,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenChunk:
-    """New tokens of one generation, in order and without gaps or repeats. `finish_reason` is set in the last chunk only."""
+    """New tokens of one generation, in order, no gaps, no repeats; `finish_reason` is set in the last chunk only."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()

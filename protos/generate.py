@@ -1,4 +1,4 @@
-"""Generates the Python code of every .proto beside this file: `python protos/generate.py` writes it, `--check` proves it is up to date."""
+"""Generates the Python code of every .proto beside this file; `--check` proves that it is up to date."""
 
 import argparse
 import sys
