@@ -2,8 +2,8 @@
 
     python -m workers --role mixed --worker-id w0 --model-path models/demo --model-name demo
 
-Every flag is a field of `WorkerConfig`. Logs are JSON lines on stderr; the events `loading`, `ready` (with the
-addresses) and `stopped` are for whoever started the process. It ends with 0 after SIGTERM or SIGINT, with 2 for a
+Every flag is a field of `WorkerConfig`. Logs are JSON lines on stderr; the events `loading_kernels`, `loading`, `ready`
+(with the addresses) and `stopped` are for whoever started the process. It ends with 0 after SIGTERM or SIGINT, with 2 for a
 configuration, an address or a checkpoint that cannot be used, with 1 after a crash.
 """
 
@@ -70,6 +70,8 @@ def _refuse(error: Exception) -> int:
 
 def _load(config: WorkerConfig) -> "Engine":
     _use_cores(config)
+    if not config.model_path.is_dir():
+        raise CheckpointError(f"there is no directory {config.model_path}")
     log_event(_logger, "loading_kernels")  # compiles them where no compiled ones are at hand
     # Imported here: OpenMP and numba read their environment when they are loaded.
     from workers.engine.engine import load_engine

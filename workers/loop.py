@@ -101,7 +101,10 @@ class RequestLoop:
         self._session_ids = map(SessionId, itertools.count(1))
         self._outboxes: dict[SessionId, Outbox] = {}
         self._requests: dict[RequestId, Request] = {}  # all that are here, those in the inbox included
-        self._aborted: set[RequestId] = set()  # those of them that are on their way out
+        self._aborted: set[RequestId] = (
+            set()
+        )  # those of them that are to end, now or when the inbox is settled
+        self._doomed: set[RequestId] = set()  # have said their last word, but their pull has not ended
         self._pulls: dict[RequestId, asyncio.Task[Handoff | None]] = {}
         self._step_number = 0
         self._num_failed_steps = 0
@@ -189,6 +192,8 @@ class RequestLoop:
         self._settled.set()
 
     async def _step(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> None:
+        for request_id in plan.preempted:  # their pages are somebody else's from here on
+            self._exports.retract(request_id)
         if plan.pulls:
             # Their pages are disjoint from those of the rows, so they may be recorded ahead of them.
             self._state.apply(StepPlan(pulls=plan.pulls), StepResult(sampled={}), now_s=time.time())
@@ -226,9 +231,10 @@ class RequestLoop:
         return await loop.run_in_executor(engine_thread, execute)
 
     def _fail_rows(self, plan: StepPlan, error: Exception) -> None:
-        """Nothing of the plan has been recorded, so its requests are where they were; they end here."""
+        """The rows of the plan are where they were; they end here. What they may have overwritten is forgotten."""
         self._num_failed_steps += 1
         self._metrics.step_failed()
+        self._state.step_failed(plan, now_s=time.time())
         failure = EngineFailed(f"step {self._step_number} failed: {type(error).__name__}: {error}")
         for row in plan.rows:
             self._end(row.request.request_id, failure=failure)
@@ -346,7 +352,7 @@ class RequestLoop:
                     _logger, "pull_unusable", level=logging.WARNING, request=request_id, detail=str(error)
                 )
                 self._state.pull_failed(request_id, now_s=now_s)
-        if request_id in self._aborted:
+        if request_id in self._doomed:
             self._forget(request_id)
         if output is not None:
             self._deliver((output,))
@@ -375,10 +381,10 @@ class RequestLoop:
         for output in outputs:
             by_session.setdefault(output.session_id, []).append(output)
             self._metrics.output(output, now_s=now_s)
-            if output.finish_reason is not None and output.request_id not in self._pulls:
-                self._forget(output.request_id)
+            if output.finish_reason is not None and output.request_id in self._pulls:
+                self._doomed.add(output.request_id)
             elif output.finish_reason is not None:
-                self._aborted.add(output.request_id)
+                self._forget(output.request_id)
         for session_id, session_outputs in by_session.items():
             if (outbox := self._outboxes.get(session_id)) is not None:
                 outbox.put(self._step_number, session_outputs)
@@ -387,3 +393,4 @@ class RequestLoop:
         self._engine.forget(request_id)
         del self._requests[request_id]
         self._aborted.discard(request_id)
+        self._doomed.discard(request_id)

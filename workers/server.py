@@ -30,6 +30,7 @@ SERVER_OPTIONS = (
     # A peer that was cut off without a word is noticed within 3 s.
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),  # by default a minute, whatever the keepalive timeout says
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 300),

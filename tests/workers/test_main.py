@@ -1,0 +1,310 @@
+"""The worker as a process: how it starts, refuses, stops, and what its death means to others."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+
+from kvstore.layout import KvLayout
+from protos import worker_pb2, worker_pb2_grpc
+from workers.config import Role
+from workers.identity import Identity
+
+Fixture = Any
+TIMEOUT_S = 60.0
+PROMPT = [(7 * i) % 250 + 3 for i in range(300)]
+SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 1234, "max_tokens": 24, "ignore_eos": True}
+
+
+class WorkerProcess:
+    """`python -m workers` with the flags given, its log read line by line."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.log: list[str] = []
+
+    async def event(self, name: str) -> dict[str, Any]:
+        """The next event of this name in the log."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            while line := (await self.process.stderr.readline()).decode():
+                self.log.append(line)
+                if line.startswith("{") and (event := json.loads(line))["event"] == name:
+                    assert isinstance(event, dict)
+                    return event
+        raise AssertionError(f"no event {name!r} in the log:\n{''.join(self.log)}")
+
+    async def ready(self) -> Identity:
+        """What sessions need to know of it."""
+        event = await self.event("ready")
+        async with grpc.aio.insecure_channel(event["control_address"]) as channel:
+            worker = await worker_pb2_grpc.WorkerStub(channel).Describe(
+                worker_pb2.DescribeRequest(), timeout=10.0
+            )
+        return Identity(
+            worker_id=worker.worker_id, epoch=worker.epoch, role=Role(event["role"]), pid=worker.pid,
+            control_address=worker.control_address, data_address=worker.data_address,
+            model_name=worker.model.name, fingerprint=worker.model.fingerprint,
+            max_model_len=worker.model.max_model_len, vocab_size=worker.model.vocab_size,
+            layout=KvLayout(
+                num_layers=worker.model.layout.num_layers, num_kv_heads=worker.model.layout.num_kv_heads,
+                head_dim=worker.model.layout.head_dim, dtype=worker.model.layout.dtype,
+            ),
+        )  # fmt: skip
+
+    async def ended(self) -> int:
+        """The exit code; the rest of the log is read."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            self.log.append((await self.process.stderr.read()).decode())
+            return await self.process.wait()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+
+@pytest.fixture
+async def start_process(checkpoint: Path) -> AsyncIterator[Fixture]:
+    """start_process(flag=value, ...): defaults make a small mixed worker; a flag that is None is left out."""
+    started: list[WorkerProcess] = []
+
+    async def start(*more: str, **flags: Any) -> WorkerProcess:
+        defaults = {
+            "role": "mixed", "worker_id": "w", "model_path": checkpoint, "model_name": "tiny", "num_pages": 64,
+            "max_num_seqs": 16, "max_num_batched_tokens": 64,
+        }  # fmt: skip
+        settings = {name: value for name, value in (defaults | flags).items() if value is not None}
+        words = [str(w) for name, value in settings.items() for w in (f"--{name.replace('_', '-')}", value)]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "workers", *words, *more, stderr=asyncio.subprocess.PIPE
+        )
+        started.append(WorkerProcess(process))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.kill()
+        await worker.ended()
+
+
+@pytest.mark.parametrize(
+    ("flags", "more", "message"),
+    [
+        ({}, ["--max-num-sequences", "4"], "unrecognized arguments: --max-num-sequences 4"),
+        ({}, ["--max-num"], "unrecognized arguments: --max-num"),
+        ({"model_path": None}, [], "the following arguments are required: --model-path"),
+        ({"role": "expert"}, [], "must be one of prefill, decode, mixed, got 'expert'"),
+        ({"num_pages": "many"}, [], "--num-pages: invalid int value: 'many'"),
+        ({"dtype": "int3"}, [], "dtype must be one of float32, bfloat16, got 'int3'"),
+        ({"lease_s": "-1"}, [], "lease_s must be a positive number of seconds, got -1.0"),
+        ({"cores": "0,x"}, [], "--cores"),
+        ({"cores": "4000"}, [], "cores (4000,) cannot be used; there are"),
+        ({"data_address": "127.0.0.1:1"}, [], "127.0.0.1:1"),
+    ],
+)
+async def test_a_wrong_flag_ends_it_with_2_and_says_which(
+    start_process: Fixture, flags: dict[str, str], more: list[str], message: str
+) -> None:
+    worker = await start_process(*more, **flags)
+    assert await worker.ended() == 2
+    assert message in worker.log[-1]
+    assert "Traceback" not in worker.log[-1]
+
+
+async def _refused(worker: WorkerProcess) -> str:
+    """What a worker says that ends before it is ready."""
+    event = await worker.event("refused")
+    assert await worker.ended() == 2
+    assert "Traceback" not in "".join(worker.log)
+    return str(event["detail"])
+
+
+async def test_a_checkpoint_that_is_not_there_ends_it_with_2(start_process: Fixture, tmp_path: Path) -> None:
+    assert str(tmp_path / "nothing") in await _refused(await start_process(model_path=tmp_path / "nothing"))
+
+
+async def test_a_truncated_checkpoint_ends_it_with_2(
+    start_process: Fixture, checkpoint: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1000)
+    assert "model.safetensors" in await _refused(await start_process(model_path=broken))
+
+
+async def test_a_port_that_is_taken_ends_it_with_2(start_process: Fixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert address in await _refused(await start_process(control_address=address))
+
+
+async def test_a_signal_ends_it_with_0_and_leaves_no_socket(
+    start_process: Fixture, connect: Fixture, tmp_path: Path
+) -> None:
+    worker = await start_process(
+        control_address=f"unix:{tmp_path}/control.sock", data_address=f"unix://{tmp_path}/data.sock"
+    )
+    identity = await worker.ready()
+    assert sorted(os.listdir(tmp_path)) == ["control.sock", "data.sock"]
+    session = connect(identity)
+    await session.open()
+    session.listen()
+    answer = await session.submit("r", PROMPT, max_tokens=200, ignore_eos=True)
+    await answer.began.wait()
+    worker.process.send_signal(signal.SIGTERM)
+    assert await worker.ended() == 0
+    assert '"event": "stopped"' in worker.log[-1]
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_signal_while_it_loads_ends_it_with_0(start_process: Fixture) -> None:
+    worker = await start_process()
+    await worker.event("loading_kernels")
+    worker.process.send_signal(signal.SIGINT)
+    assert await worker.ended() == 0
+
+
+async def test_metrics_are_served_where_others_look_for_them(
+    start_process: Fixture, connect: Fixture, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    worker = await start_process(metrics_port=port)
+    session = connect(await worker.ready())
+    await session.open()
+    session.listen()
+    await (await session.submit("r", PROMPT, max_tokens=5, ignore_eos=True)).wait()
+    page = await asyncio.to_thread(_fetch, f"http://127.0.0.1:{port}/metrics")
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    label = '{model_name="tiny"}'
+    assert float(values[f"vllm:prompt_tokens_total{label}"]) == 300
+    assert float(values[f"vllm:generation_tokens_total{label}"]) == 5
+    assert float(values[f"vllm:inter_token_latency_seconds_count{label}"]) == 4
+    for histogram in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert float(values[f"vllm:{histogram}_seconds_count{label}"]) == 1
+    for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert float(values[f"vllm:{gauge}{label}"]) == 0
+    assert 'vllm:cache_config_info{block_size="16",model_name="tiny",num_gpu_blocks="64"}' in values
+
+
+def _fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return str(reply.read().decode())
+
+
+_PARENT = """
+import os, subprocess, sys
+worker = subprocess.Popen([*sys.argv[1:], "--parent-pid", str(os.getpid())], stderr=subprocess.PIPE, text=True)
+for line in worker.stderr:
+    if '"ready"' in line:
+        print(worker.pid, flush=True)
+        break
+os.kill(os.getpid(), 9)
+"""
+
+
+async def test_it_does_not_outlive_its_parent(checkpoint: Path) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _PARENT, sys.executable, "-m", "workers", "--role", "mixed", "--worker-id", "w",
+        "--model-path", str(checkpoint), "--model-name", "tiny", stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert parent.stdout is not None
+    async with asyncio.timeout(TIMEOUT_S):
+        worker = psutil.Process(int(await parent.stdout.readline()))
+        assert await parent.wait() == -signal.SIGKILL
+    _, alive = await asyncio.to_thread(psutil.wait_procs, [worker], 10)
+    assert not alive
+
+
+async def test_it_does_not_start_for_a_parent_that_is_gone(start_process: Fixture) -> None:
+    worker = await start_process(parent_pid=1)
+    assert await worker.ended() == 0
+    assert "loading" not in "".join(worker.log)
+
+
+# What the sudden death of a prefill worker means to a decode worker: nothing that a client could see.
+
+
+async def _expected(start_worker: Fixture, open_session: Fixture) -> list[int]:
+    session = await open_session(await start_worker(Role.MIXED))
+    answer = await (await session.submit("r", PROMPT, **SEEDED)).wait()
+    return list(answer.token_ids)
+
+
+async def test_a_prefill_worker_killed_before_the_hand_over_is_not_missed(
+    start_process: Fixture, start_worker: Fixture, open_session: Fixture
+) -> None:
+    expected = await _expected(start_worker, open_session)
+    prefill = await start_process(role="prefill")
+    source = await prefill.ready()
+    decode = await start_worker(Role.DECODE)
+    session = await open_session(decode)
+    prefill.kill()
+    await prefill.ended()
+    answer = await (await session.submit("r", PROMPT, kv_source=source, **SEEDED)).wait()
+    assert answer.token_ids == expected
+    assert "pull_failed" in [event.name for event in answer.last.timeline]
+    await decode.settled()
+
+
+async def test_a_prefill_worker_killed_during_the_hand_over_is_not_missed(
+    start_process: Fixture, start_worker: Fixture, open_session: Fixture, connect: Fixture
+) -> None:
+    expected = await _expected(start_worker, open_session)
+    # One token a step: the prompt takes 300 steps, and its blocks leave one by one.
+    prefill = await start_process(role="prefill", max_num_seqs=1, max_num_batched_tokens=1)
+    source = await prefill.ready()
+    decode = await start_worker(Role.DECODE)
+    to_prefill, to_decode = connect(source), await open_session(decode)
+    await to_prefill.open()
+    answer = await to_decode.submit("r", PROMPT, kv_source=source, **SEEDED)
+    await to_prefill.submit("r", PROMPT, purpose=worker_pb2.Submit.PREFILL_ONLY, **SEEDED)
+    async with grpc.aio.insecure_channel(source.control_address) as channel:
+        stub = worker_pb2_grpc.WorkerStub(channel)
+        while True:  # until it is half-way
+            load = (await stub.Describe(worker_pb2.DescribeRequest(), timeout=10.0)).load
+            if 0 < load.num_waiting_tokens < len(PROMPT) // 2:
+                break
+            assert load.num_leases == 0, "too late, it is done"
+        prefill.kill()
+    await prefill.ended()
+    await answer.wait()
+    assert answer.token_ids == expected
+    assert "pull_failed" in [event.name for event in answer.last.timeline]
+    await decode.settled()
+
+
+async def test_a_prefill_worker_killed_after_the_hand_over_is_not_missed(
+    start_process: Fixture, start_worker: Fixture, open_session: Fixture, connect: Fixture
+) -> None:
+    expected = await _expected(start_worker, open_session)
+    prefill = await start_process(role="prefill")
+    source = await prefill.ready()
+    decode = await start_worker(Role.DECODE)
+    to_prefill, to_decode = connect(source), await open_session(decode)
+    await to_prefill.open()
+    to_prefill.listen()
+    first = await to_prefill.submit("r", PROMPT, purpose=worker_pb2.Submit.PREFILL_ONLY, **SEEDED)
+    answer = await to_decode.submit("r", PROMPT, kv_source=source, **SEEDED)
+    await answer.began.wait()
+    prefill.kill()
+    await prefill.ended()
+    await answer.wait()
+    assert answer.token_ids == expected
+    assert first.token_ids == expected[:1]
+    assert "pull_done" in [event.name for event in answer.last.timeline]
+    await decode.settled()

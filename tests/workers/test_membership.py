@@ -1,0 +1,206 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer
+from kvstore.blocks import BlockKey, chain_keys, root_key
+from protos import directory_pb2_grpc
+from workers.config import Role
+from workers.membership import BlockReport
+from workers.request import Request, RequestId, SamplingParams, SessionId
+from workers.scheduler import SchedulerLimits, schedule
+from workers.state import EngineState, StateLimits
+from workers.step import SampledToken, StepResult
+
+Fixture = Any
+FINGERPRINT = b"f" * 32
+PROMPT = list(range(3, 83))  # five blocks
+
+
+class Directory:
+    """A real directory on one port that may go away and come back."""
+
+    def __init__(self) -> None:
+        self.memory = MemoryDirectory(ttl_s=2.0)
+        self.address = "127.0.0.1:0"
+        self._server: grpc.aio.Server | None = None
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        self.memory = MemoryDirectory(ttl_s=2.0)
+        self.memory.subscribe(lambda _: self._changed.set())
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        servicer = DirectoryServicer(self.memory, heartbeat_s=0.02)
+        directory_pb2_grpc.add_DirectoryServicer_to_server(servicer, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(self.address)}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@pytest.fixture
+async def directory() -> AsyncIterator[Directory]:
+    made = Directory()
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def test_a_worker_registers_and_reports_its_load_and_its_blocks(
+    directory: Directory, start_worker: Fixture, open_session: Fixture
+) -> None:
+    running = await start_worker(Role.DECODE, directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    (member,) = directory.memory.members()
+    assert member.epoch == running.identity.epoch
+    assert member.control_address == running.identity.control_address
+    session = await open_session(running)
+    await (await session.submit("r", PROMPT, max_tokens=2, ignore_eos=True)).wait()
+    keys = list(chain_keys(root_key(model_fingerprint=running.identity.fingerprint), PROMPT))
+    await directory.until(
+        lambda: directory.memory.blocks.num_leading_blocks(member.worker_id, keys) == len(keys) == 5
+    )
+
+
+async def test_a_worker_that_stops_says_goodbye(directory: Directory, start_worker: Fixture) -> None:
+    running = await start_worker(directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    await running.end()
+    assert directory.memory.members() == ()
+
+
+async def test_a_directory_that_comes_back_empty_learns_everything_again(
+    directory: Directory, start_worker: Fixture, open_session: Fixture
+) -> None:
+    running = await start_worker(directory=directory.address)
+    session = await open_session(running)
+    await (await session.submit("r1", PROMPT, max_tokens=2, ignore_eos=True)).wait()
+    await directory.until(lambda: len(directory.memory.blocks) == 5)
+    await directory.stop()
+    # Requests do not notice.
+    assert (
+        len((await (await session.submit("r2", [7] * 40, max_tokens=2, ignore_eos=True)).wait()).token_ids)
+        == 2
+    )
+    await directory.start()
+    await directory.until(lambda: len(directory.memory.blocks) == 7)
+    assert directory.memory.members()[0].epoch == running.identity.epoch
+
+
+async def test_a_worker_starts_without_its_directory_and_joins_when_it_comes(
+    directory: Directory, start_worker: Fixture
+) -> None:
+    await directory.stop()
+    await start_worker(directory=directory.address)
+    await directory.start()
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+
+
+async def test_a_worker_that_the_directory_forgot_registers_again(
+    directory: Directory, start_worker: Fixture
+) -> None:
+    await start_worker(directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    directory.memory.expire(now_s=1e12)
+    assert directory.memory.members() == ()
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+
+
+# The report alone.
+
+
+def _state(num_pages: int) -> EngineState:
+    limits = StateLimits(
+        num_pages=num_pages, max_model_len=512, vocab_size=260, eos_token_ids=frozenset(),
+        model_fingerprint=FINGERPRINT, max_num_waiting=10,
+    )  # fmt: skip
+    return EngineState(limits)
+
+
+def _compute(state: EngineState, name: str, prompt: list[int]) -> list[BlockKey]:
+    """Runs a request of one token through the state; the keys of its blocks."""
+    request = Request(
+        request_id=RequestId(name), session_id=SessionId(1), prompt_token_ids=prompt, arrival_s=1.0,
+        sampling=SamplingParams(max_tokens=1),
+    )  # fmt: skip
+    state.add(request, now_s=1.0)
+    limits = SchedulerLimits(max_num_batched_tokens=512, max_num_seqs=4, max_num_pulls=1)
+    plan = schedule(state.view(), limits)
+    state.apply(plan, StepResult(sampled={request.request_id: SampledToken(5)}), now_s=2.0)
+    return list(chain_keys(root_key(model_fingerprint=FINGERPRINT), prompt))
+
+
+def test_the_first_report_is_a_snapshot_and_the_next_ones_are_changes() -> None:
+    state = _state(num_pages=100)
+    report = BlockReport(state)
+    first = _compute(state, "r1", PROMPT)
+    taken = report.take(max_keys=100)
+    assert taken.snapshot
+    assert list(taken.stored) == first
+    second = _compute(state, "r2", [9] * 32)
+    taken = report.take(max_keys=100)
+    assert not taken.snapshot
+    assert list(taken.stored) == second
+    assert report.take(max_keys=100).stored == ()
+
+
+def test_evicted_blocks_are_reported_as_removed() -> None:
+    state = _state(num_pages=6)
+    report = BlockReport(state)
+    first = _compute(state, "r1", PROMPT)
+    report.take(max_keys=100)
+    second = _compute(state, "r2", [9] * 80)
+    taken = report.take(max_keys=100)
+    assert list(taken.stored) == second
+    assert set(taken.removed) <= set(first)
+    assert len(taken.removed) == 4
+
+
+def test_a_restart_sends_everything_again() -> None:
+    state = _state(num_pages=100)
+    report = BlockReport(state)
+    first = _compute(state, "r1", PROMPT)
+    report.take(max_keys=100)
+    second = _compute(state, "r2", [9] * 32)
+    report.restart()
+    taken = report.take(max_keys=100)
+    assert taken.snapshot
+    assert set(taken.stored) == {*first, *second}
+    assert report.take(max_keys=100).stored == ()
+
+
+def test_a_report_too_long_for_one_heartbeat_goes_on_with_the_next() -> None:
+    state = _state(num_pages=100)
+    report = BlockReport(state)
+    keys = _compute(state, "r1", PROMPT)
+    portions = [report.take(max_keys=2) for _ in range(4)]
+    assert [portion.snapshot for portion in portions] == [True, False, False, False]
+    assert [key for portion in portions for key in portion.stored] == keys
+    assert [len(portion.stored) for portion in portions] == [2, 2, 1, 0]
+
+
+def test_blocks_evicted_before_they_were_reported_are_never_reported_as_held() -> None:
+    state = _state(num_pages=6)
+    report = BlockReport(state)
+    _compute(state, "r1", PROMPT)
+    portions = [report.take(max_keys=1)]
+    second = _compute(state, "r2", [9] * 80)
+    portions += [report.take(max_keys=2) for _ in range(10)]
+    held: set[BlockKey] = set()
+    for portion in portions:
+        held = (held | set(portion.stored)) - set(portion.removed)
+    assert held == set(state.take_block_snapshot())
+    assert set(second) <= held
