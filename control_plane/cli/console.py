@@ -1,7 +1,6 @@
 """What `penstock up` shows: a live table while models load on a terminal, plain lines elsewhere."""
 
 import shlex
-import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -142,7 +141,3 @@ messages = [{{"role": "user", "content": "Hello"}}]
 for chunk in client.chat.completions.create(model="{state.model}", messages=messages, stream=True):
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 """
-
-
-def is_interactive() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()

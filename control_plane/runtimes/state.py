@@ -19,7 +19,7 @@ from control_plane.runtimes.errors import AlreadyRunning, RuntimeFailure
 from control_plane.runtimes.process_id import ProcessId, identify
 
 STATE_FILE = "state.json"
-EFFECTIVE_CONFIG_FILE = "config.yaml"
+EFFECTIVE_CONFIG_FILE = "effective.yaml"  # not a name that somebody gives a file of their own
 STATE_VERSION = 1
 
 

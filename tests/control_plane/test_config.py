@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.config import PROJECT_ROOT, ClusterConfig, load_config
@@ -101,6 +101,7 @@ def test_the_text_of_an_override_is_yaml() -> None:
     assert config.pools.prefill.replicas == 2
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_what_is_dumped_loads_as_the_same_settings(data: st.DataObject) -> None:
     numbers = st.integers(1, 99)
@@ -222,6 +223,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -1,7 +1,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.runtimes.cores import assign_cores, least_used_cores
@@ -9,6 +9,7 @@ from control_plane.runtimes.cores import assign_cores, least_used_cores
 core_sets = st.sets(st.integers(0, 255), min_size=1, max_size=64)
 
 
+@settings(deadline=None)
 @given(num_workers=st.integers(1, 64), cores=core_sets)
 def test_workers_share_no_core_and_leave_none_idle_while_there_are_enough(
     num_workers: int, cores: set[int]
@@ -23,6 +24,7 @@ def test_workers_share_no_core_and_leave_none_idle_while_there_are_enough(
         assert max(sizes) - min(sizes) <= 1
 
 
+@settings(deadline=None)
 @given(num_workers=st.integers(1, 200), cores=core_sets)
 def test_more_workers_than_cores_are_spread_evenly(num_workers: int, cores: set[int]) -> None:
     assigned = assign_cores(num_workers + len(cores), cores)
@@ -46,6 +48,7 @@ def test_no_cores_at_all_is_refused(assign: object) -> None:
         assign()
 
 
+@settings(deadline=None)
 @given(taken=st.lists(st.sampled_from([(0,), (1,), (2,), (3,)]), max_size=20))
 def test_a_further_worker_gets_the_cores_that_carry_the_fewest(taken: list[tuple[int, ...]]) -> None:
     cores = range(4)

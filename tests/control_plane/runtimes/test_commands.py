@@ -1,0 +1,83 @@
+"""The seam between the launcher and the programs it starts: they must understand every flag it gives them."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from control_plane.config import ClusterConfig, PoolConfig, load_config
+from control_plane.runtimes.commands import WorkerPlace, control_command, environment, worker_command
+from workers.__main__ import _parser
+from workers.config import Role, WorkerConfig
+
+EVERYTHING = PoolConfig(
+    replicas=2,
+    kv_cache_bytes=1 << 20,
+    num_pages=100,
+    max_num_batched_tokens=200,
+    max_num_seqs=3,
+    max_num_waiting=4,
+    num_threads=5,
+    lease_s=6.5,
+    pull_timeout_s=7.5,
+)
+
+
+def understood(config: ClusterConfig, place: WorkerPlace) -> WorkerConfig:
+    command = worker_command(config, place)
+    assert command[1:4] == ["-P", "-m", "workers"]
+    return WorkerConfig(**vars(_parser().parse_args(command[4:])))
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode", "mixed"])
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_a_worker_understands_the_flags_of_a_default_cluster(pool: str, transport: str) -> None:
+    config = load_config(overrides=[f"transport={transport}", "run_dir=/r"])
+    worker = understood(config, WorkerPlace(pool=pool, name=f"{pool}-0", cores=(2, 3)))
+    assert (worker.role, worker.worker_id, worker.num_threads) == (Role(pool), f"{pool}-0", 2)
+    assert (worker.model_path, worker.model_name) == (config.model.path, config.model.name)
+    if transport == "unix":
+        assert worker.directory == "unix:/r/sockets/directory.sock"
+        assert worker.control_address == f"unix:/r/sockets/{pool}-0.control.sock"
+        assert worker.data_address == f"unix:///r/sockets/{pool}-0.data.sock"
+    else:
+        assert worker.directory == "127.0.0.1:8002"
+        assert worker.control_address == "127.0.0.1:0"
+
+
+def test_every_setting_of_a_pool_reaches_its_workers() -> None:
+    config = load_config()
+    config = replace(config, pools=replace(config.pools, decode=EVERYTHING))
+    worker = understood(config, WorkerPlace(pool="decode", name="decode-1", cores=(0,)))
+    for field in fields(PoolConfig):
+        if field.name != "replicas":
+            assert getattr(worker, field.name) == getattr(EVERYTHING, field.name)
+
+
+def test_every_setting_of_the_model_reaches_the_workers() -> None:
+    overrides = ["model.path=/m", "model.name=n", "model.dtype=bfloat16", "model.max_model_len=64"]
+    worker = understood(
+        load_config(overrides=overrides), WorkerPlace(pool="mixed", name="mixed-0", cores=(0,))
+    )
+    assert (worker.model_path, worker.model_name) == (Path("/m"), "n")
+    assert (worker.dtype, worker.max_model_len) == ("bfloat16", 64)
+
+
+def test_the_control_process_gets_the_settings_in_effect() -> None:
+    assert control_command(Path("/r/effective.yaml"))[2:] == [
+        "-m",
+        "control_plane.gateway",
+        "--config",
+        "/r/effective.yaml",
+    ]
+
+
+def test_numeric_libraries_are_told_their_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    given = environment(3)
+    assert {given["OMP_NUM_THREADS"], given["MKL_NUM_THREADS"], given["NUMBA_NUM_THREADS"]} == {"3"}
+
+
+def test_a_pool_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'decoder', but it must be one of: prefill, decode, mixed"):
+        worker_command(load_config(), WorkerPlace(pool="decoder", name="x", cores=(0,)))
