@@ -2,9 +2,9 @@
 
     python -m workers --role mixed --worker-id w0 --model-path models/demo --model-name demo
 
-Every flag is a field of `WorkerConfig`. Logs are JSON lines on stderr; the events `loading_kernels`, `loading`, `ready`
-(with the addresses) and `stopped` are for whoever started the process. It ends with 0 after SIGTERM or SIGINT, with 2 for a
-configuration, an address or a checkpoint that cannot be used, with 1 after a crash.
+Every flag is a field of `WorkerConfig`. Logs are JSON lines on stderr; the events `loading_kernels`, `loading`,
+`ready` (with the addresses) and `stopped` are for whoever started the process. It ends with 0 after SIGTERM or SIGINT,
+with 2 for a configuration, an address or a checkpoint that cannot be used, with 1 after a crash.
 """
 
 import argparse
