@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from control_plane.directory.member import Incarnation, Member, WorkerId
 from control_plane.directory.memory import Change, ChangeKind
@@ -38,6 +37,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
 )
 
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
 
 
@@ -69,13 +69,16 @@ class SessionSettings:
 
 
 class WorkerSession:
-    """Used from one event loop. `submit`, `abort` and `close` never wait."""
+    """Used from one event loop. `submit`, `abort` and `close` never wait.
 
-    def __init__(self, member: Member, *, settings: SessionSettings, on_ready: Callable[[], None]) -> None:
+    `on_change` is called when the session becomes ready and when it is lost.
+    """
+
+    def __init__(self, member: Member, *, settings: SessionSettings, on_change: Callable[[], None]) -> None:
         self.member = member
         self.is_ready = False
         self._settings = settings
-        self._on_ready = on_ready
+        self._on_change = on_change
         self._sinks: dict[str, Sink] = {}
         self._outbox: asyncio.Queue[worker_pb2.SessionRequest] = asyncio.Queue(settings.max_queued_messages)
         self._connection: asyncio.Task[None] | None = None
@@ -149,6 +152,7 @@ class WorkerSession:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink(SessionLost(reason))
+        self._on_change()
 
     async def _run(self) -> None:
         """Until cancelled."""
@@ -179,8 +183,8 @@ class WorkerSession:
             self._check_welcome(welcome)
             self._outbox = asyncio.Queue(self._settings.max_queued_messages)
             self.is_ready = True
-            self._log("session_ready")
-            self._on_ready()
+            self._log("session_change")
+            self._on_change()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._write(call))
                 await self._read(call)
@@ -206,8 +210,10 @@ class WorkerSession:
         read_output = wire.read_output
         while True:
             event = await call.read()
-            if not isinstance(event, worker_pb2.SessionEvent):
+            if event is _EOF:
                 raise _Broken(f"the worker ended the session: {await call.details() or await call.code()}")
+            if not isinstance(event, worker_pb2.SessionEvent):
+                raise _Broken("the worker sent what is no message")  # gRPC has logged the details
             sinks = self._sinks
             for message in event.step.outputs:
                 sink = sinks.get(message.request_id)
@@ -237,8 +243,6 @@ def _why(connection: asyncio.Task[None]) -> str:
             return f"{error.code().name}: {error.details()}"
         case TimeoutError():
             return "the worker did not answer hello in time"
-        case DecodeError():
-            return f"the worker sent garbage: {error}"
         case _Broken():
             return str(error)
     _log.error("session_crashed", exc_info=error)
@@ -260,7 +264,7 @@ class SessionPool:
         match change.kind:
             case ChangeKind.JOINED:
                 self._sessions[member.worker_id] = WorkerSession(
-                    member, settings=self._settings, on_ready=self._notify
+                    member, settings=self._settings, on_change=self._notify
                 )
             case ChangeKind.UPDATED:
                 self._sessions[member.worker_id].update(member)
@@ -276,7 +280,7 @@ class SessionPool:
         return session if session is not None and session.member.epoch == incarnation.epoch else None
 
     async def wait_for_change(self) -> None:
-        """Until a worker joins, leaves, reports or becomes ready."""
+        """Until a worker joins, leaves or reports, or a session becomes ready or is lost."""
         await self._changed.wait()
 
     async def close(self) -> None:

@@ -63,6 +63,12 @@ class Cluster:
             while not holds():
                 await self.sessions.wait_for_change()
 
+    async def until_sessions(self, holds: Callable[[], bool]) -> None:
+        """Waits until something holds that what workers send changes; nobody is told of single outputs."""
+        async with asyncio.timeout(WAIT_S):
+            while not holds():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
     @property
     def num_requests(self) -> int:
         return sum(session.num_requests for session in self.sessions.sessions())

@@ -1,16 +1,516 @@
+import asyncio
+import random
+from collections.abc import AsyncGenerator
 
-from control_plane.generation import FinishReason
+import pytest
+
+from control_plane.directory.block_index import BlockEvents
+from control_plane.directory.member import WorkerLoad
+from control_plane.errors import (
+    GenerationFailed,
+    GenerationTimeout,
+    InvalidRequest,
+    NoWorkers,
+    QueueFull,
+)
+from control_plane.gateway.backend import Dispatcher, ServedModel
+from control_plane.gateway.dispatch import PoolDispatcher
+from control_plane.generation import FinishReason, Generation, TokenChunk
+from kvstore.blocks import chain_keys, root_key
+from protos import worker_pb2
 from tests.control_plane.fake_cluster import Cluster, collect, make_generation
-from tests.control_plane.fake_worker import FakeWorker, expected_tokens
+from tests.control_plane.fake_worker import WAIT_S, FakeWorker, expected_tokens
+
+PREFILL, DECODE, MIXED = worker_pb2.ROLE_PREFILL, worker_pb2.ROLE_DECODE, worker_pb2.ROLE_MIXED
+LONG = 200  # prompt tokens, more than the threshold of the tests' dispatchers
+
+
+def tokens_of(chunks: list[TokenChunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+def assert_is_whole(chunks: list[TokenChunk], generation: Generation) -> None:
+    num_tokens = generation.sampling.max_tokens
+    assert tokens_of(chunks) == expected_tokens(generation.prompt_token_ids, num_tokens)
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+
+
+def assert_is_idle(cluster: Cluster, dispatcher: PoolDispatcher) -> None:
+    assert cluster.num_requests == 0
+    assert (dispatcher.admission.num_running, dispatcher.admission.num_waiting) == (0, 0)
+
+
+async def first_chunk(stream: AsyncGenerator[TokenChunk, None]) -> TokenChunk:
+    async with asyncio.timeout(WAIT_S):
+        return await anext(stream)
+
+
+async def rest(stream: AsyncGenerator[TokenChunk, None]) -> list[TokenChunk]:
+    async with asyncio.timeout(WAIT_S):
+        return [chunk async for chunk in stream]
+
+
+# One worker, nothing goes wrong.
 
 
 async def test_a_generation_on_one_worker_yields_every_token_and_the_end(cluster: Cluster) -> None:
-    worker = await cluster.start(FakeWorker("decode-0"))
+    worker = await cluster.start(FakeWorker("d"))
+    dispatcher: Dispatcher = cluster.dispatcher()
     generation = make_generation(max_tokens=5)
-    chunks = await collect(cluster.dispatcher(), generation)
-    assert [token for chunk in chunks for token in chunk.token_ids] == expected_tokens(
-        generation.prompt_token_ids, 5
-    )
-    assert [chunk.finish_reason for chunk in chunks][-1] is FinishReason.LENGTH
-    assert cluster.num_requests == 0
+    assert_is_whole(await rest(dispatcher.generate(generation)), generation)
     assert worker.aborts == []
+
+
+async def test_a_short_prompt_goes_to_the_decode_worker_alone(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d"))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL))
+    await collect(cluster.dispatcher(), make_generation(num_prompt_tokens=63))
+    assert prefill.submits == []
+    assert not decode.submits[0].HasField("kv_source")
+
+
+async def test_a_long_prompt_goes_to_both_under_one_id(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d"))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL, epoch=77))
+    generation = make_generation(num_prompt_tokens=LONG)
+    assert_is_whole(await collect(cluster.dispatcher(), generation), generation)
+    (at_prefill,), (at_decode,) = prefill.submits, decode.submits
+    assert at_prefill.purpose == worker_pb2.Submit.PREFILL_ONLY
+    assert at_decode.purpose == worker_pb2.Submit.GENERATE
+    source = at_decode.kv_source
+    assert (source.worker_id, source.epoch, source.request_id) == ("p", 77, at_prefill.request_id)
+    assert source.control_address == prefill.description.control_address
+    assert at_decode.request_id == at_prefill.request_id
+
+
+async def test_a_prompt_that_is_cached_where_it_decodes_is_not_handed_over(cluster: Cluster) -> None:
+    cold = await cluster.start(FakeWorker("a-cold"))
+    warm = await cluster.start(FakeWorker("warm"))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL))
+    generation = make_generation(num_prompt_tokens=LONG, cache_salt="tenant")
+    root = root_key(model_fingerprint=warm.description.model.fingerprint, cache_salt="tenant")
+    stored = tuple(chain_keys(root, generation.prompt_token_ids))
+    blocks = BlockEvents(sequence=1, stored=stored)
+    load = WorkerLoad(num_pages=1024, num_free_pages=1024)
+    cluster.directory.heartbeat(warm.member.incarnation, load=load, blocks=blocks, now_s=0.0)
+    await collect(cluster.dispatcher(), generation)
+    assert (len(cold.submits), len(warm.submits), len(prefill.submits)) == (0, 1, 0)
+    # Another tenant shares no blocks.
+    await collect(cluster.dispatcher(), make_generation(num_prompt_tokens=LONG, cache_salt="other"))
+    assert len(prefill.submits) == 1
+
+
+async def test_the_first_token_may_come_from_the_prefill_worker(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    await cluster.start(FakeWorker("p", role=PREFILL))
+    generation = make_generation(num_prompt_tokens=LONG, max_tokens=3)
+    stream = cluster.dispatcher().generate(generation)
+    first = await first_chunk(stream)
+    assert list(first.token_ids) == expected_tokens(generation.prompt_token_ids, 1)
+    (submit,) = decode.submits
+    decode.go_on(submit, first=0, num_tokens=3, finish=True)  # token 0 again
+    assert_is_whole([first, *await rest(stream)], generation)
+
+
+async def test_one_id_for_several_generations_at_a_time_keeps_them_apart(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d"))
+    dispatcher = cluster.dispatcher()
+    generations = [
+        make_generation(request_id="x" * 256, num_prompt_tokens=n, max_tokens=n) for n in range(1, 9)
+    ]
+    answers = await asyncio.gather(*(collect(dispatcher, generation) for generation in generations))
+    for chunks, generation in zip(answers, generations, strict=True):
+        assert_is_whole(chunks, generation)
+    assert len({submit.request_id for submit in worker.submits}) == 8
+    assert max(len(submit.request_id) for submit in worker.submits) <= 256
+
+
+async def test_what_came_while_the_client_was_slow_comes_as_one_chunk(cluster: Cluster) -> None:
+    await cluster.start(FakeWorker("d"))
+    generation = make_generation(max_tokens=50)
+    dispatcher = cluster.dispatcher()
+    stream = dispatcher.generate(generation)
+    chunks = [await first_chunk(stream)]
+    await cluster.until_sessions(
+        lambda: cluster.num_requests == 0
+    )  # the worker is done, all of it waits here
+    chunks += await rest(stream)
+    assert_is_whole(chunks, generation)
+    assert len(chunks) == 2
+
+
+async def test_ready_and_models_follow_the_workers_that_decode(cluster: Cluster) -> None:
+    dispatcher = cluster.dispatcher()
+    await cluster.start(FakeWorker("p", role=PREFILL))
+    assert (dispatcher.ready(), dispatcher.models()) == (False, [])
+    small = FakeWorker("d1", role=MIXED)
+    small.description.model.max_model_len = 100
+    await cluster.start(FakeWorker("d0"))
+    await cluster.start(small)
+    assert dispatcher.ready()
+    assert dispatcher.models() == [ServedModel(name="fake", max_model_len=100)]
+    cluster.leave(small)
+    assert dispatcher.models() == [ServedModel(name="fake", max_model_len=4096)]
+
+
+# Somebody goes away.
+
+
+async def test_a_client_that_goes_away_aborts_its_request_in_every_pool(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=2))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL))
+    dispatcher = cluster.dispatcher()
+    stream = dispatcher.generate(make_generation(num_prompt_tokens=LONG, max_tokens=9))
+    await first_chunk(stream)
+    await stream.aclose()
+    await decode.until(lambda: len(decode.aborts) == 1)
+    await prefill.until(lambda: len(prefill.aborts) == 1)
+    assert decode.aborts == prefill.aborts == [decode.submits[0].request_id]
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_a_cancelled_client_aborts_its_request_before_the_first_token(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    dispatcher = cluster.dispatcher()
+    client = asyncio.create_task(collect(dispatcher, make_generation()))
+    await decode.until(lambda: len(decode.submits) == 1)
+    client.cancel()
+    await asyncio.wait([client])
+    await decode.until(lambda: len(decode.aborts) == 1)
+    assert_is_idle(cluster, dispatcher)
+
+
+@pytest.mark.parametrize("num_tokens_before", [0, 3])
+async def test_a_killed_decode_worker_is_replaced_and_no_token_is_lost_or_repeated(
+    cluster: Cluster, num_tokens_before: int
+) -> None:
+    doomed = await cluster.start(FakeWorker("a-doomed", max_answer_tokens=num_tokens_before))
+    dispatcher = cluster.dispatcher()
+    generation = make_generation(max_tokens=8)
+    stream = dispatcher.generate(generation)
+    client = asyncio.create_task(rest(stream))
+    await doomed.until(lambda: len(doomed.submits) == 1)
+    heir = await cluster.start(FakeWorker("heir"))
+    await doomed.stop()
+    assert_is_whole(await client, generation)
+    (submit,) = heir.submits
+    known = list(submit.output_token_ids)
+    assert known == expected_tokens(generation.prompt_token_ids, len(known))
+    assert len(known) <= num_tokens_before
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_a_frozen_decode_worker_is_replaced_when_it_leaves_the_directory(cluster: Cluster) -> None:
+    frozen = await cluster.start(FakeWorker("a-frozen", max_answer_tokens=2))
+    generation = make_generation(max_tokens=6)
+    dispatcher = cluster.dispatcher()
+    stream = dispatcher.generate(generation)
+    chunks = [await first_chunk(stream)]
+    heir = await cluster.start(FakeWorker("heir"))
+    cluster.leave(frozen)
+    assert_is_whole(chunks + await rest(stream), generation)
+    assert len(heir.submits) == 1
+
+
+async def test_a_request_that_has_output_is_not_handed_over_again(cluster: Cluster) -> None:
+    doomed = await cluster.start(FakeWorker("a-doomed", max_answer_tokens=1))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL))
+    generation = make_generation(num_prompt_tokens=LONG, max_tokens=3)
+    stream = cluster.dispatcher().generate(generation)
+    chunks = [await first_chunk(stream)]
+    heir = await cluster.start(FakeWorker("heir"))
+    await doomed.stop()
+    assert_is_whole(chunks + await rest(stream), generation)
+    assert not heir.submits[0].HasField("kv_source")
+    assert len(prefill.submits) == 1
+
+
+async def test_a_killed_prefill_worker_does_not_matter_while_the_decode_worker_lives(
+    cluster: Cluster,
+) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL, max_answer_tokens=0))
+    generation = make_generation(num_prompt_tokens=LONG)
+    client = asyncio.create_task(collect(cluster.dispatcher(), generation))
+    await decode.until(lambda: len(decode.submits) == 1)
+    await prefill.until(lambda: len(prefill.submits) == 1)
+    await prefill.stop()
+    await cluster.until(lambda: not cluster.is_ready(prefill))
+    decode.go_on(decode.submits[0], first=0, num_tokens=4, finish=True)
+    assert_is_whole(await client, generation)
+    assert len(decode.submits) == 1
+
+
+async def test_a_prefill_worker_that_fails_or_talks_nonsense_does_not_matter(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL, max_answer_tokens=0))
+    generation = make_generation(num_prompt_tokens=LONG)
+    client = asyncio.create_task(collect(cluster.dispatcher(), generation))
+    await prefill.until(lambda: len(prefill.submits) == 1)
+    request_id = prefill.submits[0].request_id
+    prefill.output(request_id, [1, 2, 3], first=5)
+    failure = worker_pb2.Failure(code=worker_pb2.Failure.INTERNAL, message="broken")
+    prefill.output(request_id, [], first=0, finish_reason=worker_pb2.FINISH_ERROR, failure=failure)
+    await cluster.until_sessions(lambda: cluster.num_requests == 1)
+    await decode.until(lambda: len(decode.submits) == 1)
+    decode.go_on(decode.submits[0], first=0, num_tokens=4, finish=True)
+    assert_is_whole(await client, generation)
+
+
+async def test_without_another_worker_a_lost_request_fails_clearly(cluster: Cluster) -> None:
+    doomed = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    dispatcher = cluster.dispatcher()
+    client = asyncio.create_task(collect(dispatcher, make_generation()))
+    await doomed.until(lambda: len(doomed.submits) == 1)
+    await doomed.stop()
+    with pytest.raises(NoWorkers) as failure:
+        await client
+    assert failure.value.retry_after_s > 0
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_retries_end(cluster: Cluster) -> None:
+    internal = worker_pb2.Failure(code=worker_pb2.Failure.INTERNAL, message="a bug")
+    workers = [await cluster.start(FakeWorker(f"d{number}")) for number in range(5)]
+    for worker in workers:
+        worker.refusal = internal
+    dispatcher = cluster.dispatcher(max_retries=2)
+    with pytest.raises(GenerationFailed, match=r"3 workers failed.*a bug"):
+        await collect(dispatcher, make_generation())
+    assert sum(len(worker.submits) for worker in workers) == 3
+    assert max(len(worker.submits) for worker in workers) == 1
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_a_worker_that_gives_up_a_request_unasked_is_replaced(cluster: Cluster) -> None:
+    leaving = await cluster.start(FakeWorker("a-leaving", max_answer_tokens=0))
+    generation = make_generation()
+    client = asyncio.create_task(collect(cluster.dispatcher(), generation))
+    await leaving.until(lambda: len(leaving.submits) == 1)
+    await cluster.start(FakeWorker("heir"))
+    leaving.output(leaving.submits[0].request_id, [], first=0, finish_reason=worker_pb2.FINISH_ABORT)
+    assert_is_whole(await client, generation)
+
+
+async def test_an_invalid_request_is_not_retried(cluster: Cluster) -> None:
+    workers = [await cluster.start(FakeWorker(f"d{number}")) for number in range(2)]
+    for worker in workers:
+        worker.refusal = worker_pb2.Failure(code=worker_pb2.Failure.INVALID, message="token 99999 is none")
+    with pytest.raises(InvalidRequest, match="token 99999 is none"):
+        await collect(cluster.dispatcher(), make_generation())
+    assert sum(len(worker.submits) for worker in workers) == 1
+
+
+async def test_a_full_worker_is_passed_over(cluster: Cluster) -> None:
+    full = await cluster.start(FakeWorker("a-full"))
+    full.refusal = worker_pb2.Failure(code=worker_pb2.Failure.OVERLOADED, retry_after_s=7.0)
+    await cluster.start(FakeWorker("b-free"))
+    generation = make_generation()
+    assert_is_whole(await collect(cluster.dispatcher(max_retries=0), generation), generation)
+
+
+async def test_when_all_workers_are_full_the_client_is_told_when_to_come_again(cluster: Cluster) -> None:
+    for number in range(4):
+        full = await cluster.start(FakeWorker(f"d{number}"))
+        full.refusal = worker_pb2.Failure(code=worker_pb2.Failure.OVERLOADED, retry_after_s=7.0)
+    with pytest.raises(QueueFull) as refusal:
+        await collect(cluster.dispatcher(max_retries=0), make_generation())
+    assert refusal.value.retry_after_s == 7.0
+
+
+# Workers that break the protocol, and those who are silent.
+
+
+async def test_a_gap_in_the_numbers_fails_the_generation(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d", max_answer_tokens=1))
+    dispatcher = cluster.dispatcher()
+    stream = dispatcher.generate(make_generation())
+    await first_chunk(stream)
+    worker.go_on(worker.submits[0], first=2, num_tokens=1)
+    with pytest.raises(GenerationFailed, match="token 1 is missing before token 2"):
+        await first_chunk(stream)
+    await worker.until(lambda: len(worker.aborts) == 1)
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_repeated_numbers_are_dropped(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d", max_answer_tokens=2))
+    generation = make_generation(max_tokens=4)
+    stream = cluster.dispatcher().generate(generation)
+    chunks = [await first_chunk(stream)]
+    worker.go_on(worker.submits[0], first=0, num_tokens=3)
+    worker.go_on(worker.submits[0], first=1, num_tokens=3, finish=True)
+    assert_is_whole(chunks + await rest(stream), generation)
+
+
+async def test_a_worker_that_never_stops_is_stopped(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d", max_answer_tokens=3))
+    dispatcher = cluster.dispatcher()
+    stream = dispatcher.generate(make_generation(max_tokens=4))
+    await first_chunk(stream)
+    worker.go_on(worker.submits[0], first=3, num_tokens=2)
+    with pytest.raises(GenerationFailed, match="4 tokens were asked for"):
+        await rest(stream)
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_a_worker_that_floods_a_slow_client_is_stopped(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d", max_answer_tokens=1))
+    dispatcher = cluster.dispatcher()
+    stream = dispatcher.generate(make_generation(max_tokens=4))
+    await first_chunk(stream)
+    for _ in range(200):
+        worker.go_on(worker.submits[0], first=0, num_tokens=1)
+    other = make_generation(max_tokens=1)
+    await collect(dispatcher, other)  # its answer comes after the flood, on the same session
+    with pytest.raises(GenerationFailed, match="more than 68 messages"):
+        await rest(stream)
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_silence_ends_at_the_deadline_and_aborts_everywhere(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL, max_answer_tokens=0))
+    dispatcher = cluster.dispatcher(request_timeout_s=0.05)
+    with pytest.raises(GenerationTimeout, match=r"for 0\.05 s"):
+        await collect(dispatcher, make_generation(num_prompt_tokens=LONG))
+    await decode.until(lambda: len(decode.aborts) == 1)
+    await prefill.until(lambda: len(prefill.aborts) == 1)
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_every_token_moves_the_deadline(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    timeout_s, num_tokens = 0.2, 8
+    generation = make_generation(max_tokens=num_tokens)
+    client = asyncio.create_task(collect(cluster.dispatcher(request_timeout_s=timeout_s), generation))
+    await worker.until(lambda: len(worker.submits) == 1)
+    loop, ticks = asyncio.get_running_loop(), asyncio.Event()
+    started_s = loop.time()
+    for number in range(num_tokens):  # in all twice as long as the deadline
+        loop.call_at(started_s + timeout_s / 4 * (number + 1), ticks.set)
+        await ticks.wait()
+        ticks.clear()
+        worker.go_on(worker.submits[0], first=number, num_tokens=1, finish=number == num_tokens - 1)
+    assert_is_whole(await client, generation)
+
+
+# Who may come in.
+
+
+async def test_one_too_many_is_refused_with_a_time_to_come_again(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d", max_answer_tokens=1))
+    dispatcher = cluster.dispatcher(max_concurrent_requests=1, max_queued_requests=1)
+    running = dispatcher.generate(make_generation(max_tokens=2))
+    await first_chunk(running)
+    queued = asyncio.create_task(collect(dispatcher, make_generation(max_tokens=1)))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull) as refusal:
+        await collect(dispatcher, make_generation())
+    assert refusal.value.retry_after_s >= 1.0
+    assert len(worker.submits) == 1
+    await running.aclose()
+    assert len(tokens_of(await queued)) == 1
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_waiting_in_the_queue_ends_at_the_deadline(cluster: Cluster) -> None:
+    await cluster.start(FakeWorker("d", max_answer_tokens=1))
+    dispatcher = cluster.dispatcher(max_concurrent_requests=1, request_timeout_s=0.05)
+    running = dispatcher.generate(make_generation(max_tokens=2))
+    await first_chunk(running)
+    with pytest.raises(GenerationTimeout, match="in the queue"):
+        await collect(dispatcher, make_generation())
+    await running.aclose()
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_with_nobody_there_the_client_is_told_at_once(cluster: Cluster) -> None:
+    dispatcher = cluster.dispatcher()
+    with pytest.raises(NoWorkers, match="no worker that decodes is registered") as failure:
+        await collect(dispatcher, make_generation())
+    assert failure.value.retry_after_s > 0
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_a_worker_that_just_joined_is_waited_for(cluster: Cluster) -> None:
+    worker = FakeWorker("d")
+    worker.welcomes.clear()
+    await worker.start()
+    cluster.workers.append(worker)
+    cluster.join(worker)
+    generation = make_generation()
+    client = asyncio.create_task(collect(cluster.dispatcher(), generation))
+    await worker.until(lambda: len(worker.hellos) == 1)
+    assert not client.done()
+    worker.welcomes.set()
+    assert_is_whole(await client, generation)
+
+
+async def test_a_worker_that_never_answers_hello_is_not_waited_for_long(cluster: Cluster) -> None:
+    worker = FakeWorker("d")
+    worker.welcomes.clear()
+    await worker.start()
+    cluster.workers.append(worker)
+    cluster.join(worker)
+    with pytest.raises(NoWorkers, match="no worker that decodes can be reached"):
+        await collect(cluster.dispatcher(connect_wait_s=0.05), make_generation())
+
+
+# A storm.
+
+
+async def test_after_a_storm_of_disconnects_and_deaths_nothing_is_left(cluster: Cluster) -> None:
+    """500 clients that go away at any moment, over workers of which one dies and one is slow."""
+    rng = random.Random(5)
+    doomed = await cluster.start(FakeWorker("doomed", max_answer_tokens=3))
+    workers = [
+        doomed,
+        await cluster.start(FakeWorker("d", max_answer_tokens=4)),
+        await cluster.start(FakeWorker("m", role=MIXED)),
+        await cluster.start(FakeWorker("p", role=PREFILL)),
+    ]
+    dispatcher = cluster.dispatcher(max_concurrent_requests=64, max_queued_requests=500)
+    tasks_before = asyncio.all_tasks()
+
+    async def client(number: int) -> None:
+        generation = make_generation(
+            request_id=f"r{number % 50}",
+            num_prompt_tokens=rng.choice((5, LONG)),
+            max_tokens=rng.randint(1, 8),
+        )
+        stream = dispatcher.generate(generation)
+        patience = rng.randint(0, 6)
+        try:
+            async for _ in stream:
+                patience -= 1
+                if patience <= 0:
+                    break
+        finally:
+            await stream.aclose()
+
+    clients = [asyncio.create_task(client(number)) for number in range(500)]
+    await doomed.until(lambda: len(doomed.submits) >= 20)
+    await doomed.stop()
+    for number in rng.sample(range(500), 250):
+        clients[number].cancel()
+        await asyncio.sleep(0)
+    # The slow workers answer nobody to the end: those who still wait go away at last.
+    async with asyncio.timeout(WAIT_S):
+        await asyncio.wait(clients, timeout=0.5)
+        for task in clients:
+            task.cancel()
+        results = await asyncio.gather(*clients, return_exceptions=True)
+    unexpected = [
+        result
+        for result in results
+        if result is not None
+        and not isinstance(result, asyncio.CancelledError | NoWorkers | GenerationFailed)
+    ]
+    assert not unexpected
+    assert_is_idle(cluster, dispatcher)
+    for worker in workers[1:]:
+        await worker.until(lambda worker=worker: worker.num_running == 0)
+    assert sum(len(worker.submits) for worker in workers) > 100
+    assert asyncio.all_tasks() <= tasks_before | {asyncio.current_task()}
