@@ -5,8 +5,8 @@ Order of a plan: one token for every request that decodes, then chunks of prompt
 admissions from the queue. There are no phases: a request computes from `num_computed_tokens` towards
 `num_tokens`.
 
-Rank is (priority, arrival): lower is sooner. Pages are handed out by rank, and these rules make every request
-end:
+Rank is (priority, arrival): lower is sooner. Among requests of one priority nobody starves; a steady stream of more
+urgent ones does keep others waiting. Pages are handed out by rank, and these rules make every request end:
 - An admission takes the pages of all its known tokens at once, so a prompt never stops half-way for want of a
   page.
 - Who lacks pages at the head of the queue is not overtaken, so those who run drain until it fits.

@@ -274,7 +274,7 @@ class EngineState:
         request.num_computed_tokens = len(cached) * BLOCK_SIZE_TOKENS
         request.status = status
         if request.timeline.stamp_once(timeline.SCHEDULED, now_s):
-            request.num_cached_tokens = request.num_computed_tokens
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         if status is Status.PULLING:
             request.timeline.stamp(timeline.PULL_STARTED, now_s)
             self._pulling[request.request_id] = request

@@ -154,6 +154,31 @@ def test_a_request_that_only_waits_for_its_turn_to_pull_is_overtaken() -> None:
     assert names(state.view().waiting) == ["pull-2"]
 
 
+@pytest.mark.parametrize("large_pulls", [False, True])
+@pytest.mark.parametrize("small_pull", [False, True])
+def test_a_large_request_gets_its_turn_in_an_endless_stream_of_small_ones(
+    large_pulls: bool, small_pull: bool
+) -> None:
+    state, limits = new_state(num_pages=8), new_limits(max_num_seqs=4, max_num_pulls=1)
+    pulling: list[Request] = []
+    for number in range(100):
+        if number == 10:
+            add(state, "large", prompt=110, arrival_s=10.0, kv_source=SOURCE if large_pulls else None)
+        if (
+            number < 10 or len(state.view().waiting) < 5
+        ):  # ten are ahead of the large one, and always some behind
+            source = SOURCE if small_pull and number % 2 else None
+            add(state, f"r{number}", prompt=20, arrival_s=float(number), max_tokens=3, kv_source=source)
+        for request in pulling:
+            handoff = Handoff(num_computed_tokens=request.num_tokens, output_token_ids=(1,))
+            state.pull_succeeded(request.request_id, handoff, now_s=0.0)
+        plan, _ = step(state, limits)
+        pulling = [pull.request for pull in plan.pulls]
+        if any(request.request_id == "large" for request in (*pulling, *state.view().running)):
+            return
+    pytest.fail("the large request starves")
+
+
 def test_a_pull_reserves_all_pages_of_the_prompt_and_skips_blocks_that_are_cached() -> None:
     state, limits = new_state(), new_limits()
     prompt = list(range(1, 41))
