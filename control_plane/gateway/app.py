@@ -144,7 +144,7 @@ class _Endpoints:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_request(request, DetokenizeRequest, settings=self._settings)
-        return JSONResponse({"prompt": self._intake.detokenize(body)})
+        return JSONResponse({"prompt": await self._intake.detokenize(body)})
 
     async def health(self) -> Response:
         return JSONResponse({"status": "ok"})
@@ -224,8 +224,6 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
 
 async def _apologise(request: Request, error: Exception) -> Response:
     """Our own bugs. The server re-raises `error` and logs it; the client learns nothing of our insides."""
-    request.state.timeline.failed(repr(error))
-    return JSONResponse(
-        body_of(UNEXPECTED_MESSAGE, type_=UNEXPECTED.type, code=UNEXPECTED.code),
-        status_code=UNEXPECTED.http_status,
-    )
+    body = body_of(UNEXPECTED_MESSAGE, type_=UNEXPECTED.type, code=UNEXPECTED.code)
+    headers = {"X-Request-Id": request.state.timeline.request_id}  # this handler is outside of the middleware
+    return JSONResponse(body, status_code=UNEXPECTED.http_status, headers=headers)

@@ -77,6 +77,9 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def validate(value: dict[str, Any], model: type[Model]) -> Model:
     """`InvalidRequest` for the first thing that is wrong, in OpenAI's words."""
+    unknown = next((name for name in value if name not in model.model_fields), None)
+    if unknown is not None:
+        raise _unrecognized(unknown)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -116,8 +119,7 @@ def _as_invalid_request(error: ValidationError) -> InvalidRequest:
     location = first["loc"]
     name = str(location[0]) if location else ""
     if first["type"] == "extra_forbidden":
-        path = _shown(".".join(str(step) for step in location))
-        return InvalidRequest(f"Unrecognized request argument supplied: {path}", param=path)
+        return _unrecognized(".".join(str(step) for step in location))
     param = _path_of(location)
     field = param.rpartition(".")[2]
     if name in _UNSUPPORTED or field in _UNSUPPORTED:
@@ -134,6 +136,10 @@ def _as_invalid_request(error: ValidationError) -> InvalidRequest:
     else:
         detail = f"{first['msg']}, got {_shown(first['input'])}"
     return InvalidRequest(f"Invalid value for '{param}': {detail}.", param=param, code="invalid_value")
+
+
+def _unrecognized(path: str) -> InvalidRequest:
+    return InvalidRequest(f"Unrecognized request argument supplied: {_shown(path)}", param=_shown(path))
 
 
 def unsupported(param: str) -> InvalidRequest:
@@ -159,11 +165,20 @@ def _path_of(location: tuple[int | str, ...]) -> str:
 
 def _shown(value: object) -> str:
     """The offending value, short, and harmless in a log."""
+    if isinstance(value, list | dict):
+        return f"{_json_type(value)} of {len(value)} elements"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 64 else f"{text[:64]}… ({len(text)} characters)"
 
 
 def _json_type(value: object) -> str:
-    names = {str: "a string", list: "an array", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null")

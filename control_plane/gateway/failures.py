@@ -5,7 +5,8 @@ Errors that only HTTP knows are declared here as well:
     RequestError
     ├── RequestTimeout        408  the body did not arrive in time
     ├── BodyTooLarge          413
-    └── UnsupportedMediaType  415
+    ├── UnsupportedMediaType  415
+    └── ClientStalled         408  it did not read its answer; it will hardly read this
 """
 
 import math
@@ -37,6 +38,10 @@ class UnsupportedMediaType(RequestError):
     pass
 
 
+class ClientStalled(RequestError):
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """`type` and `code` are OpenAI's vocabulary, where it has a word."""
@@ -59,6 +64,7 @@ FAILURES: dict[type[RequestError], Failure] = {
     UnsupportedMediaType: Failure(
         415, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error", "unsupported_media_type"
     ),
+    ClientStalled: Failure(408, grpc.StatusCode.DEADLINE_EXCEEDED, "invalid_request_error", "client_stalled"),
     QueueFull: Failure(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error", "queue_full"),
     GenerationFailed: Failure(500, grpc.StatusCode.INTERNAL, "server_error", "generation_failed"),
     NoWorkers: Failure(503, grpc.StatusCode.UNAVAILABLE, "server_error", "no_workers"),

@@ -64,9 +64,7 @@ class ChatFormat:
         return _usage_event(self._frame("chat.completion.chunk"), usage)
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
-        choices = [
-            self._choice(index, _of_choice(deltas, index)) for index in range(len(self._job.generations))
-        ]
+        choices = [self._choice(index, each) for index, each in enumerate(_by_choice(deltas, self._job))]
         return {**self._frame("chat.completion"), "choices": choices, "usage": usage}
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -129,9 +127,7 @@ class TextFormat:
         return _usage_event(self._frame(), usage)
 
     def body(self, deltas: Sequence[Delta], usage: dict[str, Any]) -> dict[str, Any]:
-        choices = [
-            self._choice(index, _of_choice(deltas, index)) for index in range(len(self._job.generations))
-        ]
+        choices = [self._choice(index, each) for index, each in enumerate(_by_choice(deltas, self._job))]
         return {**self._frame(), "choices": choices, "usage": usage}
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -188,8 +184,11 @@ def _usage_event(frame: dict[str, Any], usage: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(frame | {'choices': [], 'usage': usage}, separators=(',', ':'))}\n\n".encode()
 
 
-def _of_choice(deltas: Sequence[Delta], index: int) -> list[Delta]:
-    return [delta for delta in deltas if delta.index == index]
+def _by_choice(deltas: Sequence[Delta], job: Job) -> list[list[Delta]]:
+    grouped: list[list[Delta]] = [[] for _ in job.generations]
+    for delta in deltas:
+        grouped[delta.index].append(delta)
+    return grouped
 
 
 def _finish_reason(deltas: Sequence[Delta]) -> str:

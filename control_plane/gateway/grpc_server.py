@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NoReturn, cast
 
@@ -16,7 +15,7 @@ from control_plane.gateway.backend import Dispatcher
 from control_plane.gateway.body import validate
 from control_plane.gateway.chat_template import load_chat_template
 from control_plane.gateway.choices import answer
-from control_plane.gateway.failures import failure_of, retry_after_s
+from control_plane.gateway.failures import ClientStalled, failure_of, retry_after_s
 from control_plane.gateway.intake import Intake, Job
 from control_plane.gateway.metrics import GatewayMetrics
 from control_plane.gateway.schema import ChatCompletionRequest, CompletionRequest
@@ -44,18 +43,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Requests become the bodies that HTTP clients would send, so both are checked and served alike."""
 
     def __init__(
-        self, *, dispatcher: Dispatcher, tokenizer: TextTokenizer, intake: Intake, metrics: GatewayMetrics
+        self,
+        *,
+        dispatcher: Dispatcher,
+        tokenizer: TextTokenizer,
+        intake: Intake,
+        metrics: GatewayMetrics,
+        write_timeout_s: float,
     ) -> None:
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
         self._intake = intake
         self._metrics = metrics
+        self._write_timeout_s = write_timeout_s
 
-    async def Generate(
+    async def Generate(  # type: ignore[override]  # the stubs know only generators; `write` can time out
         self,
         request: pb.GenerateRequest,
         context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateReply],
-    ) -> AsyncGenerator[pb.GenerateReply, None]:
+    ) -> None:
         request_id = request.request_id or f"req-{secrets.token_hex(16)}"
         timeline = RequestTimeline(
             self._metrics, protocol="grpc", operation="Generate", request_id=request_id
@@ -65,13 +71,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             job = await self._accept(request)
             timeline.accepted(job)
             with self._metrics.open_streams.track_inprogress():
-                async for reply in self._replies(job, timeline):
-                    yield reply
+                await self._answer(job, timeline, context)
             code = grpc.StatusCode.OK
         except RequestError as error:
             timeline.failed(error.message)
             code = failure_of(error).grpc_status
             await _abort(context, error)
+        except Exception as error:
+            timeline.failed(repr(error))
+            code = grpc.StatusCode.UNKNOWN
+            raise
         finally:
             timeline.closed(code.name)
 
@@ -94,7 +103,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 raise InvalidRequest("Give one of prompt, messages and prompt_token_ids.", param="input")
         return await self._intake.completion(body, job_id=job_id)
 
-    async def _replies(self, job: Job, timeline: RequestTimeline) -> AsyncGenerator[pb.GenerateReply, None]:
+    async def _answer(
+        self, job: Job, timeline: RequestTimeline, context: grpc.aio.ServicerContext[Any, pb.GenerateReply]
+    ) -> None:
         deltas = answer(job, dispatcher=self._dispatcher, tokenizer=self._tokenizer)
         async with aclosing(deltas):
             async for delta in deltas:
@@ -108,7 +119,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     reply.usage.prompt_tokens = usage["prompt_tokens"]
                     reply.usage.completion_tokens = usage["completion_tokens"]
                     reply.usage.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
-                yield reply
+                try:
+                    async with asyncio.timeout(self._write_timeout_s):
+                        await context.write(reply)
+                except TimeoutError as error:
+                    raise ClientStalled(
+                        f"The client read nothing for {self._write_timeout_s:g} s."
+                    ) from error
 
     async def ListModels(
         self,
@@ -165,7 +182,13 @@ def add_services(
         chat_template=load_chat_template(settings.model_path),
         settings=settings,
     )
-    servicer = InferenceServicer(dispatcher=dispatcher, tokenizer=tokenizer, intake=intake, metrics=metrics)
+    servicer = InferenceServicer(
+        dispatcher=dispatcher,
+        tokenizer=tokenizer,
+        intake=intake,
+        metrics=metrics,
+        write_timeout_s=settings.stream_write_timeout_s,
+    )
     health_servicer = ReadinessHealth(dispatcher)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

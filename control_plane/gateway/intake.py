@@ -93,15 +93,17 @@ class Intake:
             raise unsupported("best_of")
         if body.echo and body.logprobs is not None:
             raise InvalidRequest("'echo' cannot be combined with 'logprobs' on this server.", param="echo")
+        given = _prompts(body.prompt)
+        self._check_num_choices(len(given), num_per_prompt=body.n or 1)
         prompts, texts = [], []
-        for prompt in _prompts(body.prompt):
+        for prompt in given:
             if isinstance(prompt, str):
                 prompts.append(await self.text_token_ids(prompt, add_special_tokens=True))
                 texts.append(prompt)
             else:
                 self._check_vocabulary(prompt, param="prompt")
                 prompts.append(prompt)
-                texts.append(self._tokenizer.decode(prompt, skip_special_tokens=False) if body.echo else "")
+                texts.append(await self._decode(prompt) if body.echo else "")
         return self._job(
             body,
             job_id=job_id,
@@ -163,21 +165,34 @@ class Intake:
             token_ids = await self.text_token_ids(body.prompt or "", add_special_tokens=add_special_tokens)
         return token_ids, model.max_model_len
 
-    def detokenize(self, body: DetokenizeRequest) -> str:
+    async def detokenize(self, body: DetokenizeRequest) -> str:
         """All tokens as text, special ones too."""
         self.served_model(body.model)
         self._check_vocabulary(body.tokens, param="tokens")
-        return self._tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return await self._decode(body.tokens)
+
+    async def _decode(self, token_ids: Sequence[int]) -> str:
+        if len(token_ids) > self._settings.thread_tokenize_chars:
+            return await asyncio.to_thread(self._tokenizer.decode, token_ids, skip_special_tokens=False)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def _check_num_choices(self, num_prompts: int, *, num_per_prompt: int) -> None:
+        limit = self._settings.max_choices
+        if num_prompts * num_per_prompt > limit:
+            raise InvalidRequest(
+                f"{num_prompts} prompts with n={num_per_prompt} make {num_prompts * num_per_prompt} choices; "
+                f"at most {limit} are accepted.",
+                param="prompt",
+            )
 
     def _check_vocabulary(self, token_ids: Sequence[int], *, param: str) -> None:
-        vocab_size = self._tokenizer.vocab_size
-        for token_id in token_ids:
-            if token_id >= vocab_size:
-                raise InvalidRequest(
-                    f"Invalid value for '{param}': token id {token_id} is outside the vocabulary of {vocab_size}.",
-                    param=param,
-                    code="invalid_value",
-                )
+        largest, vocab_size = max(token_ids, default=0), self._tokenizer.vocab_size
+        if largest >= vocab_size:
+            raise InvalidRequest(
+                f"Invalid value for '{param}': token id {largest} is outside the vocabulary of {vocab_size}.",
+                param=param,
+                code="invalid_value",
+            )
 
     def _job(
         self,
@@ -195,17 +210,9 @@ class Intake:
             raise InvalidRequest(
                 "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
             )
-        for token_id, _ in logit_bias_of(body):
-            self._check_vocabulary([token_id], param="logit_bias")
+        self._check_vocabulary([token_id for token_id, _ in logit_bias_of(body)], param="logit_bias")
         self._check_vocabulary(body.stop_token_ids or (), param="stop_token_ids")
         num_per_prompt = body.n or 1
-        num_choices = len(prompts) * num_per_prompt
-        if num_choices > self._settings.max_choices:
-            raise InvalidRequest(
-                f"{len(prompts)} prompts with n={num_per_prompt} make {num_choices} choices; "
-                f"at most {self._settings.max_choices} are accepted.",
-                param="prompt",
-            )
         generations: list[Generation] = []
         for prompt in prompts:
             budget = _output_budget(

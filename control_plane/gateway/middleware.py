@@ -46,6 +46,10 @@ class RequestScope:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             code = _CLIENT_CLOSED
+        except Exception as error:
+            timeline.failed(repr(error))
+            code = "500"
+            raise
         finally:
             timeline.closed(code)
 

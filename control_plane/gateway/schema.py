@@ -7,22 +7,48 @@ is accepted and changes nothing; any other field is refused.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_CHOICES_PER_PROMPT = 16
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPTS = 2048  # OpenAI's
+MAX_PROMPT_TOKENS = 2**20  # no window is longer
+MAX_LOGIT_BIASES = 1024
+MAX_METADATA = 16
+MAX_MESSAGES = 10_000
 INT64_MIN, UINT64_MAX = -(2**63), 2**64 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# Lists give up at their first bad element: to collect a million errors would take minutes.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Prompts = (
+    Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+)
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    """Refuses a large object before its entries are looked at one by one."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"at most {limit} entries are accepted")
+        return value
+
+    return BeforeValidator(check)
+
+
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+LogitBias = Annotated[dict[TokenKey, Bias], Field(max_length=MAX_LOGIT_BIASES), _at_most(MAX_LOGIT_BIASES)]
+Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), _at_most(MAX_METADATA)]
 
 
 class _Body(BaseModel):
@@ -47,7 +73,7 @@ class _SampledBody(_Body):
     seed: int | None = Field(None, ge=INT64_MIN, le=UINT64_MAX)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[TokenKey, Bias] | None = Field(None, description="Token ids as strings to biases.")
+    logit_bias: LogitBias | None = Field(None, description="Token ids as strings to biases.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     # Extensions, named as in vLLM.
@@ -72,7 +98,7 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
     name: str | None = None
     refusal: None = None
     audio: None = None
@@ -80,18 +106,21 @@ class ChatMessage(_Body):
     function_call: None = None
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class TextFormat(_Body):
     type: Literal["text"]
 
 
 class ChatCompletionRequest(_SampledBody):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with logprobs.")
     add_generation_prompt: bool | None = None
     # Accepted and inactive.
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -112,12 +141,7 @@ class ChatCompletionRequest(_SampledBody):
 
 
 class CompletionRequest(_SampledBody):
-    prompt: (
-        Text
-        | TokenIds
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: Text | TokenIds | Prompts
     echo: bool | None = Field(None, description="Not together with logprobs.")
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT, description="Only equal to n.")
@@ -130,7 +154,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="Default: true for a prompt, false for messages."
     )
@@ -139,4 +163,4 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from control_plane.errors import RequestError
 from control_plane.gateway.choices import Delta
-from control_plane.gateway.failures import error_body
+from control_plane.gateway.failures import ClientStalled, error_body
 from control_plane.gateway.formats import DONE_EVENT, AnswerFormat, error_event
 from control_plane.gateway.intake import Job
 from control_plane.gateway.metrics import GatewayMetrics
@@ -57,8 +57,8 @@ class AnswerResponse(Response):
                 guard = StallGuard(send, timeout_s=self._write_timeout_s)
                 try:
                     await unless_disconnected(receive, guard.run(self._stream(guard.send)))
-                except Stalled as error:
-                    self._timeline.failed(str(error))
+                except ClientStalled as error:
+                    self._timeline.failed(error.message)
                     if (abort := scope.get("extensions", {}).get(ABORT_EXTENSION)) is not None:
                         abort()
                         await _disconnected(receive)
@@ -94,12 +94,8 @@ class AnswerResponse(Response):
             await send(_part(usage + DONE_EVENT, more=False))
 
 
-class Stalled(Exception):
-    """The client has not read for too long."""
-
-
 class StallGuard:
-    """Watches over sends: one that takes longer than `timeout_s` cancels the work and raises `Stalled`.
+    """Watches over sends: one that takes longer than `timeout_s` cancels the work and raises `ClientStalled`.
 
     One timer per stream, not per send: a send costs two assignments.
     """
@@ -126,7 +122,7 @@ class StallGuard:
         except asyncio.CancelledError:
             if not self._stalled:
                 raise
-            raise Stalled(f"the client read nothing for {self._timeout_s:g} s") from None
+            raise ClientStalled(f"The client read nothing for {self._timeout_s:g} s.") from None
         finally:
             self._timer.cancel()
 

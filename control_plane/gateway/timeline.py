@@ -11,6 +11,8 @@ from control_plane.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger("penstock.gateway.request")
 
+_MAX_LOGGED_CHARS = 256
+
 
 class RequestTimeline:
     """Events in order: received (construction), accepted, tokens..., closed.
@@ -88,7 +90,7 @@ class RequestTimeline:
             "event": "request",
             "time_unix_s": round(self._received_unix_s, 3),
             "protocol": self._protocol,
-            "operation": self._operation,
+            "operation": self._operation[:_MAX_LOGGED_CHARS],
             "request_id": self.request_id,
             "code": code,
             "duration_s": round(duration_s, 6),

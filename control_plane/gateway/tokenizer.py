@@ -14,8 +14,11 @@ class TextTokenizer:
     """A `tokenizers.Tokenizer` with what a gateway asks of it. Safe to call from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        # Some tokenizer.json files carry the settings of a training run.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self.is_byte_level = "ByteLevel" in _decoder_types(tokenizer)
+        self.is_byte_level = _decoder_types(tokenizer) - {"Sequence", "Fuse"} == {"ByteLevel"}
         self.special_ids = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )

@@ -117,7 +117,7 @@ async def address(app: FastAPI) -> AsyncIterator[tuple[str, int]]:
         app, http=GatewayProtocol, ws="none", lifespan="off", log_config=None, access_log=False
     )
     server = uvicorn.Server(config)
-    serving = asyncio.create_task(server._serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     yield listener.getsockname()
     server.should_exit = True
     await asyncio.wait_for(serving, 10)

@@ -77,6 +77,7 @@ async def test_temperatures_that_are_no_number_from_0_to_2_are_refused(
         ("logit_bias", {"x": 1}),
         ("logit_bias", {"99999": 1}),
         ("logit_bias", [1]),
+        ("logit_bias", {str(i): 1 for i in range(1025)}),
         ("stop_token_ids", [99999]),
         ("stop_token_ids", [-1]),
         ("stop", ""),
@@ -222,6 +223,29 @@ async def test_ten_thousand_stop_strings_are_refused(http: httpx.AsyncClient) ->
     error = await refused(http, CHAT, {"model": MODEL, "messages": ASK, "stop": ["s"] * 10_000})
     assert error["param"] == "stop"
     assert "16" in error["message"]
+    assert len(error["message"]) < 300
+
+
+MANY = 40_000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", [-1] * MANY),
+        ("prompt", [""] * MANY),
+        ("prompt", [[]] * MANY),
+        ("prompt", [[1]] * MANY),
+        ("stop", [""] * MANY),
+        ("logit_bias", {f"x{i}": 1 for i in range(MANY // 8)}),
+        ("max_tokens", [0] * MANY),
+    ],
+)
+async def test_a_body_with_very_many_faults_has_one_short_error(
+    http: httpx.AsyncClient, field: str, value: object
+) -> None:
+    error = await refused(http, TEXT, {"model": MODEL, "prompt": "x", field: value})
+    assert error["param"] == field
     assert len(error["message"]) < 300
 
 

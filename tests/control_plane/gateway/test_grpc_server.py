@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -155,6 +156,23 @@ async def test_a_cancelled_call_aborts_its_request(served: Served, dispatcher: S
     async with asyncio.timeout(WAIT_S):
         await dispatcher.closed.wait()
     assert len(dispatcher.aborted) == 1
+
+
+class TestSlowReader:
+    @pytest.fixture
+    def settings(self, model_path: Path) -> GatewaySettings:
+        return GatewaySettings(model_path=model_path, stream_write_timeout_s=0.2)
+
+    async def test_a_client_that_stops_reading_loses_its_request(
+        self, served: Served, dispatcher: ScriptedDispatcher
+    ) -> None:
+        dispatcher.script = endless(40)
+        call = served.inference.Generate(pb.GenerateRequest(model=MODEL, prompt="x"), timeout=WAIT_S)
+        await call.read()
+        async with asyncio.timeout(WAIT_S):
+            await dispatcher.closed.wait()
+        assert len(dispatcher.aborted) == 1
+        call.cancel()
 
 
 async def test_lists_the_models(served: Served) -> None:

@@ -125,3 +125,5 @@ async def test_a_bug_is_an_openai_error_without_our_insides(app: Any, dispatcher
             assert response.status_code == 500
             assert response.json()["error"]["type"] == "server_error"
             assert "secret" not in response.text
+            assert response.headers["x-request-id"].startswith("req-")
+        assert (await samples(http))["vllm:request_success_total", *sorted((MODEL, "error"))] == 3

@@ -14,7 +14,9 @@ POSTS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 GETS = ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/version", "/metrics")
 
 
-def check_operation(app: FastAPI, *, path: str, method: str, mode: GenerationMode, num_examples: int) -> Counter[int]:
+def check_operation(
+    app: FastAPI, *, path: str, method: str, mode: GenerationMode, num_examples: int
+) -> Counter[int]:
     operation = schemathesis.openapi.from_asgi("/openapi.json", app)[path][method]
 
     statuses = Counter[int]()

@@ -34,7 +34,7 @@ async def test_a_client_that_disconnects_mid_stream_aborts_every_generation(
     writer.write(raw_request(BODY | {"stream": True, "n": num_choices}))
     async with asyncio.timeout(WAIT_S):
         await reader.readuntil(b"data: ")
-    assert metrics.open_streams._value.get() == 1
+    assert metrics.registry.get_sample_value("penstock_gateway_open_streams") == 1
     writer.close()
     async with asyncio.timeout(WAIT_S):
         await dispatcher.closed.wait()
@@ -80,7 +80,7 @@ class TestSlowReader:
             async with asyncio.timeout(WAIT_S):
                 await dispatcher.closed.wait()
             assert len(dispatcher.aborted) == 1
-            assert metrics.open_streams._value.get() == 0
+            assert metrics.registry.get_sample_value("penstock_gateway_open_streams") == 0
             tail = b""
             async with asyncio.timeout(WAIT_S):
                 while data := await loop.sock_recv(client, 1 << 16):
@@ -172,4 +172,4 @@ async def test_two_hundred_streams_at_once_are_all_whole(
     assert {task.result() for task in tasks} == {ANSWER}
     assert dispatcher.num_open == 0
     assert dispatcher.aborted == []
-    assert metrics.open_streams._value.get() == 0
+    assert metrics.registry.get_sample_value("penstock_gateway_open_streams") == 0
