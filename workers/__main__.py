@@ -84,7 +84,21 @@ def _load(config: WorkerConfig) -> "Engine":
         kv_cache_bytes=config.kv_cache_bytes,
         max_model_len=config.max_model_len,
         num_threads=config.num_threads,
+        on_progress=_progress_teller(),
     )
+
+
+def _progress_teller() -> Callable[[float], None]:
+    """Logs every tenth: a checkpoint of many layers must not fill the log."""
+    told_tenths = 0
+
+    def tell(share: float) -> None:
+        nonlocal told_tenths
+        if int(share * 10) > told_tenths:
+            told_tenths = int(share * 10)
+            log_event(_logger, "loading_weights", progress=round(share, 3))
+
+    return tell
 
 
 async def _serve(config: WorkerConfig, engine: "Engine") -> None:

@@ -85,8 +85,11 @@ def load_engine(
     kv_cache_bytes: int = 0,
     max_model_len: int | None = None,
     num_threads: int = 1,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> Engine:
     """Loads a checkpoint directory; `num_pages` goes before `kv_cache_bytes`. Sets torch's number of threads.
+
+    `on_progress` hears the share of layers that are loaded, while they are.
 
     Raises `CheckpointError` for a checkpoint that cannot be served, `ValueError` for settings that do not fit it.
     """
@@ -105,7 +108,7 @@ def load_engine(
             raise ValueError(
                 f"kv_cache_bytes {kv_cache_bytes} is less than one page of {layout.block_bytes} bytes"
             )
-    weights = load_weights(checkpoint, config, dtype=getattr(torch, dtype))
+    weights = load_weights(checkpoint, config, dtype=getattr(torch, dtype), on_progress=on_progress)
     model = ModelInfo(
         fingerprint=_fingerprint(config, checkpoint, dtype=dtype),
         vocab_size=config.vocab_size,

@@ -3,7 +3,7 @@
 V vocabulary, D hidden, H query heads, G key/value heads, C head dimension, I MLP width, E experts, N = (H + 2G) C.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,17 @@ class ModelWeights:
     lm_head: Linear  # [V, D]; shares memory with the embedding when the checkpoint ties them
 
 
-def load_weights(checkpoint: Checkpoint, config: ModelConfig, *, dtype: torch.dtype) -> ModelWeights:
-    """All weights of the model in `dtype`, merged for batched products. Raises `CheckpointError`."""
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> ModelWeights:
+    """All weights of the model in `dtype`, merged for batched products. Raises `CheckpointError`.
+
+    `on_progress` is called after every layer with the share of layers that are loaded.
+    """
     loader = _Loader(checkpoint, config, dtype)
     embedding = loader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     tied = config.tied_embeddings or not checkpoint.has("lm_head.weight")
@@ -64,10 +73,18 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, *, dtype: torch.dt
     lm_head = embedding if tied else loader.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
     return ModelWeights(
         embedding_VD=embedding,
-        layers=tuple(loader.layer(number) for number in range(len(config.layers))),
+        layers=tuple(_layers(loader, len(config.layers), on_progress)),
         final_norm_D=loader.tensor("model.norm.weight", config.hidden_size),
         lm_head=Linear(lm_head),
     )
+
+
+def _layers(
+    loader: "_Loader", num_layers: int, on_progress: Callable[[float], None]
+) -> Iterator[LayerWeights]:
+    for number in range(num_layers):
+        yield loader.layer(number)
+        on_progress((number + 1) / num_layers)
 
 
 class _Loader:
