@@ -83,9 +83,9 @@ class Ends:
         )
         await sender.run(FrameBuffer(frame_blocks * LAYOUT.layer_block_bytes))
 
-    async def receive(self, *, max_keep_alives: int = 3) -> bytes:
+    async def receive(self, *, max_keep_alives: int = 3, staging_blocks: int = NUM_BLOCKS) -> bytes:
         incoming = Incoming(page_ids=PAGES, first_block=self.first_block, max_keep_alives=max_keep_alives)
-        staging = memoryview(bytearray(staging_bytes(LAYOUT, num_blocks=NUM_BLOCKS)))
+        staging = memoryview(bytearray(staging_bytes(LAYOUT, num_blocks=staging_blocks)))
         return await receive_transfer(self.receiving, incoming, memory=self.target, staging=staging)
 
     def finish(self) -> None:
@@ -318,6 +318,14 @@ async def test_a_source_that_lies_is_found_out(lie: Lie, found: str) -> None:
             await both.receive()
         both.receiving.close()
         await asyncio.gather(lying, return_exceptions=True)
+
+
+@left_clean
+async def test_a_frame_larger_than_the_staging_buffer_is_corrupt() -> None:
+    with ends() as both:
+        await says(blocks(num=3))(both.sending)
+        with pytest.raises(TransferCorrupted, match="BLOCKS frame of 768 bytes, allowed are 512"):
+            await both.receive(staging_blocks=2)
 
 
 @left_clean

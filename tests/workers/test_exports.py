@@ -128,7 +128,9 @@ async def test_every_frame_that_is_taken_renews_the_lease(clock: Clock) -> None:
         assert source.ended.get_nowait() == ("expired", ID)
 
 
-async def test_an_export_that_is_closed_reads_no_page_and_calls_nothing_back(clock: Clock) -> None:
+async def test_an_export_that_is_closed_calls_nothing_back(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     source = unserved()
     source.open()
     source.finish()
@@ -138,6 +140,7 @@ async def test_an_export_that_is_closed_reads_no_page_and_calls_nothing_back(clo
     await clock.move(1000.0)
     assert source.ended.empty()
     assert source.exports.num_open == 0
+    assert caplog.records == []  # no timer was left that found nothing
 
 
 async def test_news_of_an_export_that_is_gone_is_ignored() -> None:
