@@ -166,7 +166,7 @@ class ClusterConfig:
     transport: Literal["unix", "tcp"] = "unix"  # between the processes of this cluster
     run_dir: Path = field(default_factory=lambda: Path.cwd() / "run")  # logs, state, sockets
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    start_timeout_s: float = 120.0  # for everything to be ready
+    start_timeout_s: float = 300.0  # for everything to be ready
     stop_timeout_s: float = 15.0  # after which a process that does not stop is killed
 
     def __post_init__(self) -> None:

@@ -145,5 +145,5 @@ def _table(rows: list[Row]) -> "Table":
 
 
 def _remark(process: ProcessState) -> str:
-    restarts = f"restarted {process.num_restarts} times" if process.num_restarts else ""
+    restarts = f"restarts: {process.num_restarts}" if process.num_restarts else ""
     return "; ".join(filter(None, [process.detail, restarts]))
