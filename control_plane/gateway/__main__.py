@@ -8,19 +8,25 @@ that cannot be used, with 1 after a crash.
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
-from control_plane.config import ClusterConfig, load_config
-from control_plane.gateway.control_process import Addresses, StartRefused, serve
+from control_plane.config import load_config
 from control_plane.gateway.logs import log_event, start_logging
 from control_plane.strict_yaml import ConfigError
 
+if TYPE_CHECKING:
+    from control_plane.gateway.control_process import Addresses
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CRASHED, EXIT_REFUSED = 1, 2
 
 _logger = logging.getLogger("control_plane.gateway")
@@ -36,9 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     start_logging(config.log_level)
+    for number in STOP_SIGNALS:  # until there is an event loop to stop, there is nothing to clean up
+        signal.signal(number, lambda *_: sys.exit(0))
+    # gRPC reads it when it is loaded. Its own lines are no JSON, and it writes one for every closed connection.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from control_plane.gateway.control_process import StartRefused, serve
+
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config))
+            runner.run(_until_signal(partial(serve, config, on_ready=_say_ready)))
     except StartRefused as error:
         log_event(_logger, "refused", level=logging.ERROR, detail=str(error))
         return EXIT_REFUSED
@@ -49,17 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _serve(config: ClusterConfig) -> None:
+async def _until_signal(run: Callable[..., Awaitable[None]]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    if config.transport == "unix":
-        config.socket_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    await serve(config, stop=stop, on_ready=_say_ready)
+    await run(stop=stop)
 
 
-def _say_ready(addresses: Addresses) -> None:
+def _say_ready(addresses: "Addresses") -> None:
     log_event(_logger, "ready", **asdict(addresses))
 
 

@@ -29,6 +29,7 @@ from control_plane.routing.policy import RoutingPolicy
 from protos import directory_pb2_grpc
 
 HTTP_BACKLOG = 2048
+LAST_WORD_S = 2.0  # for requests that are cut short at a stop, to tell their clients
 
 
 class StartRefused(Exception):
@@ -77,8 +78,10 @@ async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callabl
     except ValueError as error:
         raise StartRefused(f"model.path: {error}") from error
 
+    if config.transport == "unix":
+        config.socket_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(_listen_http(gateway.host, gateway.port))
+        listener = stack.enter_context(_listen(gateway.host, gateway.port, setting="gateway.port"))
         directory_server = grpc.aio.server(options=SERVER_OPTIONS)
         stack.push_async_callback(directory_server.stop, None)
         stack.push_async_callback(sessions.close)
@@ -93,9 +96,9 @@ async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callabl
         addresses = Addresses(
             http=_url(listener),
             grpc=_listen_grpc(
-                public_server, f"{_bracketed(gateway.host)}:{gateway.grpc_port}", setting="gateway.grpc_port"
+                public_server, host=gateway.host, port=gateway.grpc_port, setting="gateway.grpc_port"
             ),
-            directory=_listen_grpc(directory_server, config.directory_address, setting="directory.port"),
+            directory=_listen_for_workers(directory_server, config),
         )
         await directory_server.start()
         await public_server.start()
@@ -107,8 +110,11 @@ async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callabl
         on_ready(addresses)
         await _until_stopped(stop, http)
         http_server.should_exit = True
-        # Both at once, so that draining takes no longer than it may.
-        await asyncio.gather(http, public_server.stop(gateway.drain_timeout_s))
+        stops = (http, asyncio.ensure_future(public_server.stop(gateway.drain_timeout_s + LAST_WORD_S)))
+        await asyncio.wait(stops, timeout=gateway.drain_timeout_s)
+        # What still runs fails now, and its clients are told so.
+        await sessions.close()
+        await asyncio.gather(*stops)
 
 
 def _policy(config: ClusterConfig) -> RoutingPolicy:
@@ -137,25 +143,39 @@ def _http_config(app: FastAPI, *, drain_timeout_s: float) -> uvicorn.Config:
         access_log=False,  # gateway.timeline writes a line per request
         server_header=False,
         backlog=HTTP_BACKLOG,
-        timeout_graceful_shutdown=math.ceil(drain_timeout_s),
+        timeout_graceful_shutdown=math.ceil(drain_timeout_s + LAST_WORD_S),
     )
 
 
-def _listen_http(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, setting: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=HTTP_BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
-        raise StartRefused(f"gateway.port: cannot listen on {host}:{port}: {reason}") from error
+        raise StartRefused(f"{setting}: cannot listen on {host}:{port}: {reason}") from error
 
 
-def _listen_grpc(server: grpc.aio.Server, address: str, *, setting: str) -> str:
+def _listen_for_workers(server: grpc.aio.Server, config: ClusterConfig) -> str:
+    if config.transport == "tcp":
+        return _listen_grpc(
+            server, host=config.directory.host, port=config.directory.port, setting="directory.port"
+        )
     try:
-        port = server.add_insecure_port(address)
+        server.add_insecure_port(config.directory_address)
     except RuntimeError as error:
-        raise StartRefused(f"{setting}: cannot listen on {address}: is another program there?") from error
-    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        raise StartRefused(f"run_dir: cannot listen on {config.directory_address}") from error
+    return config.directory_address
+
+
+def _listen_grpc(server: grpc.aio.Server, *, host: str, port: int, setting: str) -> str:
+    # gRPC does not say why it cannot have a port, and says so in lines of its own; a socket tells.
+    _listen(host, port, setting=setting).close()
+    try:
+        port = server.add_insecure_port(f"{_bracketed(host)}:{port}")
+    except RuntimeError as error:
+        raise StartRefused(f"{setting}: cannot listen on {host}:{port}") from error
+    return f"{_bracketed(host)}:{port}"
 
 
 def _url(listener: socket.socket) -> str:

@@ -32,6 +32,8 @@ def start_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # uvicorn's own start and stop are not ours; `ready` and `stopped` are.
+    logging.getLogger("uvicorn.error").setLevel(max(root.level, logging.WARNING))
 
 
 def log_event(logger: logging.Logger, event: str, *, level: int = logging.INFO, **fields: object) -> None:

@@ -257,9 +257,12 @@ class SessionPool:
         self._sessions: dict[WorkerId, WorkerSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._is_closed = False
 
     def on_change(self, change: Change) -> None:
         """A listener for `MemoryDirectory.subscribe`."""
+        if self._is_closed:
+            return
         member = change.member
         match change.kind:
             case ChangeKind.JOINED:
@@ -284,7 +287,8 @@ class SessionPool:
         await self._changed.wait()
 
     async def close(self) -> None:
-        """Every request that is left is told so; afterwards no task and no socket is left."""
+        """Every request that is left is told so; afterwards no task and no socket is left, nor comes a new one."""
+        self._is_closed = True
         for session in self._sessions.values():
             self._close(session, "the gateway is stopping")
         self._sessions.clear()

@@ -153,6 +153,7 @@ class FakeWorker:
         session = _Session()
         self._sessions.add(session)
         reader = asyncio.create_task(self._read(requests, session))
+        await self._notify()
         try:
             while (event := await session.outbox.get()) is not None:
                 yield event
@@ -161,6 +162,7 @@ class FakeWorker:
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
                 await reader
+            await self._notify()
 
     async def _read(self, requests: AsyncIterator[worker_pb2.SessionRequest], session: _Session) -> None:
         async for request in requests:
