@@ -11,6 +11,8 @@ def test_a_start_that_fails_is_told_with_the_reason_and_leaves_nothing(run_dir: 
     (tmp_path / "config.json").write_text("{}")
     flags = [
         "--detach",
+        "--prefill",
+        "0",
         "--model",
         str(tmp_path),
         "--port",
