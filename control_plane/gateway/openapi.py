@@ -27,6 +27,11 @@ _REFERENCE = "#/components/schemas/{model}"
 _RETRY_AFTER = {
     "Retry-After": {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}, "required": True}
 }
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk, an error, or [DONE] as the last"}},
+    "required": ["data"],
+}
 
 
 def _error(description: str) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def json_reply(model: type[BaseModel]) -> Responses:
 
 def stream_or(model: type[BaseModel]) -> Responses:
     """A whole answer, or events if the request asks for a stream."""
-    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    return {200: {"model": model, "content": {"text/event-stream": {"itemSchema": _EVENT}}}}
 
 
 def text_reply(media_type: str) -> dict[str, Any]:

@@ -21,33 +21,34 @@ MAX_MESSAGES = 10_000
 INT64_MIN, UINT64_MAX = -(2**63), 2**64 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
-TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-# Lists give up at their first bad element: to collect a million errors would take minutes.
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
-Text = Annotated[str, Field(min_length=1)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
-Prompts = (
-    Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-)
-TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
-
 
 def _at_most(limit: int) -> BeforeValidator:
-    """Refuses a large object before its entries are looked at one by one."""
+    """Refuses a large list or object before its elements are looked at one by one.
+
+    Not part of the JSON schema: these bounds protect the server, and a smaller one, such as the window, comes first.
+    """
 
     def check(value: object) -> object:
-        if isinstance(value, dict) and len(value) > limit:
-            raise ValueError(f"at most {limit} entries are accepted")
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise ValueError(f"at most {limit} elements are accepted")
         return value
 
     return BeforeValidator(check)
 
 
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+# Lists give up at their first bad element: to collect a million errors would take minutes.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]
+Text = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Prompts = (
+    Annotated[list[Text], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
+)
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-
-LogitBias = Annotated[dict[TokenKey, Bias], Field(max_length=MAX_LOGIT_BIASES), _at_most(MAX_LOGIT_BIASES)]
+LogitBias = Annotated[dict[TokenKey, Bias], _at_most(MAX_LOGIT_BIASES)]
 Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), _at_most(MAX_METADATA)]
 
 
@@ -98,7 +99,7 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True), _at_most(MAX_MESSAGES)]
     name: str | None = None
     refusal: None = None
     audio: None = None
@@ -106,7 +107,7 @@ class ChatMessage(_Body):
     function_call: None = None
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MAX_MESSAGES)]
 
 
 class TextFormat(_Body):
@@ -163,4 +164,4 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]

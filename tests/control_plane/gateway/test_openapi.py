@@ -21,8 +21,12 @@ def check_operation(
 
     statuses = Counter[int]()
 
+    # The same examples each time: what a run of the suite tests must not depend on luck.
     @settings(
-        max_examples=num_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=num_examples,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Case) -> None:
@@ -43,6 +47,17 @@ def test_bodies_are_accepted_and_refused_as_the_document_says(
 ) -> None:
     statuses = check_operation(app, path=path, method="POST", mode=mode, num_examples=30)
     assert (200 in statuses) == (mode is GenerationMode.POSITIVE), statuses
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whole_and_streamed_answers_are_as_the_document_says(app: FastAPI, stream: bool) -> None:
+    document = schemathesis.openapi.from_asgi("/openapi.json", app)
+    common = {"model": MODEL, "stream": stream, "max_tokens": 5, "n": 2}
+    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2}
+    text = {"prompt": "x", "logprobs": 2}
+    for path, body in (("/v1/chat/completions", common | chat), ("/v1/completions", common | text)):
+        case = document[path]["POST"].Case(body=body, media_type="application/json")
+        assert case.call_and_validate().status_code == 200
 
 
 @pytest.mark.parametrize("path", GETS)
