@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # One OpenMP thread per test process: two of them on two cores degrade tenfold when anything else runs.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup serve test lint format bench protos
+.PHONY: help setup serve test lint format bench protos gpu
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -49,3 +49,6 @@ bench: $(STAMP)  ## run one benchmark: make bench BENCH=engine ARGS=--quick
 
 protos: $(STAMP)  ## regenerate the code of protos/*.proto
 	$(BIN)/python protos/generate.py
+
+gpu:  ## measure the limits of a GPU; plain python3 with torch, nothing installed
+	$(PYTHON) -m bench.gpu

@@ -1,0 +1,51 @@
+"""The two limits of a GPU that kernels are measured against: copy bandwidth and the bf16 matrix rate.
+
+Runs under any Python with torch and nothing of Penstock installed: `make gpu`.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+
+NUM_WARMUP = 3
+NUM_RUNS = 20
+
+
+def median_ms(run: Callable[[], object]) -> float:
+    """Milliseconds of one call by the device's own clock, the median of several after a warm-up."""
+    times = []
+    for index in range(NUM_WARMUP + NUM_RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if index >= NUM_WARMUP:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth_gb_s(*, num_bytes: int = 1 << 31) -> float:
+    """Bytes read and written per second by a copy within the device's memory."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * num_bytes / median_ms(lambda: target.copy_(source)) / 1e6
+
+
+def matrix_rate_tflop_s(*, size: int = 8192) -> float:
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b) / 1e9
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("bench.gpu needs a CUDA device, and torch finds none here")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"copy bandwidth {copy_bandwidth_gb_s():8.0f} GB/s")
+    print(f"bf16 matrix    {matrix_rate_tflop_s():8.0f} TFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
