@@ -24,6 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@# torch first and by itself: its pin keeps every later resolution away from the CUDA builds.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "Compiling the CPU kernels, once ..."
+	$(BIN)/python -c 'import workers.engine.engine'
 	@touch $@
 
 serve: $(STAMP)  ## start a prefill worker, a decode worker and the gateway with the model that ships with us

@@ -17,7 +17,7 @@ def median_ms(run: Callable[[], object]) -> float:
     """Milliseconds of one call by the device's own clock, the median of several after a warm-up."""
     times = []
     for index in range(NUM_WARMUP + NUM_RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
         start.record()
         run()
         end.record()
@@ -36,7 +36,8 @@ def copy_bandwidth_gb_s(*, num_bytes: int = 1 << 31) -> float:
 
 def matrix_rate_tflop_s(*, size: int = 8192) -> float:
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return 2 * size**3 / median_ms(lambda: a @ b) / 1e9
+    num_operations = 2 * size * size * size
+    return num_operations / median_ms(lambda: a @ b) / 1e9
 
 
 def main() -> None:
