@@ -125,6 +125,6 @@ def endless(token_id: int, *, pause: asyncio.Event | None = None) -> Script:
         if pause is not None:
             yield pause
         while True:
-            yield TokenChunk(token_ids=(token_id,) * 64)
+            yield TokenChunk(token_ids=(token_id,) * 1024)
 
     return script
