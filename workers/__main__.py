@@ -21,6 +21,8 @@ from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any
 
+import uvloop
+
 from workers.config import WorkerConfig, setting_help
 from workers.errors import CannotListen, CheckpointError
 from workers.identity import Identity
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, ValueError, OSError) as error:
         return _refuse(error)
     try:
-        asyncio.run(_serve(config, engine))
+        # A step of few tokens takes a millisecond: uvloop saves a tenth of what the loop adds to it.
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config, engine))
     except CannotListen as error:
         return _refuse(error)
     except Exception:
