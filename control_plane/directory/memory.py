@@ -100,6 +100,11 @@ class MemoryDirectory:
             self._leave(member)
         return silent
 
+    def postpone_expiry(self, *, by_s: float) -> None:
+        """For time in which the directory itself was held up and heard nobody."""
+        for worker_id in self._last_seen_s:
+            self._last_seen_s[worker_id] += by_s
+
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener` with every later change; returns what ends the subscription."""
         self._listeners.append(listener)

@@ -136,12 +136,18 @@ class _BoundedChanges:
 
 async def expire_silent(directory: MemoryDirectory, *, now_s: Callable[[], float] = time.monotonic) -> None:
     """Runs until cancelled."""
+    interval_s = directory.ttl_s / EXPIRY_CHECKS_PER_TTL
+    checked_s = now_s()
     while True:
-        await asyncio.sleep(directory.ttl_s / EXPIRY_CHECKS_PER_TTL)
-        for member in directory.expire(now_s=now_s()):
-            _log.warning(
-                "worker_silent", extra={"fields": {"worker_id": member.worker_id, "ttl_s": directory.ttl_s}}
-            )
+        await asyncio.sleep(interval_s)
+        late_s = now_s() - checked_s - interval_s
+        checked_s = now_s()
+        if late_s > interval_s:
+            # This process was frozen or starved. Heartbeats wait in its sockets, unread: nobody was silent.
+            directory.postpone_expiry(by_s=late_s)
+        for member in directory.expire(now_s=checked_s):
+            fields = {"worker_id": member.worker_id, "epoch": member.epoch, "ttl_s": directory.ttl_s}
+            _log.warning("worker_silent", extra={"fields": fields})
 
 
 async def _refuse(context: _Context, error: Exception) -> None:

@@ -169,7 +169,8 @@ class WorkerSession:
                 was_ready = self.is_ready
                 reason = _why(self._connection)
                 self._fail_all(reason)
-                self._log("session_lost", reason=reason)
+                # A worker that is away is tried again and again; only the first time is news.
+                self._log("session_lost", level=logging.INFO if was_ready else logging.DEBUG, reason=reason)
                 retry_s = FIRST_RETRY_S if was_ready else min(2 * retry_s, LAST_RETRY_S)
                 await asyncio.sleep(retry_s)
 
@@ -183,7 +184,7 @@ class WorkerSession:
             self._check_welcome(welcome)
             self._outbox = asyncio.Queue(self._settings.max_queued_messages)
             self.is_ready = True
-            self._log("session_change")
+            self._log("session_ready")
             self._on_change()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._write(call))
@@ -224,8 +225,10 @@ class WorkerSession:
                     del sinks[message.request_id]
                 sink(output)
 
-    def _log(self, event: str, **fields: Any) -> None:
-        log_event(_log, event, worker_id=self.member.worker_id, epoch=self.member.epoch, **fields)
+    def _log(self, event: str, *, level: int = logging.INFO, **fields: Any) -> None:
+        log_event(
+            _log, event, level=level, worker_id=self.member.worker_id, epoch=self.member.epoch, **fields
+        )
 
 
 _SessionCall = grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionEvent]

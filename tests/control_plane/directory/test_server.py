@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -143,17 +144,42 @@ async def test_a_gap_in_the_block_events_is_answered_with_resend(service: Servic
     assert not (await service.beat(blocks=snapshot)).resend_blocks
 
 
-async def test_silence_is_noticed_by_the_clock_alone() -> None:
-    directory, clock = MemoryDirectory(ttl_s=0.02), Clock()
-    left = asyncio.Event()
+def frozen_directory(*, ttl_s: float, now_s: float) -> MemoryDirectory:
+    """With one member that never says anything again."""
+    directory = MemoryDirectory(ttl_s=ttl_s)
     description = FakeWorker("w").description
     description.control_address = "127.0.0.1:1"
-    directory.register(directory_server.wire.read_member(description), now_s=clock())
+    directory.register(directory_server.wire.read_member(description), now_s=now_s)
+    return directory
+
+
+async def test_silence_is_noticed_without_anybody_calling() -> None:
+    directory = frozen_directory(ttl_s=0.05, now_s=time.monotonic())
+    left = asyncio.Event()
     directory.subscribe(lambda change: left.set())
-    expiry = asyncio.create_task(expire_silent(directory, now_s=clock))
-    clock.now_s = 1.0
+    expiry = asyncio.create_task(expire_silent(directory))
     async with asyncio.timeout(TIMEOUT_S):
         await left.wait()
     assert directory.members() == ()
+    expiry.cancel()
+    await asyncio.wait([expiry])
+
+
+async def test_nobody_counts_as_silent_while_the_directory_itself_was_frozen() -> None:
+    directory, clock = frozen_directory(ttl_s=0.02, now_s=0.0), Clock()
+    rounds = [asyncio.Event() for _ in range(5)]
+    readings = iter(rounds)
+
+    def now_s() -> float:
+        next(readings, rounds[-1]).set()
+        return clock.now_s
+
+    expiry = asyncio.create_task(expire_silent(directory, now_s=now_s))
+    await rounds[0].wait()
+    clock.now_s = 100.0  # as after SIGSTOP and SIGCONT of this process
+    async with asyncio.timeout(TIMEOUT_S):
+        await rounds[-1].wait()
+    assert [member.worker_id for member in directory.members()] == ["w"]
+    directory.check()
     expiry.cancel()
     await asyncio.wait([expiry])

@@ -21,7 +21,7 @@ from protos import directory_pb2, directory_pb2_grpc, inference_pb2, inference_p
 from tests.control_plane.fake_worker import FakeWorker
 
 TIMEOUT_S = 30.0
-HEARTBEAT_S, TTL_S = 0.1, 0.5
+HEARTBEAT_S, TTL_S = 0.1, 1.5
 
 
 def write_config(path: Path, model_path: Path, **gateway: object) -> Path:
