@@ -1,6 +1,7 @@
 """The inner loops of products and attention, with their sums in vector registers.
 
 tile_X: out[m * x_step + n * w_step] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < X.
+dot:    out[0] = sum_k w[k] x[k]. One row of w after the other is one stream of memory, the fastest way to read it.
 mix_X:  out[m * out_stride + c] += sum_t p[m * p_stride + t] v[t * v_stride + c] for t < num_rows, c < LANES and m < X.
 mix_1_narrow: the same for m < 1 and one c.
 
@@ -15,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 TILE_ROWS = 4
+_UNROLL = 4  # independent sums of `dot`, to hide the latency of an addition
 # AVX-512 has 32 registers of 16 floats; everything else gets 8 lanes, and half the tile with its 16 registers.
 _WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 LANES = 16 if _WIDE else 8
@@ -46,6 +48,33 @@ def _make_tile(num_columns):
         return types.void(*[types.int64] * 8), generate
 
     return tile
+
+
+@intrinsic
+def dot(_typing, w, x, depth, out):
+    def generate(context, builder, _signature, values):
+        w, x, depth, out = values
+        rows = [builder.inttoptr(address, _F32.as_pointer()) for address in (w, x)]
+
+        def add_products(kind):
+            def body(k, sums):
+                places = [builder.add(k, ir.Constant(_I64, i * LANES)) for i in range(len(sums))]
+                pairs = [[_load(builder, row, place, kind) for row in rows] for place in places]
+                return [_fma(builder, *pair, total) for pair, total in zip(pairs, sums, strict=True)]
+
+            return body
+
+        step = LANES * _UNROLL
+        whole = builder.and_(depth, ir.Constant(_I64, -step))
+        zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * _UNROLL
+        first, *others = _loop(builder, ir.Constant(_I64, 0), whole, step, zeros, add_products(_VECTOR))
+        for other in others:
+            first = builder.fadd(first, other)
+        (total,) = _loop(builder, whole, depth, 1, [_add_lanes(builder, first)], add_products(_F32))
+        builder.store(total, builder.inttoptr(out, _F32.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
 
 
 def _make_mix(num_columns, kind):
