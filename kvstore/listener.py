@@ -124,7 +124,7 @@ def _peer_text(name: object) -> str:
 
 def _bind_unix(path: str) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
-        if not _is_answered(path):
+        if not is_answered(path):
             os.unlink(path)  # left behind by a process that died
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -136,11 +136,12 @@ def _bind_unix(path: str) -> socket.socket:
     return listening
 
 
-def _is_answered(path: str) -> bool:
+def is_answered(path: str) -> bool:
+    """Whether somebody listens on this Unix socket; False too if it is not there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(path)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
     return True

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
+from kvstore.listener import is_answered
 from protos import worker_pb2, worker_pb2_grpc
 from workers.errors import CannotListen, WorkerError
 from workers.logs import log_event
@@ -162,6 +163,10 @@ def make_server(address: str, *, service: WorkerService) -> tuple[grpc.aio.Serve
 
     Further services may be added before the start. Raises CannotListen.
     """
+    path = address.removeprefix("unix:")
+    if path != address and is_answered(path):
+        # gRPC would take the path over and leave the other worker listening on nothing.
+        raise CannotListen(f"cannot listen on {address}: another process does")
     server = grpc.aio.server(options=SERVER_OPTIONS)
     worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)  # type: ignore[attr-defined]
@@ -169,6 +174,6 @@ def make_server(address: str, *, service: WorkerService) -> tuple[grpc.aio.Serve
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise CannotListen(f"cannot listen on {address}: {error}") from error
-    if address.startswith("unix:"):
+    if path != address:
         return server, address
     return server, f"{address.rpartition(':')[0]}:{port}"

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -65,6 +66,20 @@ async def test_an_address_that_is_taken_is_named(
         port = taken.getsockname()[1]
         with pytest.raises(CannotListen, match=str(port)):
             await start_worker(**{setting: form(port)})
+
+
+@pytest.mark.parametrize("name", ["control", "data"])
+async def test_a_socket_of_a_living_worker_is_refused_and_one_of_a_dead_worker_is_taken_over(
+    start_worker: Fixture, connect: Fixture, tmp_path: Path, name: str
+) -> None:
+    path = str(tmp_path / "worker.sock")
+    address = {f"{name}_address": f"unix:{path}" if name == "control" else f"unix://{path}"}
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(path)
+    running = await start_worker(**address)
+    with pytest.raises(CannotListen, match=r"worker\.sock"):
+        await start_worker(**address)
+    await connect(running.identity).open()
 
 
 @pytest.mark.parametrize(
