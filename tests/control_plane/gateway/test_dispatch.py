@@ -101,6 +101,17 @@ async def test_a_prompt_that_is_cached_where_it_decodes_is_not_handed_over(clust
     assert len(prefill.submits) == 1
 
 
+async def test_the_last_prompt_token_is_computed_even_if_its_block_is_cached(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d"))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL))
+    generation = make_generation(num_prompt_tokens=64)
+    root = root_key(model_fingerprint=worker.description.model.fingerprint)
+    blocks = BlockEvents(sequence=1, stored=tuple(chain_keys(root, generation.prompt_token_ids)))
+    cluster.directory.heartbeat(worker.member.incarnation, load=WorkerLoad(), blocks=blocks, now_s=0.0)
+    await collect(cluster.dispatcher(prefill_threshold_tokens=16), generation)
+    assert len(prefill.submits) == 1  # the last block counts as 16 tokens to compute
+
+
 async def test_the_first_token_may_come_from_the_prefill_worker(cluster: Cluster) -> None:
     decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
     await cluster.start(FakeWorker("p", role=PREFILL))
@@ -210,7 +221,21 @@ async def test_a_frozen_decode_worker_is_replaced_when_it_leaves_the_directory(c
     heir = await cluster.start(FakeWorker("heir"))
     cluster.leave(frozen)
     assert_is_whole(chunks + await rest(stream), generation)
-    assert len(heir.submits) == 1
+    (submit,) = heir.submits
+    known = list(submit.output_token_ids)
+    assert len(known) >= 1  # what the client has already is not generated again
+    assert known == expected_tokens(generation.prompt_token_ids, len(known))
+
+
+async def test_a_worker_of_another_model_does_not_go_on_with_a_text(cluster: Cluster) -> None:
+    doomed = await cluster.start(FakeWorker("a-doomed", max_answer_tokens=1))
+    stream = cluster.dispatcher().generate(make_generation())
+    await first_chunk(stream)
+    other = await cluster.start(FakeWorker("other", fingerprint=b"model-b"))
+    await doomed.stop()
+    with pytest.raises(GenerationFailed, match="no other worker can go on"):
+        await rest(stream)
+    assert other.submits == []
 
 
 async def test_a_request_that_has_output_is_not_handed_over_again(cluster: Cluster) -> None:

@@ -261,3 +261,12 @@ async def test_a_report_takes_the_place_of_what_was_counted_since_the_last(clust
     assert (view.num_unreported_tokens, view.num_unreported_pages) == (42, 4)
     cluster.directory.heartbeat(worker.member.incarnation, load=worker.member.load, blocks=None, now_s=0.0)
     assert (session.view().num_assigned, session.view().num_unreported_tokens) == (1, 0)
+
+
+async def test_after_the_end_nobody_who_joins_gets_a_session(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("w"))
+    await cluster.sessions.close()
+    cluster.leave(worker)
+    cluster.join(worker)
+    assert cluster.sessions.sessions() == ()
+    assert worker.hellos == worker.hellos[:1]
