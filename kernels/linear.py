@@ -14,7 +14,6 @@ from kernels.tile import MAX_TILE_COLUMNS, TILE_ROWS, dot, tile_1, tile_2, tile_
 
 MAX_ROWS = 64
 _CHUNK = 64  # outputs per work item
-_BLOCK = 8  # outputs whose weights pass all rows of x before the next
 
 
 def reference(x_MK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,22 +28,20 @@ def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
             dot(w + 4 * n * depth, x, depth, y + 4 * n)
         return
     whole = start + (stop - start) // TILE_ROWS * TILE_ROWS
-    for block in range(start, whole, _BLOCK):
-        block_stop = min(block + _BLOCK, whole)
+    for n in range(start, whole, TILE_ROWS):
+        w_row = w + 4 * n * depth
         row = 0
         while row < num_rows:
             columns = min(MAX_TILE_COLUMNS, num_rows - row)
-            x_row = x + 4 * row * depth
-            for n in range(block, block_stop, TILE_ROWS):
-                w_row, place = w + 4 * n * depth, y + 4 * (row * num_outputs + n)
-                if columns == 4:
-                    tile_4(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
-                elif columns == 3:
-                    tile_3(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
-                elif columns == 2:
-                    tile_2(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
-                else:
-                    tile_1(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+            x_row, place = x + 4 * row * depth, y + 4 * (row * num_outputs + n)
+            if columns == 4:
+                tile_4(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+            elif columns == 3:
+                tile_3(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+            elif columns == 2:
+                tile_2(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
+            else:
+                tile_1(w_row, depth, x_row, depth, depth, place, 1, num_outputs)
             row += columns
     for n in range(whole, stop):  # fewer than four outputs are left: the same row of w four times, one result
         for row in range(num_rows):
@@ -95,9 +92,8 @@ def linear(
 ) -> torch.Tensor:
     """x w^T + bias, into `out_MN` if given."""
     if x_MK.dtype != torch.float32 or len(x_MK) > MAX_ROWS:
-        if out_MN is None or bias_N is not None:
-            return reference(x_MK, w_NK, bias_N)
-        return torch.mm(x_MK, w_NK.T, out=out_MN)
+        y_MN = reference(x_MK, w_NK, bias_N)
+        return y_MN if out_MN is None else out_MN.copy_(y_MN)
     out_MN = x_MK.new_empty(len(x_MK), len(w_NK)) if out_MN is None else out_MN
     step = Step()
     step.fill(len(x_MK))

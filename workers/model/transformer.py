@@ -54,25 +54,27 @@ class Transformer:
         """Logits [S, V] in fp32. Writes keys and values to their slots; `on_layer(l)` follows those of layer l."""
         embedded_TD = self._weights.embedding_VD[batch.token_ids_T]
         if self._program is not None and len(embedded_TD) <= MAX_TOKENS:
-            hidden_TD = self._program.run(embedded_TD, batch, on_layer=on_layer)
+            hidden_SD = self._program.run(embedded_TD, batch, on_layer=on_layer)[batch.sampled_S]
         else:
-            hidden_TD = self._layers(embedded_TD, batch, on_layer)
-        last_SD = rms_norm(
-            hidden_TD[batch.sampled_S], self._weights.final_norm_D, eps=self.config.rms_norm_eps
-        )
+            hidden_SD = self._layers(embedded_TD, batch, on_layer)
+        last_SD = rms_norm(hidden_SD, self._weights.final_norm_D, eps=self.config.rms_norm_eps)
         return _linear(last_SD, self._weights.lm_head).float()
 
     def _layers(
         self, residual_TD: torch.Tensor, batch: TokenBatch, on_layer: Callable[[int], None] | None
     ) -> torch.Tensor:
-        """The residual stream after all layers, operation by operation."""
+        """The residual stream [S, D] after all layers, operation by operation."""
         eps = self.config.rms_norm_eps
         delta_TD: torch.Tensor | None = None
         for number, layer in enumerate(self._weights.layers):
             x_TD = _next_norm(residual_TD, delta_TD, layer.attention_norm_D, eps)
-            delta_TD = self._attention(x_TD, layer, batch, number)
+            heads_TX = self._attention(x_TD, layer, batch, number)
             if on_layer is not None:
                 on_layer(number)
+            if number == len(self._weights.layers) - 1:
+                # All keys and values are written: from here on only the tokens that sample matter.
+                heads_TX, residual_TD = heads_TX[batch.sampled_S], residual_TD[batch.sampled_S]
+            delta_TD = _linear(heads_TX, layer.output)
             x_TD = _next_norm(residual_TD, delta_TD, layer.mlp_norm_D, eps)
             delta_TD = _mlp(x_TD, layer.mlp)
         assert delta_TD is not None
@@ -81,6 +83,7 @@ class Transformer:
     def _attention(
         self, x_TD: torch.Tensor, layer: LayerWeights, batch: TokenBatch, number: int
     ) -> torch.Tensor:
+        """What the heads read [T, H C]; writes keys and values to their slots."""
         config, window, scale = self.config, self.config.layers[number].window, self.config.head_dim**-0.5
         pages_P2GBC = self._pages_LP2GBC[number]
         qkv_TN = _linear(x_TD, layer.qkv)
@@ -103,7 +106,7 @@ class Transformer:
                 q_THC[span], k_TGC[span], v_TGC[span], pages_P2GBC, prefix_pages=chunk.pages,
                 num_prefix=chunk.num_prefix, window=window, scale=scale,
             )  # fmt: skip
-        return _linear(out_THC.flatten(1), layer.output)
+        return out_THC.flatten(1)
 
 
 def _next_norm(
