@@ -94,9 +94,10 @@ def make_checkpoint(directory: Path) -> tuple[transformers.LlamaForCausalLM, int
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that two threads read: the best of sums over 512 MiB."""
+    """Bytes per second that two threads read: the median of sums over 512 MiB, after a warm-up."""
     memory = torch.ones(2**27)
-    return memory.nbytes / min(seconds(memory.sum) for _ in range(8))
+    memory.sum()
+    return memory.nbytes / statistics.median(seconds(memory.sum) for _ in range(9))
 
 
 def measure_prefill(engine: Engine, peer: transformers.LlamaForCausalLM, extent: Extent) -> Claim:
