@@ -48,7 +48,7 @@ class Admission:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 self._hand_on()  # it was granted in the same turn of the loop
-            else:
+            elif place in self._waiters:  # or else it was passed over in the same turn of the loop
                 self._waiters.remove(place)
             raise
 

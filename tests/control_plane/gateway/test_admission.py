@@ -78,6 +78,20 @@ async def test_a_place_granted_to_one_who_just_gave_up_goes_to_the_next() -> Non
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 
+async def test_one_who_gives_up_while_a_place_is_handed_on_is_passed_over() -> None:
+    admission = make_admission(max_queued=2)
+    await admission.enter()
+    quitter, patient = asyncio.create_task(admission.enter()), asyncio.create_task(admission.enter())
+    await turn()
+    quitter.cancel()  # has not run yet ...
+    admission.leave(has_completed=True)  # ... when the place is handed on
+    await asyncio.wait([quitter])
+    assert quitter.cancelled()
+    await patient
+    admission.leave(has_completed=True)
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
 async def test_retry_after_follows_the_measured_rate_and_the_queue() -> None:
     clock = Clock()
     admission = make_admission(max_concurrent=10, clock=clock)
