@@ -28,7 +28,6 @@ from workers.request import (
     Request,
     RequestId,
     RequestOutput,
-    SessionId,
     Status,
     TokenLogprobs,
 )
@@ -142,11 +141,6 @@ class EngineState:
             request.status = Status.DOOMED
             return _ended(request, FinishReason.ABORT, now_s=now_s)
         return self._finish(request, FinishReason.ABORT, now_s=now_s)
-
-    def close_session(self, session_id: SessionId, *, now_s: float) -> tuple[RequestId, ...]:
-        """Aborts all requests of a session and returns which: nobody is there to hear of it."""
-        request_ids = tuple(r.request_id for r in self._requests.values() if r.session_id == session_id)
-        return tuple(i for i in request_ids if self.abort(i, now_s=now_s) is not None)
 
     def release(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
         """The puller of a PREFILL_ONLY request has all it wants; None if the request is not here any more."""
@@ -330,8 +324,8 @@ class EngineState:
         *,
         now_s: float,
         finish_reason: FinishReason | None = None,
-    ) -> RequestOutput:
-        """New tokens at the end of the output, and perhaps the end of the request."""
+    ) -> RequestOutput | None:
+        """New tokens at the end of the output, and perhaps the end of the request. None: the puller tells them."""
         first_token_number = len(request.output_token_ids)
         request.output_token_ids.extend(token.token_id for token in tokens)
         request.timeline.stamp_once(timeline.PREFILL_DONE, now_s)
@@ -340,6 +334,8 @@ class EngineState:
         logprobs = tuple(token.logprobs for token in tokens if token.logprobs is not None)
         if request.purpose is Purpose.PREFILL_ONLY:
             self._hold(request, logprobs, finish_reason, tokens[-1].stop_string)
+            if finish_reason is FinishReason.STOP:
+                return None  # a token that ends the text is none of it; without the end nobody could know
             finish_reason = None
         elif finish_reason is not None:
             request.timeline.stamp(timeline.FINISHED, now_s)

@@ -125,6 +125,18 @@ async def test_a_decode_worker_computes_itself_what_its_source_never_got(pair: P
     assert (await target.wait()).token_ids == expected.token_ids
 
 
+async def test_a_first_token_that_ends_the_text_is_told_by_the_decode_worker_alone(
+    pair: Pair, alone: Fixture
+) -> None:
+    [first, *_] = (await (await alone.submit("r", LONG_PROMPT, **GREEDY)).wait()).token_ids
+    source, target = await pair.submit("r", LONG_PROMPT, **(GREEDY | {"stop_token_ids": [first]}))
+    await target.wait()
+    assert (target.token_ids, target.finish_reason) == ([first], "stop")
+    await source.wait()
+    assert (source.token_ids, source.finish_reason) == ([], "handed_over")
+    await pair.settled()
+
+
 async def test_a_lease_that_nobody_takes_up_ends_and_frees_its_pages(
     start_worker: Fixture, open_session: Fixture
 ) -> None:

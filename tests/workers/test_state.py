@@ -50,12 +50,11 @@ def new_request(
     kv_source: KvSource | None = None,
     priority: int = 0,
     arrival_s: float = 0.0,
-    session: int = 0,
     cache_salt: str = "",
 ) -> Request:
     return Request(
         request_id=RequestId(name),
-        session_id=SessionId(session),
+        session_id=SessionId(1),
         prompt_token_ids=list(prompt),
         output_token_ids=list(output),
         sampling=sampling or SamplingParams(max_tokens=100),
@@ -314,15 +313,6 @@ def test_pages_of_an_aborted_pull_are_kept_until_the_pull_has_ended(succeeds: bo
     assert state.num_requests == 0
 
 
-def test_the_end_of_a_session_aborts_its_requests_and_no_others() -> None:
-    state = new_state()
-    for number in range(4):
-        state.add(new_request(f"r{number}", session=number % 2), now_s=0.0)
-    step(state)
-    assert state.close_session(SessionId(1), now_s=0.0) == ("r1", "r3")
-    assert [output.request_id for output in step(state)] == ["r0", "r2"]
-
-
 # Hand-over, source side.
 
 
@@ -346,12 +336,11 @@ def test_a_request_for_another_worker_is_held_until_it_is_released() -> None:
     assert state.load().num_free_pages == 100
 
 
-def test_a_request_that_ends_with_its_first_token_says_so_in_the_hand_over() -> None:
+def test_a_request_that_ends_with_its_first_token_says_so_in_the_hand_over_alone() -> None:
     state = new_state()
     sampling = SamplingParams(max_tokens=9, num_logprobs=0)
     state.add(new_request(purpose=Purpose.PREFILL_ONLY, sampling=sampling), now_s=0.0)
-    (output,) = step(state, SampledToken(EOS, TokenLogprobs(-0.5), stop_string="x"))
-    assert output.finish_reason is None
+    assert step(state, SampledToken(EOS, TokenLogprobs(-0.5), stop_string="x")) == ()
     (progress,) = state.export_progress()
     assert progress.handoff == Handoff(
         num_computed_tokens=3,

@@ -82,7 +82,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.num_added += 1
             request = Request(
                 request_id=RequestId(f"r{self.num_added}"),
-                session_id=SessionId(self.num_added % 9),
+                session_id=SessionId(1),
                 prompt_token_ids=[1] * shared + own or [2],
                 output_token_ids=[3] * num_outputs,
                 sampling=SamplingParams(max_tokens=most),
@@ -106,14 +106,6 @@ class EngineMachine(RuleBasedStateMachine):
         output = self.state.abort(request_id, now_s=0.0)
         assert output is not None
         self.hear([output])
-
-    @rule(session=st.integers(0, 8))
-    def close_session(self, session: int) -> None:
-        aborted = self.state.close_session(SessionId(session), now_s=0.0)
-        expected = {i for i, r in self.live.items() if r.session_id == session}
-        assert set(aborted) == expected
-        for request_id in aborted:
-            del self.live[request_id]
 
     @rule(
         token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=4, max_size=4),
@@ -235,7 +227,10 @@ class EngineMachine(RuleBasedStateMachine):
     def hear(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
             request = self.live[output.request_id]  # nobody speaks after its end
-            assert output.first_token_number == self.num_outputs[output.request_id]
+            num_untold = output.first_token_number - self.num_outputs[output.request_id]
+            # A prefill leaves a first token that ends the text to its puller.
+            may_be_untold = request.purpose is Purpose.PREFILL_ONLY and not output.token_ids
+            assert num_untold == 0 or (num_untold == 1 and may_be_untold)
             self.num_outputs[output.request_id] += len(output.token_ids)
             assert self.num_outputs[output.request_id] <= request.sampling.max_tokens
             if output.finish_reason is not None:
