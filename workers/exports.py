@@ -149,12 +149,6 @@ class Exports:
             num_blocks = self._num_blocks(export, num_ready_tokens)
             export.outgoing.advance(page_ids=page_ids, num_blocks=num_blocks, num_layers=num_layers)
 
-    def retract(self, request_id: RequestId) -> None:
-        """The request was preempted. To be called before anything else is written to its pages."""
-        export = self._exports.get(request_id)
-        if export is not None and not export.is_finished:
-            export.outgoing.advance(page_ids=(), num_blocks=0)
-
     def close(self, request_id: RequestId) -> None:
         """Ends an export without a callback. Idempotent, also before `open`.
 

@@ -192,8 +192,6 @@ class RequestLoop:
         self._settled.set()
 
     async def _step(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> None:
-        for request_id in plan.preempted:  # their pages are somebody else's from here on
-            self._exports.retract(request_id)
         if plan.pulls:
             # Their pages are disjoint from those of the rows, so they may be recorded ahead of them.
             self._state.apply(StepPlan(pulls=plan.pulls), StepResult(sampled={}), now_s=time.time())

@@ -148,7 +148,6 @@ async def test_news_of_an_export_that_is_gone_is_ignored() -> None:
     source.progress(50)
     source.finish()
     source.exports.layer_progress(ID, page_ids=SOURCE_PAGES, num_ready_tokens=16, num_layers=1)
-    source.exports.retract(ID)
     source.exports.release(ID)
     assert source.exports.num_open == 0
     assert source.ended.empty()

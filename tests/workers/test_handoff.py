@@ -125,18 +125,6 @@ async def test_blocks_travel_while_the_source_still_computes(
     assert_arrived(source, pool)
 
 
-async def test_a_preempted_source_goes_on_where_it_was(source: Source, pool: KvPool, puller: Puller) -> None:
-    source.open()
-    pulling = asyncio.create_task(puller.pull(make_pull(source.control_address)))
-    source.progress(50)
-    await wait_until(lambda: arrived(source, pool, layer=2, block=2))
-    source.exports.retract(ID)
-    source.progress(20)
-    source.finish()
-    assert await pulling == HANDOFF
-    assert_arrived(source, pool)
-
-
 async def test_a_pull_may_come_before_its_request(source: Source, pool: KvPool, puller: Puller) -> None:
     pulling = asyncio.create_task(puller.pull(make_pull(source.control_address)))
     await wait_until(lambda: source.exports.num_waiting_pulls == 1)
