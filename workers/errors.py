@@ -6,7 +6,6 @@
     ├── CheckpointError    the model on disk is missing, truncated, of another shape or unsupported
     ├── CannotListen       an address of this worker is taken or not ours
     ├── EngineFailed       a step raised; its requests end, and after several in a row the process
-    ├── StaleEpoch         the message means another incarnation of this worker
     └── PullError          a hand-over failed; the request is recomputed here
         ├── PullRefused        the source does not agree: epoch, fingerprint, layout, no such lease
         ├── PullInterrupted    the connection broke or the source fell silent
@@ -39,10 +38,6 @@ class CannotListen(WorkerError):
 
 
 class EngineFailed(WorkerError):
-    pass
-
-
-class StaleEpoch(WorkerError):
     pass
 
 

@@ -7,7 +7,7 @@ from protos import kv_pb2, worker_pb2
 from workers.errors import PullCorrupted
 from workers.request import FinishReason, Handoff, TokenLogprobs
 
-_FINISH_TO_WIRE = {
+FINISH_TO_WIRE = {
     None: worker_pb2.FINISH_NONE,
     FinishReason.STOP: worker_pb2.FINISH_STOP,
     FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
@@ -15,7 +15,7 @@ _FINISH_TO_WIRE = {
     FinishReason.ERROR: worker_pb2.FINISH_ERROR,
     FinishReason.HANDED_OVER: worker_pb2.FINISH_HANDED_OVER,
 }
-_FINISH_FROM_WIRE = {number: reason for reason, number in _FINISH_TO_WIRE.items()}
+_FINISH_FROM_WIRE = {number: reason for reason, number in FINISH_TO_WIRE.items()}
 
 
 def encode_handoff(handoff: Handoff) -> bytes:
@@ -24,7 +24,7 @@ def encode_handoff(handoff: Handoff) -> bytes:
         num_computed_tokens=handoff.num_computed_tokens,
         output_token_ids=handoff.output_token_ids,
         logprobs=[logprobs_to_wire(logprobs) for logprobs in handoff.logprobs],
-        finish_reason=_FINISH_TO_WIRE[handoff.finish_reason],
+        finish_reason=FINISH_TO_WIRE[handoff.finish_reason],
         stop_string=handoff.stop_string or "",
         num_cached_tokens=handoff.num_cached_tokens,
     )

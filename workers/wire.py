@@ -8,11 +8,10 @@ from collections.abc import Iterable
 
 from protos import worker_pb2
 from workers.config import Role
-from workers.errors import InvalidRequest, QueueFull, StaleEpoch, WorkerError
-from workers.handoff_wire import layout_to_wire, logprobs_to_wire
+from workers.errors import InvalidRequest, QueueFull, WorkerError
+from workers.handoff_wire import FINISH_TO_WIRE, layout_to_wire, logprobs_to_wire
 from workers.identity import Identity
 from workers.request import (
-    FinishReason,
     KvSource,
     Purpose,
     Request,
@@ -34,19 +33,10 @@ _PURPOSES = {
     worker_pb2.Submit.GENERATE: Purpose.GENERATE,
     worker_pb2.Submit.PREFILL_ONLY: Purpose.PREFILL_ONLY,
 }
-_FINISH_REASONS = {
-    None: worker_pb2.FINISH_NONE,
-    FinishReason.STOP: worker_pb2.FINISH_STOP,
-    FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
-    FinishReason.ABORT: worker_pb2.FINISH_ABORT,
-    FinishReason.ERROR: worker_pb2.FINISH_ERROR,
-    FinishReason.HANDED_OVER: worker_pb2.FINISH_HANDED_OVER,
-}
 # Whatever is not here is our own failure.
 _FAILURE_CODES: dict[type[WorkerError], "worker_pb2.Failure.Code.ValueType"] = {
     InvalidRequest: worker_pb2.Failure.INVALID,
     QueueFull: worker_pb2.Failure.OVERLOADED,
-    StaleEpoch: worker_pb2.Failure.UNAVAILABLE,
 }
 
 
@@ -143,7 +133,7 @@ def output_to_wire(output: RequestOutput) -> worker_pb2.Output:
         first_token_number=output.first_token_number,
         token_ids=output.token_ids,
         logprobs=[logprobs_to_wire(logprobs) for logprobs in output.logprobs],
-        finish_reason=_FINISH_REASONS[output.finish_reason],
+        finish_reason=FINISH_TO_WIRE[output.finish_reason],
         stop_string=output.stop_string or "",
         num_cached_tokens=output.num_cached_tokens,
         failure=None if output.failure is None else _failure_to_wire(output.failure),
