@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ FULL = Extent(num_rounds=3, num_prompt_tokens=128, num_new_tokens=128)
 QUICK = Extent(num_rounds=1, num_prompt_tokens=48, num_new_tokens=16)
 
 
-class StepTimes(transformers.LogitsProcessor):  # type: ignore[misc]
+class StepTimes(transformers.LogitsProcessor):
     """Notes when each step of `generate` has its logits."""
 
     def __init__(self) -> None:
@@ -86,11 +87,12 @@ def make_checkpoint(directory: Path) -> tuple[transformers.LlamaForCausalLM, int
         num_key_value_heads=4, max_position_embeddings=1024,
     )  # fmt: skip
     torch.manual_seed(0)
-    peer = transformers.LlamaForCausalLM(config).eval()
+    peer = transformers.LlamaForCausalLM(config)
+    peer.train(False)
     peer.save_pretrained(directory)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))
-    embedding = peer.get_input_embeddings().weight
-    return peer, 4 * (sum(p.numel() for p in peer.parameters()) - embedding.numel())
+    num_embedding_weights = config.vocab_size * config.hidden_size
+    return peer, 4 * (sum(p.numel() for p in peer.parameters()) - num_embedding_weights)
 
 
 def read_bandwidth() -> float:
@@ -140,10 +142,11 @@ def theirs_generate(
 ) -> list[float]:
     """When each step was done, in seconds."""
     tokens, times = torch.tensor(prompts), StepTimes()
+    generate = cast(Any, peer).generate  # its annotations demand a class that is only a type to them
     with torch.inference_mode():
-        peer.generate(
+        generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_new, do_sample=False,
-            eos_token_id=None, pad_token_id=0, logits_processor=[times],
+            eos_token_id=None, pad_token_id=0, logits_processor=transformers.LogitsProcessorList([times]),
         )  # fmt: skip
     return times.stamps_s
 
