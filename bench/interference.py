@@ -18,7 +18,7 @@ from bench.model import write_random_model
 from bench.report import Claim, write_report
 
 PROMPT_TOKENS = 1536
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 2560
 TOPOLOGIES: Mapping[str, Mapping[str, Any]] = {
     "disaggregated": {"prefill": {"replicas": 1}, "decode": {"replicas": 1}, "mixed": {"replicas": 0}},
     "mixed": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "mixed": {"replicas": 2}},

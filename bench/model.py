@@ -13,7 +13,7 @@ def write_random_model(directory: Path, *, hidden_size: int, num_layers: int) ->
     """A Llama with the demo model's tokenizer, fp32, 4096 positions; heads of 64, four query heads to a KV head."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048,
+        vocab_size=2560,
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 11 // 4,
         num_hidden_layers=num_layers,

@@ -27,7 +27,7 @@ from bench.worker_client import DirectSession, find_worker
 from protos import worker_pb2
 
 MODEL = "penstock-demo"
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 2560
 TTFT_SLO_S = 1.0
 TPOT_SLO_S = 0.05
 TOPOLOGIES: Mapping[str, Mapping[str, Any]] = {
