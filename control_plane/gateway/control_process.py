@@ -5,7 +5,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import grpc
@@ -102,13 +102,16 @@ async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callabl
         )
         await directory_server.start()
         await public_server.start()
-        for service in (expire_silent(directory), health.follow(interval_s=settings.health_interval_s)):
-            stack.push_async_callback(_cancel, asyncio.create_task(service))
         http_server = _HttpServer(_http_config(app, drain_timeout_s=gateway.drain_timeout_s))
         http = asyncio.create_task(http_server.serve(sockets=[listener]))
-        stack.push_async_callback(_cancel, http)
+        watches = (
+            asyncio.create_task(expire_silent(directory)),
+            asyncio.create_task(health.follow(interval_s=settings.health_interval_s)),
+        )
+        for task in (*watches, http):
+            stack.push_async_callback(_cancel, task)
         on_ready(addresses)
-        await _until_stopped(stop, http)
+        await _until_stopped(stop, (*watches, http))
         http_server.should_exit = True
         stops = (http, asyncio.ensure_future(public_server.stop(gateway.drain_timeout_s + LAST_WORD_S)))
         await asyncio.wait(stops, timeout=gateway.drain_timeout_s)
@@ -187,11 +190,13 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-async def _until_stopped(stop: asyncio.Event, http: asyncio.Task[None]) -> None:
-    """Raises what ended the HTTP server, if it ends before."""
+async def _until_stopped(stop: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Raises what ended one of `tasks`, if one ends before: without any of them we would serve, but wrongly."""
     stopped = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait((stopped, http), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((stopped, *tasks), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
         await _cancel(stopped)
 

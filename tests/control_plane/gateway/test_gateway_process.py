@@ -16,7 +16,9 @@ import httpx
 import pytest
 import yaml
 
-from control_plane.config import PROJECT_ROOT
+from control_plane.config import PROJECT_ROOT, load_config
+from control_plane.directory.memory import MemoryDirectory
+from control_plane.gateway import control_process
 from protos import directory_pb2, directory_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.control_plane.fake_worker import FakeWorker
 
@@ -198,6 +200,19 @@ async def test_a_busy_port_is_named_in_one_line(tmp_path: Path, model_path: Path
     refusal = json.loads(line)
     assert refusal["event"] == "refused"
     assert refusal["detail"].startswith(f"gateway.{setting}: cannot listen on 127.0.0.1:{port}: ")
+
+
+async def test_it_does_not_live_on_without_the_clock_of_its_directory(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def crash(directory: MemoryDirectory) -> None:
+        raise RuntimeError("a bug in the clock")
+
+    monkeypatch.setattr(control_process, "expire_silent", crash)
+    config = load_config(write_config(tmp_path, model_path))
+    with pytest.raises(RuntimeError, match="a bug in the clock"):
+        async with asyncio.timeout(TIMEOUT_S):
+            await control_process.serve(config, stop=asyncio.Event(), on_ready=lambda addresses: None)
 
 
 async def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
