@@ -27,6 +27,7 @@ LAST_RETRY_S = 2.0
 MAX_KEYS_PER_HEARTBEAT = 2**17
 
 _logger = logging.getLogger(__name__)
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -99,8 +100,8 @@ class Membership:
             try:
                 await self._stay_registered(stub)
             finally:
-                if self._is_known:
-                    await self._say_goodbye(stub)
+                # Even if we do not know that we are known: a registration may have been under way.
+                await self._say_goodbye(stub)
 
     async def _stay_registered(self, stub: "directory_pb2_grpc.DirectoryAsyncStub") -> None:
         retry_s = FIRST_RETRY_S
@@ -114,18 +115,23 @@ class Membership:
                 log_event(_logger, "registered", directory=self._directory)
                 await self._heartbeat(stub, every_s=reply.heartbeat_s)
             except grpc.aio.AioRpcError as error:
-                log_event(
-                    _logger,
-                    "directory_lost" if self._is_known else "directory_refused",
-                    level=logging.WARNING if self._is_known else logging.DEBUG,
-                    directory=self._directory,
-                    status=error.code().name,
-                    detail=error.details(),
-                )
+                self._log_failure(error)
                 self._is_known = False
             # Jitter, so that many workers do not fall upon a directory that has just come back.
             await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
             retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    def _log_failure(self, error: grpc.aio.AioRpcError) -> None:
+        # A directory that is away is tried again and again; only the first time is news. One that answers no is.
+        is_away = error.code() in _AWAY
+        log_event(
+            _logger,
+            "directory_lost" if self._is_known else "directory_away" if is_away else "directory_refused",
+            level=logging.DEBUG if is_away and not self._is_known else logging.WARNING,
+            directory=self._directory,
+            status=error.code().name,
+            detail=error.details(),
+        )
 
     async def _heartbeat(self, stub: "directory_pb2_grpc.DirectoryAsyncStub", *, every_s: float) -> None:
         """Until the directory does not answer or does not know us, which raises `AioRpcError`."""

@@ -119,6 +119,17 @@ async def test_a_worker_that_the_directory_forgot_registers_again(
     await directory.until(lambda: len(directory.memory.members()) == 1)
 
 
+async def test_a_worker_whose_place_was_taken_says_so(
+    directory: Directory, start_worker: Fixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    await start_worker(directory=directory.address, worker_id="twin")
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    second = await start_worker(directory=directory.address, worker_id="twin")
+    await directory.until(lambda: "directory_refused" in caplog.messages)
+    [member] = directory.memory.members()
+    assert member.epoch == second.identity.epoch
+
+
 # The report alone.
 
 
