@@ -9,7 +9,6 @@ with 2 for a configuration, an address or a checkpoint that cannot be used, with
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -31,7 +30,6 @@ from workers.logs import log_event, start_logging
 if typing.TYPE_CHECKING:
     from workers.engine.engine import Engine
 
-_PR_SET_PDEATHSIG = 1
 EXIT_CRASHED, EXIT_REFUSED = 1, 2
 
 _logger = logging.getLogger("workers")
@@ -48,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Until there is an event loop to stop, there is nothing to clean up.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
-    if config.parent_pid is not None and not _ends_with_parent(config.parent_pid):
-        return 0
     try:
         engine = _load(config)
     except (CheckpointError, ValueError, OSError) as error:
@@ -137,14 +133,6 @@ def _use_cores(config: WorkerConfig) -> None:
         except OSError as error:
             there = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
             raise OSError(f"cores {config.cores} cannot be used; there are {there}: {error}") from error
-
-
-def _ends_with_parent(parent_pid: int) -> bool:
-    """Asks the kernel for a SIGTERM when our parent dies; False if it has died already."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    return os.getppid() == parent_pid
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,6 @@ _COUNTS = (
     "max_num_waiting",
     "max_num_pulls",
     "num_threads",
-    "parent_pid",
 )
 
 
@@ -64,7 +63,6 @@ class WorkerConfig:
     pull_timeout_s: Annotated[float, "deadline of one pull; past it the prompt is computed here"] = 60.0
     metrics_port: Annotated[int | None, "Prometheus over HTTP on this port; default: none"] = None
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
-    parent_pid: Annotated[int | None, "end with this process, which must be our parent"] = None
 
     def __post_init__(self) -> None:
         for name in ("worker_id", "model_name", "control_address", "data_address"):

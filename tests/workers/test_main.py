@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 
 from kvstore.layout import KvLayout
@@ -204,36 +203,6 @@ async def test_metrics_are_served_where_others_look_for_them(
 def _fetch(url: str) -> str:
     with urllib.request.urlopen(url, timeout=10) as reply:
         return str(reply.read().decode())
-
-
-_PARENT = """
-import os, subprocess, sys
-worker = subprocess.Popen([*sys.argv[1:], "--parent-pid", str(os.getpid())], stderr=subprocess.PIPE, text=True)
-for line in worker.stderr:
-    if '"ready"' in line:
-        print(worker.pid, flush=True)
-        break
-os.kill(os.getpid(), 9)
-"""
-
-
-async def test_it_does_not_outlive_its_parent(checkpoint: Path) -> None:
-    parent = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _PARENT, sys.executable, "-m", "workers", "--role", "mixed", "--worker-id", "w",
-        "--model-path", str(checkpoint), "--model-name", "tiny", stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert parent.stdout is not None
-    async with asyncio.timeout(TIMEOUT_S):
-        worker = psutil.Process(int(await parent.stdout.readline()))
-        assert await parent.wait() == -signal.SIGKILL
-    _, alive = await asyncio.to_thread(psutil.wait_procs, [worker], 10)
-    assert not alive
-
-
-async def test_it_does_not_start_for_a_parent_that_is_gone(start_process: Fixture) -> None:
-    worker = await start_process(parent_pid=1)
-    assert await worker.ended() == 0
-    assert "loading" not in "".join(worker.log)
 
 
 # What the sudden death of a prefill worker means to a decode worker: nothing that a client could see.
