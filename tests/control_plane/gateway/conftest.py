@@ -73,7 +73,7 @@ def tokenizer(model_path: Path) -> TextTokenizer:
 
 @pytest.fixture
 def settings(model_path: Path) -> GatewaySettings:
-    return GatewaySettings(model_path=model_path, max_body_bytes=256 * 1024)
+    return GatewaySettings(model_path=model_path, max_body_bytes=256 * 1024, stream_write_timeout_s=30.0)
 
 
 @pytest.fixture

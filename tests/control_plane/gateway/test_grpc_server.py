@@ -161,7 +161,7 @@ async def test_a_cancelled_call_aborts_its_request(served: Served, dispatcher: S
 class TestSlowReader:
     @pytest.fixture
     def settings(self, model_path: Path) -> GatewaySettings:
-        return GatewaySettings(model_path=model_path, stream_write_timeout_s=0.2)
+        return GatewaySettings(model_path=model_path, max_body_bytes=1024, stream_write_timeout_s=0.2)
 
     async def test_a_client_that_stops_reading_loses_its_request(
         self, served: Served, dispatcher: ScriptedDispatcher

@@ -65,7 +65,12 @@ async def test_a_client_that_disconnects_before_the_first_token_aborts_too(
 class TestSlowReader:
     @pytest.fixture
     def settings(self, model_path: Path) -> GatewaySettings:
-        return GatewaySettings(model_path=model_path, stream_write_timeout_s=0.2, body_read_timeout_s=0.2)
+        return GatewaySettings(
+            model_path=model_path,
+            max_body_bytes=256 * 1024,
+            stream_write_timeout_s=0.2,
+            body_read_timeout_s=0.2,
+        )
 
     async def test_a_client_that_stops_reading_is_disconnected_and_its_request_aborted(
         self, address: tuple[str, int], dispatcher: ScriptedDispatcher, metrics: GatewayMetrics
