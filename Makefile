@@ -21,15 +21,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v[:2] <= (3, 13) else f"Penstock needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}; say make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	@# torch first and by itself: its pin keeps every later resolution away from the CUDA builds.
+	@# torch first and by itself: a CPU build that an index offers is preferred, and the rest then keeps it.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@echo "Compiling the CPU kernels, once ..."
 	$(BIN)/python -c 'import workers.engine.engine'
 	@touch $@
 
-serve: $(STAMP)  ## start a prefill worker, a decode worker and the gateway with the model that ships with us
-	$(BIN)/penstock up
+serve: $(STAMP)  ## start a prefill worker, a decode worker and the gateway: make serve ARGS='--port 9000'
+	$(BIN)/penstock up $(ARGS)
 
 test: $(STAMP)  ## run every test
 	$(ONE_THREAD) $(BIN)/python -m pytest
