@@ -124,9 +124,9 @@ def format_cores(cores: tuple[int, ...]) -> str:
 
 def announcement(state: RunState, *, num_seconds: float | None = None) -> str:
     after = f" after {num_seconds:.1f} s" if num_seconds is not None else ""
-    body = (
-        f'{{"model": "{state.model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    )
+    # A question that the demo model can answer too.
+    messages = r'[{"role": "user", "content": "Repeat:\nvalue,array,after"}]'
+    body = f'{{"model": "{state.model}", "stream": true, "temperature": 0, "messages": {messages}}}'
     return f"""
 Serving {state.model}{after}
   HTTP  {state.http_url}/v1
@@ -137,7 +137,8 @@ curl -N {state.http_url}/v1/chat/completions -H 'Content-Type: application/json'
 
 from openai import OpenAI
 client = OpenAI(base_url="{state.http_url}/v1", api_key="unused")
-messages = [{{"role": "user", "content": "Hello"}}]
-for chunk in client.chat.completions.create(model="{state.model}", messages=messages, stream=True):
+messages = {messages}
+answer = client.chat.completions.create(model="{state.model}", messages=messages, temperature=0, stream=True)
+for chunk in answer:
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 """

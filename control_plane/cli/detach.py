@@ -1,6 +1,7 @@
 """`penstock up --detach`: the launcher in a session of its own; this process only watches it start."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def start_detached(config: ClusterConfig) -> None:
         print("\n".join(last_lines(log_path)), file=sys.stderr)
         raise typer.Exit(launcher.returncode or 1)
     print(announcement(state))
-    print("penstock status shows it, penstock down stops it.")
+    where = "" if config.run_dir == Path.cwd() / "run" else f" --run-dir {shlex.quote(str(config.run_dir))}"
+    print(f"penstock status{where} shows it, penstock down{where} stops it.")
 
 
 def _spawn(config_path: Path, log_path: Path) -> "subprocess.Popen[bytes]":
