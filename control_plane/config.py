@@ -5,7 +5,7 @@ overrides from the working directory. Facts that are measured at start (how many
 free) are not settings: `None` leaves them to the worker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -130,6 +130,7 @@ class PoolConfig:
     num_threads: int | None = None  # None: as many as the worker's cores
     lease_s: float | None = None  # how long computed KV is kept without progress of its puller
     pull_timeout_s: float | None = None  # of one pull; past it the prompt is computed again
+    metrics_port: int | None = None  # Prometheus, of the first replica; each further one takes the next port
 
     def __post_init__(self) -> None:
         _bounded("replicas", self.replicas, low=0, high=99)
@@ -141,6 +142,7 @@ class PoolConfig:
         _bounded("num_threads", self.num_threads, low=1, high=1024)
         _bounded("lease_s", self.lease_s, low=0.1, high=3600)
         _bounded("pull_timeout_s", self.pull_timeout_s, low=0.1, high=3600)
+        _bounded("metrics_port", self.metrics_port, low=1, high=65536 - max(1, self.replicas))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,12 +181,32 @@ class ClusterConfig:
             )
         if not self.run_dir.is_absolute():
             raise ValueError(f"run_dir is {self.run_dir}, but it must be absolute")
+        self._refuse_shared_ports()
         length = len(str(self.socket_dir).encode())
         if self.transport == "unix" and length > MAX_SOCKET_DIR_BYTES:
             raise ValueError(
                 f"run_dir is {self.run_dir}: the path of its sockets directory has {length} bytes, but Unix "
                 f"sockets allow {MAX_SOCKET_DIR_BYTES}; choose a shorter one or set transport: tcp"
             )
+
+    def _refuse_shared_ports(self) -> None:
+        owners: dict[int, str] = {}
+        for setting, port in self._fixed_ports():
+            other = owners.setdefault(port, setting)
+            if other != setting:
+                raise ValueError(f"{setting} needs port {port}, but {other} has it: choose another")
+
+    def _fixed_ports(self) -> Iterator[tuple[str, int]]:
+        """Every port that the settings name, with the setting; a pool's metrics need one per replica."""
+        single = {"gateway.port": self.gateway.port, "gateway.grpc_port": self.gateway.grpc_port}
+        if self.transport == "tcp":
+            single["directory.port"] = self.directory.port
+        yield from ((setting, port) for setting, port in single.items() if port != 0)
+        pools = {"prefill": self.pools.prefill, "decode": self.pools.decode, "mixed": self.pools.mixed}
+        for name, pool in pools.items():
+            if pool.metrics_port is not None:
+                for replica in range(pool.replicas):
+                    yield f"pools.{name}.metrics_port", pool.metrics_port + replica
 
     @property
     def socket_dir(self) -> Path:

@@ -23,9 +23,10 @@ _WORKER_SETTINGS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerPlace:
-    """Where one worker runs: its pool, its name (unique in the cluster) and its cores."""
+    """Where one worker runs: its pool, its number there from 0 on, its name in the cluster and its cores."""
 
     pool: str
+    replica: int
     name: str
     cores: tuple[int, ...]
 
@@ -48,6 +49,8 @@ def worker_command(config: ClusterConfig, place: WorkerPlace) -> list[str]:
         "log_level": config.log_level,
         **{name: getattr(pool, name) for name in _WORKER_SETTINGS},
     }
+    if pool.metrics_port is not None:
+        settings["metrics_port"] = pool.metrics_port + place.replica
     if config.transport == "unix":
         settings["control_address"] = f"unix:{config.socket_dir / place.name}.control.sock"
         settings["data_address"] = f"unix://{config.socket_dir / place.name}.data.sock"

@@ -140,7 +140,10 @@ class LocalRuntime:
         return self._add(name=CONTROL, pool="", command=command, cores=(), num_compute_threads=1)
 
     def _add_worker(self, pool: str, cores: tuple[int, ...]) -> _Watched:
-        place = WorkerPlace(pool=pool, name=f"{pool}-{self._next_number[pool]}", cores=cores)
+        # The youngest leave first, so this is the lowest number that nobody has.
+        replica = sum(member.process.spec.pool == pool for member in self._members.values())
+        name = f"{pool}-{self._next_number[pool]}"
+        place = WorkerPlace(pool=pool, replica=replica, name=name, cores=cores)
         self._next_number[pool] += 1
         return self._add(
             name=place.name,

@@ -176,6 +176,23 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
         ),
         ("directory: {heartbeat_s: 5}", r"directory\.ttl_s is 2\.0, but one late heartbeat"),
         ("gateway: {port: 8001}", r"gateway\.grpc_port is 8001, which is port as well"),
+        ("pools: {decode: {metrics_port: 0}}", r"pools\.decode\.metrics_port is 0, .* between 1 and 65535"),
+        (
+            "pools: {decode: {replicas: 3, metrics_port: 65534}}",
+            r"metrics_port is 65534, .* between 1 and 65533",
+        ),
+        (
+            "pools: {decode: {replicas: 3, metrics_port: 7998}}",
+            r"pools\.decode\.metrics_port needs port 8000, but gateway\.port has it",
+        ),
+        (
+            "pools: {prefill: {replicas: 2, metrics_port: 9100}, decode: {metrics_port: 9101}}",
+            r"pools\.decode\.metrics_port needs port 9101, but pools\.prefill\.metrics_port has it",
+        ),
+        (
+            "{transport: tcp, pools: {decode: {metrics_port: 8002}}}",
+            r"pools\.decode\.metrics_port needs port 8002, but directory\.port has it",
+        ),
         ("gateway: {drain_timeout_s: 20}", "stop_timeout_s is 15, but the gateway must have time to drain"),
         ("run_dir: /" + "x" * 100, r"run_dir is /x+: the path of its sockets directory has 109 bytes"),
         (
@@ -206,6 +223,16 @@ def test_a_wrong_file_is_an_error_of_one_line_that_names_the_file(
 def test_a_wrong_override_is_an_error(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=[override])
+
+
+def test_ports_that_nobody_uses_collide_with_nobody() -> None:
+    overrides = [
+        "pools.decode.metrics_port=8002",  # the directory's, which is a socket file here
+        "pools.mixed.metrics_port=8002",  # of a pool without replicas
+        "gateway.port=0",
+        "gateway.grpc_port=0",
+    ]
+    assert load_config(overrides=overrides).pools.decode.metrics_port == 8002
 
 
 def test_an_override_inside_a_value_is_an_error(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ EVERYTHING = PoolConfig(
     num_threads=5,
     lease_s=6.5,
     pull_timeout_s=7.5,
+    metrics_port=9100,
 )
 
 
@@ -33,7 +34,7 @@ def understood(config: ClusterConfig, place: WorkerPlace) -> WorkerConfig:
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_a_worker_understands_the_flags_of_a_default_cluster(pool: str, transport: str) -> None:
     config = load_config(overrides=[f"transport={transport}", "run_dir=/r"])
-    worker = understood(config, WorkerPlace(pool=pool, name=f"{pool}-0", cores=(2, 3)))
+    worker = understood(config, WorkerPlace(pool=pool, replica=0, name=f"{pool}-0", cores=(2, 3)))
     assert (worker.role, worker.worker_id, worker.num_threads) == (Role(pool), f"{pool}-0", 2)
     assert (worker.model_path, worker.model_name) == (config.model.path, config.model.name)
     if transport == "unix":
@@ -48,16 +49,26 @@ def test_a_worker_understands_the_flags_of_a_default_cluster(pool: str, transpor
 def test_every_setting_of_a_pool_reaches_its_workers() -> None:
     config = load_config()
     config = replace(config, pools=replace(config.pools, decode=EVERYTHING))
-    worker = understood(config, WorkerPlace(pool="decode", name="decode-1", cores=(0,)))
+    worker = understood(config, WorkerPlace(pool="decode", replica=0, name="decode-1", cores=(0,)))
     for field in fields(PoolConfig):
         if field.name != "replicas":
             assert getattr(worker, field.name) == getattr(EVERYTHING, field.name)
 
 
+def test_each_replica_serves_its_metrics_on_the_next_port() -> None:
+    config = load_config(overrides=["pools.decode={replicas: 3, metrics_port: 9100}"])
+    places = [
+        WorkerPlace(pool="decode", replica=replica, name=f"decode-{replica}", cores=(0,))
+        for replica in range(3)
+    ]
+    assert [understood(config, place).metrics_port for place in places] == [9100, 9101, 9102]
+    assert understood(config, replace(places[0], pool="prefill")).metrics_port is None
+
+
 def test_every_setting_of_the_model_reaches_the_workers() -> None:
     overrides = ["model.path=/m", "model.name=n", "model.dtype=bfloat16", "model.max_model_len=64"]
     worker = understood(
-        load_config(overrides=overrides), WorkerPlace(pool="mixed", name="mixed-0", cores=(0,))
+        load_config(overrides=overrides), WorkerPlace(pool="mixed", replica=0, name="mixed-0", cores=(0,))
     )
     assert (worker.model_path, worker.model_name) == (Path("/m"), "n")
     assert (worker.dtype, worker.max_model_len) == ("bfloat16", 64)
@@ -80,4 +91,4 @@ def test_numeric_libraries_are_told_their_number_of_threads(monkeypatch: pytest.
 
 def test_a_pool_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ValueError, match="'decoder', but it must be one of: prefill, decode, mixed"):
-        worker_command(load_config(), WorkerPlace(pool="decoder", name="x", cores=(0,)))
+        worker_command(load_config(), WorkerPlace(pool="decoder", replica=0, name="x", cores=(0,)))
