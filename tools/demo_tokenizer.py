@@ -20,7 +20,8 @@ ASSISTANT = "<|assistant|>"
 END = "<|end|>"  # ends every message, and so a completion
 SPECIAL_TOKENS = (BOS, SYSTEM, USER, ASSISTANT, END)  # their ids are 0..4
 # A word or a digit takes one blank before it; digits and line ends are never joined to what follows them.
-PRE_TOKENS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n| +(?=\S)|\s"
+# A run of blanks is tried from its first one only: else a million blanks at a line's end would cost their square.
+PRE_TOKENS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n|(?<! ) +(?=\S)|\s"
 WORD_WEIGHT = 600  # makes each of the tasks' words and digits one token, with and without a blank before it
 
 CHAT_TEMPLATE = (

@@ -74,7 +74,9 @@ class Intake:
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
         add_generation_prompt = body.add_generation_prompt is not False
-        prompt = await self.chat_token_ids(body.messages, add_generation_prompt=add_generation_prompt)
+        prompt = await self.chat_token_ids(
+            body.messages, add_generation_prompt=add_generation_prompt, window=model.max_model_len
+        )
         wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         return self._job(
             body,
@@ -98,6 +100,7 @@ class Intake:
         prompts, texts = [], []
         for prompt in given:
             if isinstance(prompt, str):
+                self._check_fits(prompt, window=model.max_model_len, param="prompt")
                 prompts.append(await self.text_token_ids(prompt, add_special_tokens=True))
                 texts.append(prompt)
             else:
@@ -121,6 +124,7 @@ class Intake:
         *,
         add_generation_prompt: bool,
         add_special_tokens: bool = False,
+        window: int | None = None,
     ) -> list[int]:
         """The rendered conversation's tokens. The template writes the special tokens itself, so none are added by
         default.
@@ -136,6 +140,8 @@ class Intake:
 
         def render_and_encode() -> list[int]:
             text = template.render(plain, add_generation_prompt=add_generation_prompt)
+            if window is not None:
+                self._check_fits(text, window=window, param="messages")
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         if sum(len(message["content"]) for message in plain) > self._settings.thread_tokenize_chars:
@@ -184,6 +190,12 @@ class Intake:
                 f"at most {limit} are accepted.",
                 param="prompt",
             )
+
+    def _check_fits(self, text: str, *, window: int, param: str) -> None:
+        """Refuses what is too long however it is tokenized: some tokenizers need minutes for a few megabytes."""
+        fewest = self._tokenizer.fewest_tokens(text)
+        if fewest >= window:
+            raise _too_long(f"at least {fewest}", window=window, param=param)
 
     def _check_vocabulary(self, token_ids: Sequence[int], *, param: str) -> None:
         largest, vocab_size = max(token_ids, default=0), self._tokenizer.vocab_size
@@ -254,12 +266,8 @@ def _output_budget(
             "The prompt is empty; at least one token is needed.", param="prompt", code="invalid_value"
         )
     if num_prompt_tokens >= window:
-        raise InvalidRequest(
-            f"This model's maximum context length is {window} tokens, and your prompt has {num_prompt_tokens} tokens, "
-            "which leaves no room for output. Please shorten the prompt.",
-            param="messages" if default_max_tokens is None else "prompt",
-            code="context_length_exceeded",
-        )
+        param = "messages" if default_max_tokens is None else "prompt"
+        raise _too_long(str(num_prompt_tokens), window=window, param=param)
     room = window - num_prompt_tokens
     if max_tokens is None:
         return room if default_max_tokens is None else min(default_max_tokens, room)
@@ -272,6 +280,15 @@ def _output_budget(
             code="context_length_exceeded",
         )
     return max_tokens
+
+
+def _too_long(num_prompt_tokens: str, *, window: int, param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"This model's maximum context length is {window} tokens, and your prompt has {num_prompt_tokens} tokens, "
+        "which leaves no room for output. Please shorten the prompt.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:

@@ -7,7 +7,7 @@ is accepted and changes nothing; any other field is refused.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -36,9 +36,22 @@ def _at_most(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _encodable(text: str) -> str:
+    """JSON can escape halves of surrogate pairs, and no tokenizer takes them.
+
+    For strings without a bound: pydantic itself refuses them where it has to count characters.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair") from None
+    return text
+
+
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 # Lists give up at their first bad element: to collect a million errors would take minutes.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]
+AnyText = Annotated[str, AfterValidator(_encodable)]
 Text = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
@@ -49,7 +62,7 @@ Prompts = (
 TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[dict[TokenKey, Bias], _at_most(MAX_LOGIT_BIASES)]
-Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), _at_most(MAX_METADATA)]
+Metadata = Annotated[dict[AnyText, AnyText], Field(max_length=MAX_METADATA), _at_most(MAX_METADATA)]
 
 
 class _Body(BaseModel):
@@ -65,7 +78,7 @@ class StreamOptions(_Body):
 class _SampledBody(_Body):
     """What chat and plain completions share."""
 
-    model: str
+    model: AnyText
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
@@ -89,18 +102,18 @@ class _SampledBody(_Body):
         None, max_length=256, description="Requests share cached prefixes only with equal salts."
     )
     # Accepted and inactive.
-    user: str | None = None
+    user: AnyText | None = None
 
 
 class TextPart(_Body):
     type: Literal["text"]
-    text: str
+    text: AnyText
 
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True), _at_most(MAX_MESSAGES)]
-    name: str | None = None
+    content: AnyText | Annotated[list[TextPart], Field(fail_fast=True), _at_most(MAX_MESSAGES)]
+    name: AnyText | None = None
     refusal: None = None
     audio: None = None
     tool_calls: None = None
@@ -123,10 +136,10 @@ class ChatCompletionRequest(_SampledBody):
     # Accepted and inactive.
     metadata: Metadata | None = None
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
+    prompt_cache_key: AnyText | None = None
+    prompt_cache_retention: AnyText | None = None
+    safety_identifier: AnyText | None = None
+    service_tier: AnyText | None = None
     # Unsupported beyond these values.
     audio: None = None
     function_call: Literal["none"] | None = None
@@ -153,8 +166,8 @@ class CompletionRequest(_SampledBody):
 class TokenizeRequest(_Body):
     """Either prompt or messages."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: AnyText | None = None
+    prompt: AnyText | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="Default: true for a prompt, false for messages."
@@ -163,5 +176,5 @@ class TokenizeRequest(_Body):
 
 
 class DetokenizeRequest(_Body):
-    model: str | None = None
+    model: AnyText | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]

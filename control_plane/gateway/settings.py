@@ -16,7 +16,7 @@ class GatewaySettings:
     stream_write_timeout_s: float  # a client that reads nothing for so long is disconnected
     body_read_timeout_s: float = 30.0
     max_choices: int = 128  # prompts x n of one request
-    thread_tokenize_chars: int = 20_000  # longer prompts are tokenized off the event loop
+    thread_tokenize_chars: int = 4_000  # longer prompts are tokenized off the event loop
     health_interval_s: float = 0.5  # how often watchers of the gRPC health service hear of changes
 
     def __post_init__(self) -> None:

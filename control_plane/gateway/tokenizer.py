@@ -8,6 +8,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# How many times shorter a normalizer can make a text in UTF-8. NFC: three jamo of three bytes become one syllable of
+# three.
+_MOST_SHRINKING = {None: 1, "NFC": 3}
 
 
 class TextTokenizer:
@@ -24,11 +27,22 @@ class TextTokenizer:
         )
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._pieces = [self._piece(token_id) for token_id in range(self.vocab_size)]
+        self._most_bytes_per_token = self._text_bytes_of_a_token()
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Special tokens written out in `text` become those tokens, as in transformers and vLLM."""
-        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Special tokens written out in `text` become those tokens, as in transformers and vLLM.
+
+        Other threads go on meanwhile: a batch releases the interpreter lock, which `Tokenizer.encode` holds.
+        """
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
         return token_ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the number of tokens of `text`, at once; 0 where this tokenizer gives none."""
+        if self._most_bytes_per_token is None:
+            return 0
+        return -(-len(text.encode()) // self._most_bytes_per_token)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary become nothing."""
@@ -38,6 +52,15 @@ class TextTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The token's share of the text's UTF-8 bytes, which may begin or end inside a character."""
         return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def _text_bytes_of_a_token(self) -> int | None:
+        """How many bytes of text one token can stand for; None if a token may swallow any number."""
+        state = json.loads(self._tokenizer.to_str())
+        swallows = any(token["lstrip"] or token["rstrip"] for token in state["added_tokens"])
+        normalizer = (state["normalizer"] or {}).get("type")
+        if not self.is_byte_level or swallows or normalizer not in _MOST_SHRINKING:
+            return None
+        return max(map(len, self._pieces), default=1) * _MOST_SHRINKING[normalizer]
 
     def _piece(self, token_id: int) -> bytes:
         token: str | None = self._tokenizer.id_to_token(token_id)

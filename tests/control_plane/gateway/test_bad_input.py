@@ -6,6 +6,7 @@ import pytest
 
 from control_plane.errors import GenerationFailed, GenerationTimeout, NoWorkers, QueueFull, RequestError
 from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.tokenizer import TextTokenizer
 from tests.control_plane.gateway.scripted import MODEL, WINDOW, ScriptedDispatcher
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -37,6 +38,35 @@ async def test_a_lone_surrogate_is_refused(http: httpx.AsyncClient) -> None:
     assert (await refused(http, TEXT, b'{"model": "demo", "prompt": "\\ud800"}'))["param"] == "prompt"
     key = await refused(http, TEXT, b'{"model": "demo", "prompt": "x", "\\ud800": 1}')
     assert "\\ud800" in key["message"]
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\udc00", "\\udc00\\ud800"])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT, '{"model": "HALF", "prompt": "x"}', "model"),
+        (TEXT, '{"model": "demo", "prompt": ["x", "HALF"]}', "prompt"),
+        (TEXT, '{"model": "demo", "prompt": "x", "stop": ["HALF"]}', "stop"),
+        (TEXT, '{"model": "demo", "prompt": "x", "cache_salt": "HALF"}', "cache_salt"),
+        (CHAT, '{"model": "demo", "messages": [{"role": "user", "content": "HALF"}]}', "messages[0].content"),
+        (
+            CHAT,
+            '{"model": "demo", "messages": [{"role": "user", "content": [{"type": "text", "text": "HALF"}]}]}',
+            "messages[0].content",
+        ),
+        (
+            CHAT,
+            '{"model": "demo", "messages": [{"role": "user", "content": "x", "name": "HALF"}]}',
+            "messages[0].name",
+        ),
+        ("/tokenize", '{"prompt": "HALF"}', "prompt"),
+        ("/tokenize", '{"model": "HALF", "prompt": "x"}', "model"),
+    ],
+)
+async def test_half_a_surrogate_pair_is_refused_in_every_field(
+    http: httpx.AsyncClient, path: str, body: str, param: str, half: str
+) -> None:
+    assert (await refused(http, path, body.replace("HALF", half).encode()))["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -284,6 +314,18 @@ async def test_a_huge_prompt_is_tokenized_and_refused(
     error = await refused(http, CHAT, {"model": MODEL, "messages": [{"role": "user", "content": text}]})
     assert error["code"] == "context_length_exceeded"
     assert (await refused(http, TEXT, {"model": MODEL, "prompt": text}))["code"] == "context_length_exceeded"
+
+
+async def test_a_prompt_that_no_tokenization_can_fit_is_refused_untokenized(
+    http: httpx.AsyncClient, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(TextTokenizer, "encode")
+    text = " " * (WINDOW * max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)))
+    chat = await refused(http, CHAT, {"model": MODEL, "messages": [{"role": "user", "content": text}]})
+    assert (chat["code"], chat["param"]) == ("context_length_exceeded", "messages")
+    plain = await refused(http, TEXT, {"model": MODEL, "prompt": ["x" * len(text)]})
+    assert (plain["code"], plain["param"]) == ("context_length_exceeded", "prompt")
+    assert "at least" in plain["message"]
 
 
 async def test_too_many_choices_are_refused(http: httpx.AsyncClient, settings: GatewaySettings) -> None:

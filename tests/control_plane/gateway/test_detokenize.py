@@ -1,12 +1,14 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from control_plane.gateway.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer, detokenizer_for
-from control_plane.gateway.tokenizer import TextTokenizer
+from control_plane.gateway.tokenizer import BYTE_OF_CHAR, TextTokenizer
 
 TEXT = "Water 水, naïve 😀👩‍👩‍👧 — е́ and \u0301 alone; the wheel."
 WORDS = ["▁the", "▁wheel", "▁", "a", "b", "naï", "ve", "水"]
@@ -96,3 +98,37 @@ def test_token_bytes_join_to_the_text(
     assert byte_fallback_tokenizer.token_bytes(0xE6 + 1) == b"\xe6"
     assert byte_fallback_tokenizer.token_bytes(257) == b" the"
     assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_other_threads_go_on_while_a_long_text_is_tokenized(tokenizer: TextTokenizer) -> None:
+    ticks, stop = [0], threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.001):
+            ticks[0] += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        ticking = pool.submit(tick)
+        before = ticks[0]
+        tokenizer.encode("wheel " * 200_000, add_special_tokens=False)
+        during = ticks[0] - before
+        stop.set()
+        ticking.result()
+    assert during > 10  # a held interpreter lock leaves a tick at either end
+
+
+@given(st.text(alphabet=st.sampled_from("wheel \n\u0301é日😀<eos>")))
+def test_a_text_has_no_fewer_tokens_than_foretold(tokenizer: TextTokenizer, text: str) -> None:
+    assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC()])
+def test_normalization_is_foretold_too(normalizer: normalizers.Normalizer | None) -> None:
+    plain = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(BYTE_OF_CHAR)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        plain.normalizer = normalizer
+    tokenizer = TextTokenizer(plain)
+    for text in ("\u1100\u1161\u11a8" * 9, "\u03b1\u0313\u0300\u0345" * 9, "x" * 9):
+        assert 0 < tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
