@@ -47,9 +47,9 @@ _log = logging.getLogger(__name__)
 class DispatchSettings:
     """`request_timeout_s`: without any token. `connect_wait_s`: for a worker that has joined to answer hello."""
 
-    max_concurrent_requests: int = 256
-    max_queued_requests: int = 512
-    request_timeout_s: float = 600.0
+    max_concurrent_requests: int
+    max_queued_requests: int
+    request_timeout_s: float
     max_retries: int = 2
     connect_wait_s: float = 2.0
 

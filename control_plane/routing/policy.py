@@ -1,7 +1,7 @@
 """The numbers a routing decision depends on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from control_plane.routing.scorers import SCORERS
 
@@ -13,9 +13,9 @@ class RoutingPolicy:
     `max_waiting`: a worker that reports so many waiting requests gets no more. `weights`: by scorer's name.
     """
 
-    prefill_threshold_tokens: int = 64
+    prefill_threshold_tokens: int
+    weights: Mapping[str, float]
     max_waiting: int = 1024
-    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(SCORERS, 1.0))
 
     def __post_init__(self) -> None:
         if self.prefill_threshold_tokens < 0:

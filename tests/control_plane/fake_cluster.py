@@ -9,6 +9,7 @@ from control_plane.gateway.dispatch import DispatchSettings, PoolDispatcher
 from control_plane.gateway.sessions import SessionPool
 from control_plane.generation import Generation, SamplingOptions, TokenChunk
 from control_plane.routing.policy import RoutingPolicy
+from control_plane.routing.scorers import SCORERS
 from tests.control_plane.fake_worker import WAIT_S, FakeWorker
 
 
@@ -35,8 +36,17 @@ class Cluster:
         return PoolDispatcher(
             self.directory,
             self.sessions,
-            policy=RoutingPolicy(prefill_threshold_tokens=prefill_threshold_tokens),
-            settings=DispatchSettings(**settings),
+            policy=RoutingPolicy(
+                prefill_threshold_tokens=prefill_threshold_tokens, weights=dict.fromkeys(SCORERS, 1.0)
+            ),
+            settings=DispatchSettings(
+                **{
+                    "max_concurrent_requests": 256,
+                    "max_queued_requests": 512,
+                    "request_timeout_s": 600.0,
+                    **settings,
+                }
+            ),
         )
 
     async def start(self, worker: FakeWorker) -> FakeWorker:

@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from control_plane.routing.router import route
 from control_plane.routing.scorers import SCORERS
 from control_plane.routing.view import ClusterView, NoPlacement, Placement, RoutingRequest, WorkerView
 
-POLICY = RoutingPolicy(prefill_threshold_tokens=64, max_waiting=10)
+POLICY = RoutingPolicy(prefill_threshold_tokens=64, max_waiting=10, weights=dict.fromkeys(SCORERS, 1.0))
 MODEL = b"model-a"
 
 
@@ -131,7 +132,7 @@ def test_load_outweighs_a_short_cached_prefix() -> None:
 
 
 def test_a_weight_of_zero_switches_a_scorer_off() -> None:
-    policy = RoutingPolicy(weights={"prefix_overlap": 0.0, "queue": 1.0, "free_pages": 1.0})
+    policy = replace(POLICY, weights={"prefix_overlap": 0.0, "queue": 1.0, "free_pages": 1.0})
     workers = (worker("cold"), worker("warm", num_assigned=4))
     assert place(request(cached={"warm": 900}), *workers, policy=policy).decode == name("cold")
 
@@ -182,4 +183,4 @@ def test_scores_stay_between_zero_and_one() -> None:
 )
 def test_a_policy_that_cannot_work_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RoutingPolicy(**fields)
+        replace(POLICY, **fields)
