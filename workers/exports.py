@@ -38,7 +38,7 @@ class NoSuchExport(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportLimits:
-    lease_s: float = 10.0  # after the end of the prefill, without progress of the puller
+    lease_s: float  # after the end of the prefill, without progress of the puller
     open_wait_s: float = 2.0  # a pull may come that much before its request
     keep_alive_s: float = 1.0  # how often a puller hears from a source that has nothing to send
     max_waiting_pulls: int = 1024

@@ -47,10 +47,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PullTimeouts:
+    total_s: float  # of the whole pull, the prefill included
     handshake_s: float = 5.0  # gRPC Pull; longer than a source waits for a request that is not submitted yet
     connect_s: float = 3.0
     idle_s: float = 5.0  # without a byte; a source that computes sends keep-alives every second
-    total_s: float = 120.0  # of the whole pull, the prefill included
     release_s: float = 2.0
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ from workers.request import RequestId
 
 @pytest_asyncio.fixture
 async def source() -> AsyncIterator[Source]:
-    async with running_source(ExportLimits()) as made:
+    async with running_source(ExportLimits(lease_s=10.0)) as made:
         yield made
 
 
@@ -165,7 +165,7 @@ async def test_an_id_can_be_exported_again_after_its_end_but_not_twice_at_once()
 
 
 async def test_what_is_remembered_of_closed_exports_is_bounded() -> None:
-    source = Source(limits=ExportLimits(num_remembered=2, max_waiting_pulls=1))
+    source = Source(limits=ExportLimits(lease_s=10.0, num_remembered=2, max_waiting_pulls=1))
     for number in range(5):
         source.exports.close(RequestId(f"request-{number}"))
     waiting = asyncio.create_task(
@@ -196,7 +196,7 @@ async def test_a_first_block_beyond_the_prompt_is_invalid(source: Source) -> Non
 )
 def test_limits_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        ExportLimits(**wrong)  # type: ignore[arg-type]
+        ExportLimits(**{"lease_s": 10.0, **wrong})  # type: ignore[arg-type]
 
 
 async def test_release_is_idempotent_and_bound_to_its_epoch(source: Source) -> None:

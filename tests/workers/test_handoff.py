@@ -65,7 +65,7 @@ async def no_task_is_left() -> AsyncIterator[None]:
 
 @pytest_asyncio.fixture
 async def source() -> AsyncIterator[Source]:
-    async with running_source(ExportLimits(keep_alive_s=0.25)) as made:
+    async with running_source(ExportLimits(lease_s=10.0, keep_alive_s=0.25)) as made:
         yield made
 
 
@@ -196,7 +196,7 @@ async def test_another_layout_is_refused_with_both_named(source: Source) -> None
 
 
 async def test_an_unknown_request_is_refused_after_a_short_wait(pool: KvPool, puller: Puller) -> None:
-    async with running_source(ExportLimits(open_wait_s=0.05)) as source:
+    async with running_source(ExportLimits(lease_s=10.0, open_wait_s=0.05)) as source:
         with pytest.raises(PullRefused, match="NOT_FOUND"):
             await puller.pull(make_pull(source.control_address))
 
@@ -304,7 +304,7 @@ async def test_a_reply_that_cannot_be_is_a_typed_error(
 
 
 async def test_a_source_that_never_answers_costs_its_deadline(pool: KvPool) -> None:
-    puller = make_puller(pool, timeouts=PullTimeouts(handshake_s=0.1))
+    puller = make_puller(pool, timeouts=PullTimeouts(handshake_s=0.1, total_s=30.0))
     with pytest.raises(PullInterrupted, match=r"UNAVAILABLE|DEADLINE_EXCEEDED"):
         await puller.pull(make_pull("127.0.0.1:1"))
     await puller.close()
@@ -361,7 +361,7 @@ sys.path.insert(0, sys.argv[1])
 from tests.workers.handoff_ends import ExportLimits, Source
 
 async def main():
-    source = Source(limits=ExportLimits())
+    source = Source(limits=ExportLimits(lease_s=10.0))
     await source.start()
     source.open()
     source.progress(50)
@@ -378,7 +378,7 @@ asyncio.run(main())
 async def test_a_source_process_killed_or_frozen_in_the_middle_interrupts_the_pull(
     pool: KvPool, number: signal.Signals, found: str
 ) -> None:
-    puller = make_puller(pool, timeouts=PullTimeouts(idle_s=1.0))
+    puller = make_puller(pool, timeouts=PullTimeouts(idle_s=1.0, total_s=30.0))
     root = str(Path(__file__).parents[2])
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SOURCE_PROGRAM, root, cwd=root, stdout=asyncio.subprocess.PIPE
@@ -442,7 +442,7 @@ async def test_a_pull_cancelled_while_it_waits_for_the_request(source: Source, p
 
 
 async def test_a_pull_cancelled_while_it_waits_to_be_accepted(pool: KvPool, puller: Puller) -> None:
-    async with running_source(ExportLimits(), max_connections=1) as source:
+    async with running_source(ExportLimits(lease_s=10.0), max_connections=1) as source:
         source.open()
         _, hog_writer = await asyncio.open_connection("127.0.0.1", port_of(source.listener))
         await wait_until(lambda: source.listener.num_connections == 1)
