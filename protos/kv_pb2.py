@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fprotos/kv.proto\x12\x0epenstock.kv.v1\x1a\x13protos/worker.proto\"\xa8\x01\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12,\n\x06layout\x18\x04 \x01(\x0b\x32\x1c.penstock.worker.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\x12\x11\n\tpuller_id\x18\x06 \x01(\t\"V\n\tPullReply\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64\x61ta_address\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\":\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\"\x0e\n\x0cReleaseReply\"\x9c\x02\n\x0cHandoffState\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r\x12\x1c\n\x10output_token_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\x12\x37\n\rfinish_reason\x18\x04 \x01(\x0e\x32 .penstock.worker.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x33\n\x08timeline\x18\x07 \x03(\x0b\x32!.penstock.worker.v1.TimelineEvent2\x95\x01\n\nKvTransfer\x12>\n\x04Pull\x12\x1b.penstock.kv.v1.PullRequest\x1a\x19.penstock.kv.v1.PullReply\x12G\n\x07Release\x12\x1e.penstock.kv.v1.ReleaseRequest\x1a\x1c.penstock.kv.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fprotos/kv.proto\x12\x0epenstock.kv.v1\x1a\x13protos/worker.proto\"\x95\x01\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12,\n\x06layout\x18\x04 \x01(\x0b\x32\x1c.penstock.worker.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\"E\n\tPullReply\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64\x61ta_address\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\":\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\"\x0e\n\x0cReleaseReply\"\x9c\x02\n\x0cHandoffState\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r\x12\x1c\n\x10output_token_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\x12\x37\n\rfinish_reason\x18\x04 \x01(\x0e\x32 .penstock.worker.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x33\n\x08timeline\x18\x07 \x03(\x0b\x32!.penstock.worker.v1.TimelineEvent2\x95\x01\n\nKvTransfer\x12>\n\x04Pull\x12\x1b.penstock.kv.v1.PullRequest\x1a\x19.penstock.kv.v1.PullReply\x12G\n\x07Release\x12\x1e.penstock.kv.v1.ReleaseRequest\x1a\x1c.penstock.kv.v1.ReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOFFSTATE'].fields_by_name['output_token_ids']._loaded_options = None
   _globals['_HANDOFFSTATE'].fields_by_name['output_token_ids']._serialized_options = b'\020\001'
   _globals['_PULLREQUEST']._serialized_start=57
-  _globals['_PULLREQUEST']._serialized_end=225
-  _globals['_PULLREPLY']._serialized_start=227
-  _globals['_PULLREPLY']._serialized_end=313
-  _globals['_RELEASEREQUEST']._serialized_start=315
-  _globals['_RELEASEREQUEST']._serialized_end=373
-  _globals['_RELEASEREPLY']._serialized_start=375
-  _globals['_RELEASEREPLY']._serialized_end=389
-  _globals['_HANDOFFSTATE']._serialized_start=392
-  _globals['_HANDOFFSTATE']._serialized_end=676
-  _globals['_KVTRANSFER']._serialized_start=679
-  _globals['_KVTRANSFER']._serialized_end=828
+  _globals['_PULLREQUEST']._serialized_end=206
+  _globals['_PULLREPLY']._serialized_start=208
+  _globals['_PULLREPLY']._serialized_end=277
+  _globals['_RELEASEREQUEST']._serialized_start=279
+  _globals['_RELEASEREQUEST']._serialized_end=337
+  _globals['_RELEASEREPLY']._serialized_start=339
+  _globals['_RELEASEREPLY']._serialized_end=353
+  _globals['_HANDOFFSTATE']._serialized_start=356
+  _globals['_HANDOFFSTATE']._serialized_end=640
+  _globals['_KVTRANSFER']._serialized_start=643
+  _globals['_KVTRANSFER']._serialized_end=792
 # @@protoc_insertion_point(module_scope)

@@ -28,14 +28,12 @@ class PullRequest(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
-    PULLER_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """as in KvSource"""
     source_epoch: _builtins.int
     model_fingerprint: _builtins.bytes
     first_block: _builtins.int
     """blocks before it are already cached at the puller"""
-    puller_id: _builtins.str
     @_builtins.property
     def layout(self) -> _worker_pb2.KvLayout: ...
     def __init__(
@@ -46,11 +44,10 @@ class PullRequest(_message.Message):
         model_fingerprint: _builtins.bytes = ...,
         layout: _worker_pb2.KvLayout | None = ...,
         first_block: _builtins.int = ...,
-        puller_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "puller_id", b"puller_id", "request_id", b"request_id", "source_epoch", b"source_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "source_epoch", b"source_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -63,25 +60,21 @@ class PullReply(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     DATA_ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
-    LEASE_S_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes"""
     data_address: _builtins.str
     num_blocks: _builtins.int
     """blocks of the whole prompt, the last one perhaps partly filled"""
-    lease_s: _builtins.float
-    """time without progress after which the source gives up"""
     def __init__(
         self,
         *,
         ticket: _builtins.bytes = ...,
         data_address: _builtins.str = ...,
         num_blocks: _builtins.int = ...,
-        lease_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "lease_s", b"lease_s", "num_blocks", b"num_blocks", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "num_blocks", b"num_blocks", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,7 +139,9 @@ class HandoffState(_message.Message):
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.TokenLogprobs]: ...
     @_builtins.property
-    def timeline(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.TimelineEvent]: ...
+    def timeline(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.TimelineEvent]:
+        """at the source, so far; by its clock"""
+
     def __init__(
         self,
         *,

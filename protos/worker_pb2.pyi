@@ -597,7 +597,9 @@ class Output(_message.Message):
         """with FINISH_ERROR"""
 
     @_builtins.property
-    def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEvent]: ...
+    def timeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimelineEvent]:
+        """all so far; with the first tokens of this worker and with the end"""
+
     def __init__(
         self,
         *,
@@ -703,7 +705,7 @@ class TimelineEvent(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     UNIX_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """see workers/timeline.py"""
+    """see workers/timeline.py; "prefill.*" are of the source of a hand-over"""
     unix_s: _builtins.float
     def __init__(
         self,

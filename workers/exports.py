@@ -96,10 +96,6 @@ class Exports:
         self._changed = asyncio.Event()  # set, and replaced, when an export comes or goes
 
     @property
-    def lease_s(self) -> float:
-        return self._limits.lease_s
-
-    @property
     def num_open(self) -> int:
         return len(self._exports)
 

@@ -69,13 +69,11 @@ class Puller:
         self,
         memory: BlockMemory,
         *,
-        worker_id: str,
         model_fingerprint: bytes,
         timeouts: PullTimeouts,
         max_concurrent_pulls: int = 32,
     ) -> None:
         self._memory = memory
-        self._worker_id = worker_id
         self._model_fingerprint = model_fingerprint
         self._timeouts = timeouts
         self._slots = asyncio.Semaphore(max_concurrent_pulls)
@@ -148,7 +146,6 @@ class Puller:
             model_fingerprint=self._model_fingerprint,
             layout=layout_to_wire(self._memory.layout),
             first_block=pull.first_block,
-            puller_id=self._worker_id,
         )
         async with self._channels.use(source.control_address) as channel:
             stub = kv_pb2_grpc.KvTransferStub(channel)

@@ -53,7 +53,6 @@ class KvTransferService(kv_pb2_grpc.KvTransferServicer):
             ticket=issued.ticket,
             data_address=self._identity.data_address,
             num_blocks=issued.num_blocks,
-            lease_s=self._exports.lease_s,
         )
 
     async def Release(

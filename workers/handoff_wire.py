@@ -1,11 +1,15 @@
 """What a hand-over says in protobuf: the request's state, and the layout both ends must share."""
 
+import math
+from collections.abc import Iterable
+
 from google.protobuf.message import DecodeError
 
 from kvstore.layout import KvLayout
 from protos import kv_pb2, worker_pb2
 from workers.errors import PullCorrupted
 from workers.request import FinishReason, Handoff, TokenLogprobs
+from workers.timeline import Stamp
 
 FINISH_TO_WIRE = {
     None: worker_pb2.FINISH_NONE,
@@ -19,7 +23,7 @@ _FINISH_FROM_WIRE = {number: reason for reason, number in FINISH_TO_WIRE.items()
 
 
 def encode_handoff(handoff: Handoff) -> bytes:
-    """A serialized `HandoffState`. The timeline stays with the source."""
+    """A serialized `HandoffState`."""
     state = kv_pb2.HandoffState(
         num_computed_tokens=handoff.num_computed_tokens,
         output_token_ids=handoff.output_token_ids,
@@ -27,6 +31,7 @@ def encode_handoff(handoff: Handoff) -> bytes:
         finish_reason=FINISH_TO_WIRE[handoff.finish_reason],
         stop_string=handoff.stop_string or "",
         num_cached_tokens=handoff.num_cached_tokens,
+        timeline=stamps_to_wire(handoff.timeline),
     )
     return state.SerializeToString()
 
@@ -42,6 +47,9 @@ def decode_handoff(data: bytes) -> Handoff:
         raise PullCorrupted(f"unknown finish reason {state.finish_reason}")
     if len(state.logprobs) > len(state.output_token_ids):
         raise PullCorrupted(f"{len(state.logprobs)} logprobs for {len(state.output_token_ids)} tokens")
+    for event in state.timeline:
+        if not math.isfinite(event.unix_s):
+            raise PullCorrupted(f"{event.name!r} happened at {event.unix_s}")
     return Handoff(
         num_computed_tokens=state.num_computed_tokens,
         output_token_ids=tuple(state.output_token_ids),
@@ -49,6 +57,7 @@ def decode_handoff(data: bytes) -> Handoff:
         finish_reason=_FINISH_FROM_WIRE[state.finish_reason],
         stop_string=state.stop_string or None,
         num_cached_tokens=state.num_cached_tokens,
+        timeline=tuple(Stamp(event.name, event.unix_s) for event in state.timeline),
     )
 
 
@@ -60,6 +69,10 @@ def layout_to_wire(layout: KvLayout) -> worker_pb2.KvLayout:
         block_size_tokens=layout.block_size_tokens,
         dtype=layout.dtype,
     )
+
+
+def stamps_to_wire(stamps: Iterable[Stamp]) -> list[worker_pb2.TimelineEvent]:
+    return [worker_pb2.TimelineEvent(name=stamp.name, unix_s=stamp.unix_s) for stamp in stamps]
 
 
 def logprobs_to_wire(logprobs: TokenLogprobs) -> worker_pb2.TokenLogprobs:

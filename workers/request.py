@@ -165,11 +165,15 @@ class Handoff:
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
     num_cached_tokens: int = 0
+    timeline: tuple[Stamp, ...] = ()  # so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOutput:
-    """What a request has to say after a step: new tokens, its end, or both. `timeline` comes with the end."""
+    """What a request has to say after a step: new tokens, its end, or both.
+
+    `timeline` comes with the first tokens here and, longer, with the end.
+    """
 
     request_id: RequestId
     session_id: SessionId

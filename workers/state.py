@@ -163,6 +163,7 @@ class EngineState:
             self._drop(request)
             return None
         tokens = new_tokens(request, handoff, vocab_size=self._limits.vocab_size)
+        request.timeline.take_over(handoff.timeline)
         request.timeline.stamp(timeline.PULL_DONE, now_s)
         request.num_cached_tokens = max(request.num_cached_tokens, handoff.num_cached_tokens)
         self._run_pulled(request)
@@ -329,7 +330,7 @@ class EngineState:
         first_token_number = len(request.output_token_ids)
         request.output_token_ids.extend(token.token_id for token in tokens)
         request.timeline.stamp_once(timeline.PREFILL_DONE, now_s)
-        request.timeline.stamp_once(timeline.FIRST_TOKEN, now_s)
+        is_first = request.timeline.stamp_once(timeline.FIRST_TOKEN, now_s)
         finish_reason = finish_reason or self._finish_reason(request, tokens[-1])
         logprobs = tuple(token.logprobs for token in tokens if token.logprobs is not None)
         if request.purpose is Purpose.PREFILL_ONLY:
@@ -349,7 +350,7 @@ class EngineState:
             finish_reason=finish_reason,
             stop_string=None if finish_reason is None else tokens[-1].stop_string,
             num_cached_tokens=request.num_cached_tokens,
-            timeline=() if finish_reason is None else tuple(request.timeline.stamps),
+            timeline=tuple(request.timeline.stamps) if is_first or finish_reason is not None else (),
         )
 
     def _finish_reason(self, request: Request, last: SampledToken) -> FinishReason | None:
@@ -380,6 +381,7 @@ class EngineState:
             finish_reason=finish_reason,
             stop_string=stop_string,
             num_cached_tokens=request.num_cached_tokens,
+            timeline=tuple(request.timeline.stamps),
         )
 
     def _finish(self, request: Request, finish_reason: FinishReason, *, now_s: float) -> RequestOutput:

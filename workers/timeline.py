@@ -1,5 +1,9 @@
-"""When what happened to a request on this worker: named stamps, from which every latency is derived."""
+"""When what happened to a request on this worker: named stamps, from which every latency is derived.
 
+What the source of a hand-over noted comes with it and is named `prefill.*`, so that names tell whose clock it was.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,6 +18,8 @@ PULL_FAILED: Final = "pull_failed"
 PREEMPTED: Final = "preempted"  # may happen more than once
 FIRST_TOKEN: Final = "first_token"
 FINISHED: Final = "finished"
+
+_OF_SOURCE: Final = "prefill."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,14 @@ class Timeline:
             return False
         self.stamp(name, unix_s)
         return True
+
+    def take_over(self, stamps: Iterable[Stamp]) -> None:
+        """Adds what the source of a hand-over noted, by its own clock."""
+        self.stamps += (
+            Stamp(_OF_SOURCE + stamp.name, stamp.unix_s)
+            for stamp in stamps
+            if stamp.name != RECEIVED  # the gateway told us both
+        )
 
     def first_s(self, name: str) -> float | None:
         """When `name` happened for the first time; None if it has not."""

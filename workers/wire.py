@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from protos import worker_pb2
 from workers.config import Role
 from workers.errors import InvalidRequest, QueueFull, WorkerError
-from workers.handoff_wire import FINISH_TO_WIRE, layout_to_wire, logprobs_to_wire
+from workers.handoff_wire import FINISH_TO_WIRE, layout_to_wire, logprobs_to_wire, stamps_to_wire
 from workers.identity import Identity
 from workers.request import (
     KvSource,
@@ -137,9 +137,7 @@ def output_to_wire(output: RequestOutput) -> worker_pb2.Output:
         stop_string=output.stop_string or "",
         num_cached_tokens=output.num_cached_tokens,
         failure=None if output.failure is None else _failure_to_wire(output.failure),
-        timeline=[
-            worker_pb2.TimelineEvent(name=stamp.name, unix_s=stamp.unix_s) for stamp in output.timeline
-        ],
+        timeline=stamps_to_wire(output.timeline),
     )
 
 

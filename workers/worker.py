@@ -65,7 +65,6 @@ class Worker:
         )
         self.puller = Puller(
             memory,
-            worker_id=config.worker_id,
             model_fingerprint=model.fingerprint,
             timeouts=PullTimeouts(total_s=config.pull_timeout_s),
             max_concurrent_pulls=config.max_num_pulls,

@@ -98,7 +98,6 @@ def make_puller(
 ) -> Puller:
     return Puller(
         pool,
-        worker_id="decode-0",
         model_fingerprint=fingerprint,
         timeouts=timeouts,
         max_concurrent_pulls=num_slots,
@@ -167,7 +166,7 @@ class Impostor(kv_pb2_grpc.KvTransferServicer):
     """A source that answers what it is told to, on both planes."""
 
     def __init__(self, handler: Handler) -> None:
-        self.reply = kv_pb2.PullReply(ticket=bytes(16), num_blocks=len(PAGES), lease_s=1.0)
+        self.reply = kv_pb2.PullReply(ticket=bytes(16), num_blocks=len(PAGES))
         self.release_failures = 0
         self.num_releases = 0
         self.released = asyncio.Event()

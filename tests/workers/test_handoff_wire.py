@@ -1,5 +1,7 @@
 import contextlib
+import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +12,7 @@ from workers.request import (
     Handoff,
     TokenLogprobs,
 )
+from workers.timeline import Stamp
 
 TOKENS = st.integers(0, 2**32 - 1)
 LOGPROBS = st.floats(max_value=0.0, width=32)
@@ -21,6 +24,7 @@ LOGPROBS = st.floats(max_value=0.0, width=32)
     logprobs=st.lists(st.tuples(LOGPROBS, st.lists(st.tuples(TOKENS, LOGPROBS), max_size=3)), max_size=5),
     reason=st.sampled_from([None, *FinishReason]),
     stop_string=st.none() | st.text(min_size=1),
+    events=st.lists(st.tuples(st.text(), st.floats(allow_nan=False, allow_infinity=False)), max_size=3),
 )
 def test_a_handoff_comes_back_as_it_was(
     num_computed: int,
@@ -28,6 +32,7 @@ def test_a_handoff_comes_back_as_it_was(
     logprobs: list[tuple[float, list[tuple[int, float]]]],
     reason: FinishReason | None,
     stop_string: str | None,
+    events: list[tuple[str, float]],
 ) -> None:
     handoff = Handoff(
         num_computed_tokens=num_computed,
@@ -35,6 +40,7 @@ def test_a_handoff_comes_back_as_it_was(
         logprobs=tuple(TokenLogprobs(value, tuple(top)) for value, top in logprobs[: len(outputs)]),
         finish_reason=reason,
         stop_string=stop_string,
+        timeline=tuple(Stamp(name, unix_s) for name, unix_s in events),
     )
     assert decode_handoff(encode_handoff(handoff)) == handoff
 
@@ -43,3 +49,10 @@ def test_a_handoff_comes_back_as_it_was(
 def test_random_bytes_are_a_handoff_or_a_typed_error(data: bytes) -> None:
     with contextlib.suppress(PullCorrupted):
         assert isinstance(decode_handoff(data), Handoff)
+
+
+@pytest.mark.parametrize("unix_s", [math.nan, math.inf])
+def test_an_event_at_no_time_is_refused(unix_s: float) -> None:
+    handoff = Handoff(num_computed_tokens=1, output_token_ids=(1,), timeline=(Stamp("scheduled", unix_s),))
+    with pytest.raises(PullCorrupted, match="'scheduled' happened at"):
+        decode_handoff(encode_handoff(handoff))

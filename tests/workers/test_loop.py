@@ -74,6 +74,19 @@ async def test_two_workers_answer_as_one_does(
     await pair.settled()
 
 
+async def test_the_timeline_of_a_handed_over_request_tells_what_both_workers_did(pair: Pair) -> None:
+    _, target = await pair.submit("r", LONG_PROMPT, **GREEDY)
+    await target.wait()
+    at = {event.name: event.unix_s for event in target.last.timeline}
+    assert len(at) == len(target.last.timeline)
+    there = ["queued", "scheduled", "first_chunk", "prefill_done", "first_token"]
+    assert [name for name in at if name.startswith("prefill.")] == [f"prefill.{name}" for name in there]
+    here = ["received", "queued", "scheduled", "pull_started", "pull_done", "prefill_done", "first_token"]
+    assert [name for name in at if not name.startswith("prefill.")] == [*here, "finished"]
+    assert at["prefill.prefill_done"] <= at["pull_done"]  # one host, one clock
+    await pair.settled()
+
+
 async def test_many_hand_overs_at_a_time_answer_as_one_worker_does(pair: Pair, alone: Fixture) -> None:
     rng = random.Random(3)
     prompts = [[rng.randrange(3, 250) for _ in range(rng.randrange(1, 100))] for _ in range(24)]

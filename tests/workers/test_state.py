@@ -1,9 +1,11 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from kvstore.blocks import chain_keys, root_key
+from workers import timeline
 from workers.errors import InvalidRequest, PullCorrupted, QueueFull
 from workers.request import (
     FinishReason,
@@ -20,6 +22,7 @@ from workers.request import (
 from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState, StateLimits
 from workers.step import SampledToken, StepResult
+from workers.timeline import Stamp
 
 SOURCE = KvSource(worker_id="p", epoch=1, control_address="unix:/p", request_id="r")
 EOS = 0
@@ -163,6 +166,14 @@ def test_the_timeline_tells_when_what_happened() -> None:
         ("first_token", 13.0),
         ("finished", 14.0),
     ]
+
+
+def test_the_first_tokens_and_the_end_carry_the_timeline_and_nothing_in_between_does() -> None:
+    state = new_state()
+    state.add(new_request(sampling=SamplingParams(max_tokens=4)), now_s=0.0)
+    timelines = [step(state)[0].timeline for _ in range(4)]
+    assert [bool(each) for each in timelines] == [True, False, False, True]
+    assert timelines[3][:-1] == timelines[0]
 
 
 # What is refused.
@@ -325,7 +336,10 @@ def test_a_request_for_another_worker_is_held_until_it_is_released() -> None:
     (output,) = step(state, 42)
     assert (output.token_ids, output.finish_reason) == ((42,), None)
     (progress,) = state.export_progress()
-    assert progress.handoff == Handoff(num_computed_tokens=100, output_token_ids=(42,))
+    assert progress.handoff is not None
+    assert (progress.handoff.num_computed_tokens, progress.handoff.output_token_ids) == (100, (42,))
+    assert progress.handoff.timeline == output.timeline
+    assert output.timeline[-1].name == timeline.FIRST_TOKEN
     assert step(state) == ()
     assert state.load().num_leases == 1
     end = state.release(RequestId("r"), now_s=0.0)
@@ -342,7 +356,8 @@ def test_a_request_that_ends_with_its_first_token_says_so_in_the_hand_over_alone
     state.add(new_request(purpose=Purpose.PREFILL_ONLY, sampling=sampling), now_s=0.0)
     assert step(state, SampledToken(EOS, TokenLogprobs(-0.5), stop_string="x")) == ()
     (progress,) = state.export_progress()
-    assert progress.handoff == Handoff(
+    assert progress.handoff is not None
+    assert replace(progress.handoff, timeline=()) == Handoff(
         num_computed_tokens=3,
         output_token_ids=(EOS,),
         logprobs=(TokenLogprobs(-0.5),),
@@ -365,6 +380,25 @@ def test_a_pulled_request_repeats_the_first_token_and_goes_on() -> None:
     assert (output.first_token_number, output.token_ids, output.num_cached_tokens) == (0, (7,), 16)
     assert len(state.take_block_events().stored) == 2
     assert step(state, 8)[0].first_token_number == 1
+
+
+def test_a_pulled_request_goes_on_with_the_timeline_of_its_source() -> None:
+    state = new_state()
+    state.add(new_request(prompt=[1] * 40, kv_source=SOURCE), now_s=1.0)
+    step(state, now_s=2.0)
+    noted = (Stamp(timeline.SCHEDULED, 1.5), Stamp(timeline.PREFILL_DONE, 3.5))
+    handoff = Handoff(num_computed_tokens=40, output_token_ids=(7,), timeline=noted)
+    output = state.pull_succeeded(RequestId("r"), handoff, now_s=4.0)
+    assert output is not None
+    assert [(stamp.name, stamp.unix_s) for stamp in output.timeline[2:]] == [
+        ("scheduled", 2.0),
+        ("pull_started", 2.0),
+        ("prefill.scheduled", 1.5),
+        ("prefill.prefill_done", 3.5),
+        ("pull_done", 4.0),
+        ("prefill_done", 4.0),
+        ("first_token", 4.0),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 from workers import timeline
-from workers.timeline import Timeline
+from workers.timeline import Stamp, Timeline
 
 
 def test_durations_are_none_until_both_ends_have_happened() -> None:
@@ -27,6 +27,20 @@ def test_a_stamp_made_once_is_not_made_again() -> None:
     assert line.stamp_once(timeline.FIRST_TOKEN, 1.0)
     assert not line.stamp_once(timeline.FIRST_TOKEN, 2.0)
     assert line.first_s(timeline.FIRST_TOKEN) == 1.0
+
+
+def test_what_a_source_noted_keeps_its_time_and_gets_a_name_of_its_own() -> None:
+    line = Timeline()
+    line.stamp(timeline.SCHEDULED, 11.0)
+    noted = (
+        Stamp(timeline.RECEIVED, 9.0),
+        Stamp(timeline.SCHEDULED, 10.0),
+        Stamp(timeline.PREFILL_DONE, 12.0),
+    )
+    line.take_over(noted)
+    assert line.stamps[1:] == [Stamp("prefill.scheduled", 10.0), Stamp("prefill.prefill_done", 12.0)]
+    assert line.first_s(timeline.SCHEDULED) == 11.0
+    assert line.first_s(timeline.PREFILL_DONE) is None
 
 
 def test_clocks_that_disagree_make_no_negative_duration() -> None:
