@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 
-# A worker that restarts at its old address must be found again within about a second.
-_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
+from workers.grpc_options import CHANNEL_OPTIONS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,7 +32,7 @@ class Channels:
         entry = self._entries.get(target)
         if entry is None:
             entry = self._entries[target] = _Entry(
-                channel=grpc.aio.insecure_channel(target, options=_OPTIONS)
+                channel=grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
             )
         entry.num_users += 1
         self._entries.move_to_end(target)

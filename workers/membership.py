@@ -16,6 +16,7 @@ import grpc
 
 from kvstore.blocks import BlockKey
 from protos import directory_pb2, directory_pb2_grpc, worker_pb2
+from workers.grpc_options import CHANNEL_OPTIONS
 from workers.logs import log_event
 from workers.state import EngineState
 
@@ -28,14 +29,6 @@ MAX_KEYS_PER_HEARTBEAT = 2**17
 
 _logger = logging.getLogger(__name__)
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-_CHANNEL_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.ping_timeout_ms", 2000),  # by default a minute, whatever the keepalive timeout says
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +88,7 @@ class Membership:
         self._is_known = False
 
     async def run(self) -> None:
-        async with grpc.aio.insecure_channel(self._directory, options=_CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self._directory, options=CHANNEL_OPTIONS) as channel:
             stub = directory_pb2_grpc.DirectoryStub(channel)
             try:
                 await self._stay_registered(stub)

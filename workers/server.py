@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from kvstore.listener import is_answered
 from protos import worker_pb2, worker_pb2_grpc
 from workers.errors import CannotListen, WorkerError
+from workers.grpc_options import SERVER_OPTIONS
 from workers.logs import log_event
 from workers.loop import RequestLoop
 from workers.outbox import MAX_UNREAD_STEPS, Outbox
@@ -25,18 +26,6 @@ HELLO_TIMEOUT_S = 5.0
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _logger = logging.getLogger(__name__)
-SERVER_OPTIONS = (
-    # Without it a second worker on the same port would silently take half of the connections.
-    ("grpc.so_reuseport", 0),
-    # A peer that was cut off without a word is noticed within 3 s.
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.ping_timeout_ms", 2000),  # by default a minute, whatever the keepalive timeout says
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 300),
-    ("grpc.http2.max_ping_strikes", 0),
-)
 
 
 class _EndSession(Exception):

@@ -131,6 +131,7 @@ async def test_a_second_hello_ends_the_session(start_worker: Fixture, connect: F
         ({"prompt": []}, "no tokens"),
         ({"prompt": [260]}, "260"),
         ({"prompt": [5] * 512}, "512 tokens"),
+        ({"prompt": [2**32 - 1] * 2**20}, "1048576 tokens"),
         ({"temperature": math.nan}, "temperature must be between"),
         ({"top_p": 2.0}, "top_p must be between"),
         ({"max_tokens": 0}, "max_tokens must be between"),
