@@ -47,12 +47,24 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """What a worker noted about a generation: names as in worker.proto, seconds since the Unix epoch by its clock."""
+
+    name: str
+    unix_s: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenChunk:
-    """New tokens of one generation, in order, no gaps, no repeats; `finish_reason` is set in the last chunk only."""
+    """New tokens of one generation, in order, no gaps, no repeats; `finish_reason` is set in the last chunk only.
+
+    `events` is empty in most chunks; where it is not, it replaces what an earlier chunk said.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_string: str | None = None  # the stop string that ended the generation
+    events: tuple[WorkerEvent, ...] = ()

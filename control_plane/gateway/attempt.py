@@ -93,7 +93,8 @@ class Attempt:
             self._put(Flooded(self._max_deliveries))
 
     def _on_prefill(self, item: WorkerOutput | SessionLost) -> None:
-        # Only what surely continues the sequence: a confused prefill worker must not fail a healthy generation.
+        # Only what surely continues the sequence: a confused prefill worker must not fail a healthy generation. Its
+        # events come with the hand-over.
         if isinstance(item, WorkerOutput) and item.token_ids and item.first_token_number == 0:
             self._put(
                 WorkerOutput(

@@ -12,7 +12,7 @@ from control_plane.gateway.detokenize import detokenizer_for
 from control_plane.gateway.intake import Job
 from control_plane.gateway.stop_text import StopText
 from control_plane.gateway.tokenizer import TextTokenizer
-from control_plane.generation import FinishReason, Generation, TokenChunk, TokenLogprobs
+from control_plane.generation import FinishReason, Generation, TokenChunk, TokenLogprobs, WorkerEvent
 
 _MERGE_QUEUE_SIZE = 64
 
@@ -36,6 +36,7 @@ class Delta:
     logprobs: tuple[TokenText, ...]
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    events: tuple[WorkerEvent, ...] = ()  # as in TokenChunk
 
 
 class Choice:
@@ -75,6 +76,7 @@ class Choice:
             self._release(text, chunk) if self._with_logprobs else (),
             chunk.finish_reason,
             chunk.num_cached_tokens,
+            chunk.events,
         )
 
     def _detokenize(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> str:

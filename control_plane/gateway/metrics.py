@@ -97,6 +97,13 @@ class GatewayMetrics:
             buckets=_E2E_BUCKETS_S,
             registry=registry,
         )
+        self.request_stage = Histogram(
+            "penstock_request_stage_seconds",
+            "Of a choice on the workers: queue, prefill, pull and decode, each by one worker's clock",
+            (*model, "stage"),
+            buckets=_TTFT_BUCKETS_S,
+            registry=registry,
+        )
         self.request_success = Counter(
             "vllm:request_success",
             "Choices by how they ended: stop, length, abort or error",

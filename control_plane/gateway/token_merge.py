@@ -1,7 +1,7 @@
 """One numbered sequence of tokens out of several sources that may repeat each other."""
 
 from control_plane.gateway.wire import FINISH_REASONS, WorkerOutput
-from control_plane.generation import TokenChunk, TokenLogprobs
+from control_plane.generation import TokenChunk, TokenLogprobs, WorkerEvent
 
 
 class BadSequence(Exception):
@@ -15,6 +15,7 @@ class TokenMerge:
         self.token_ids: list[int] = []
         self.num_cached_tokens = 0
         self._max_tokens = max_tokens
+        self._events: tuple[WorkerEvent, ...] = ()  # that no chunk has said yet
 
     def add(self, output: WorkerOutput) -> TokenChunk | None:
         """What is new in `output`; None where nothing is. Raises BadSequence."""
@@ -32,15 +33,19 @@ class TokenMerge:
             raise BadSequence(f"token {self._max_tokens} came, but {self._max_tokens} tokens were asked for")
         if output.num_cached_tokens > self.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
+        if output.events:
+            self._events = output.events
         if not token_ids and finish_reason is None:
             return None
         self.token_ids.extend(token_ids)
+        events, self._events = self._events, ()
         return TokenChunk(
             token_ids=token_ids,
             logprobs=logprobs,
             num_cached_tokens=self.num_cached_tokens,
             finish_reason=finish_reason,
             stop_string=output.stop_string,
+            events=events,
         )
 
 
@@ -60,4 +65,5 @@ def joined(chunks: list[TokenChunk]) -> TokenChunk:
         num_cached_tokens=last.num_cached_tokens,
         finish_reason=last.finish_reason,
         stop_string=last.stop_string,
+        events=next((chunk.events for chunk in reversed(chunks) if chunk.events), ()),
     )

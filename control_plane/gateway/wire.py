@@ -1,10 +1,12 @@
 """Protobuf messages of a worker's session to our types and back; nothing else in the gateway knows both."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from control_plane.directory.member import Member
-from control_plane.generation import FinishReason, Generation, SamplingOptions, TokenLogprobs
+from control_plane.generation import FinishReason, Generation, SamplingOptions, TokenLogprobs, WorkerEvent
 from protos import worker_pb2
 
 
@@ -43,6 +45,7 @@ class WorkerOutput:
     stop_string: str | None = None
     num_cached_tokens: int = 0
     failure: WorkerFailure | None = None
+    events: tuple[WorkerEvent, ...] = ()
 
 
 FINISH_REASONS = {Outcome.STOP: FinishReason.STOP, Outcome.LENGTH: FinishReason.LENGTH}
@@ -70,6 +73,8 @@ def read_output(message: worker_pb2.Output) -> WorkerOutput:
         logprobs=tuple(map(_read_logprobs, logprobs)) if logprobs else (),
         num_cached_tokens=message.num_cached_tokens,
     )
+    if message.timeline:
+        output.events = _read_events(message.timeline)
     finish_reason = message.finish_reason
     if finish_reason:
         # A reason from a newer worker that means nothing here ends the request as a failure, not as a hang.
@@ -78,6 +83,11 @@ def read_output(message: worker_pb2.Output) -> WorkerOutput:
         if output.outcome is Outcome.FAILED:
             output.failure = _read_failure(message.failure)
     return output
+
+
+def _read_events(messages: Iterable[worker_pb2.TimelineEvent]) -> tuple[WorkerEvent, ...]:
+    # A time that is no number would spoil a histogram and is not JSON.
+    return tuple(WorkerEvent(each.name, each.unix_s) for each in messages if math.isfinite(each.unix_s))
 
 
 def _read_logprobs(message: worker_pb2.TokenLogprobs) -> TokenLogprobs:

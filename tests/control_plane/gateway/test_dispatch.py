@@ -1,4 +1,5 @@
 import asyncio
+import math
 import random
 from collections.abc import AsyncGenerator
 
@@ -15,7 +16,7 @@ from control_plane.errors import (
 )
 from control_plane.gateway.backend import Dispatcher, ServedModel
 from control_plane.gateway.dispatch import PoolDispatcher
-from control_plane.generation import FinishReason, Generation, TokenChunk
+from control_plane.generation import FinishReason, Generation, TokenChunk, WorkerEvent
 from kvstore.blocks import chain_keys, root_key
 from protos import worker_pb2
 from tests.control_plane.fake_cluster import Cluster, collect, make_generation
@@ -82,6 +83,20 @@ async def test_a_long_prompt_goes_to_both_under_one_id(cluster: Cluster) -> None
     assert (source.worker_id, source.epoch, source.request_id) == ("p", 77, at_prefill.request_id)
     assert source.control_address == prefill.description.control_address
     assert at_decode.request_id == at_prefill.request_id
+
+
+async def test_the_events_of_a_worker_come_with_its_tokens(cluster: Cluster) -> None:
+    worker = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    stream = cluster.dispatcher().generate(make_generation(max_tokens=1))
+    chunks = asyncio.create_task(rest(stream))
+    await worker.until(lambda: bool(worker.submits))
+    times = {"queued": 1.5, "scheduled": math.nan, "finished": 2.5}
+    timeline = [worker_pb2.TimelineEvent(name=name, unix_s=unix_s) for name, unix_s in times.items()]
+    length = worker_pb2.FINISH_LENGTH
+    worker.output(worker.submits[0].request_id, [9], first=0, finish_reason=length, timeline=timeline)
+    # A time that is no number is left out.
+    (chunk,) = await chunks
+    assert chunk.events == (WorkerEvent("queued", 1.5), WorkerEvent("finished", 2.5))
 
 
 async def test_a_prompt_that_is_cached_where_it_decodes_is_not_handed_over(cluster: Cluster) -> None:

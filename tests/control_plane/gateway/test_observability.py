@@ -7,8 +7,10 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from control_plane.errors import QueueFull
+from control_plane.errors import GenerationFailed, QueueFull
+from control_plane.gateway.timeline import stage_durations
 from control_plane.gateway.tokenizer import TextTokenizer
+from control_plane.generation import FinishReason, TokenChunk, WorkerEvent
 from tests.control_plane.gateway.conftest import ANSWER
 from tests.control_plane.gateway.scripted import MODEL, ScriptedDispatcher, worker_like
 
@@ -83,6 +85,82 @@ async def test_each_request_writes_one_structured_log_line(
     assert refused["code"] == "400"
     assert "model" in refused["error"]
     assert "secret" not in json.dumps(refused)
+
+
+def noted(**at_s: float) -> tuple[WorkerEvent, ...]:
+    """Events by name, `there_` standing for `prefill.`."""
+    return tuple(WorkerEvent(name.replace("there_", "prefill."), unix_s) for name, unix_s in at_s.items())
+
+
+async def test_what_workers_noted_is_in_the_log_line_and_in_the_metrics(
+    http: httpx.AsyncClient, dispatcher: ScriptedDispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    begun = noted(queued=1e9, scheduled=1e9 + 2, prefill_done=1e9 + 5)
+    dispatcher.script = lambda generation: [
+        TokenChunk(token_ids=(5,), events=begun),
+        TokenChunk(token_ids=(6,)),
+        TokenChunk(
+            token_ids=(7,),
+            finish_reason=FinishReason.LENGTH,
+            events=(*begun, *noted(first_token=1e9 + 5, finished=1e9 + 9)),
+        ),
+    ]
+    await http.post("/v1/completions", json=BODY)
+    (line,) = log_lines(caplog)
+    timeline = line["timeline"]
+    assert [event["event"] for event in timeline if "choice" not in event] == [
+        "gateway.received",
+        "gateway.accepted",
+        "gateway.first_token",
+        "gateway.closed",
+    ]
+    assert [event["event"] for event in timeline if event.get("choice") == 0] == [
+        "queued",
+        "scheduled",
+        "prefill_done",
+        "first_token",
+        "finished",
+    ]
+    assert [event["at_s"] for event in timeline] == sorted(event["at_s"] for event in timeline)
+    assert (timeline[-1]["event"], timeline[-1]["at_s"]) == ("gateway.closed", line["duration_s"])
+    seen = await samples(http)
+    for stage, stage_s in {"queue": 2.0, "prefill": 3.0, "decode": 4.0}.items():
+        assert seen["penstock_request_stage_seconds_count", *sorted((MODEL, stage))] == 1
+        assert seen["penstock_request_stage_seconds_sum", *sorted((MODEL, stage))] == stage_s
+    assert ("penstock_request_stage_seconds_count", MODEL, "pull") not in seen
+
+
+async def test_a_request_that_failed_half_way_is_in_the_log_with_what_workers_noted_so_far(
+    http: httpx.AsyncClient, dispatcher: ScriptedDispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    dispatcher.script = lambda generation: [
+        TokenChunk(token_ids=(5,), events=noted(queued=1.0, scheduled=2.0)),
+        GenerationFailed("lost"),
+    ]
+    await http.post("/v1/completions", json=BODY | {"stream": True})
+    (line,) = log_lines(caplog)
+    assert [event["event"] for event in line["timeline"] if "choice" in event] == ["queued", "scheduled"]
+    assert (await samples(http))["penstock_request_stage_seconds_sum", MODEL, "queue"] == 1.0
+
+
+def test_stages_are_measured_between_events_of_one_worker() -> None:
+    # The prefill worker's clock is a thousand seconds ahead.
+    disaggregated = noted(
+        queued=1.0, scheduled=2.0, pull_started=2.0, there_queued=1001.0, there_scheduled=1001.5,
+        there_prefill_done=1004.5, pull_done=8.0, prefill_done=8.0, first_token=8.0, finished=9.0,
+    )  # fmt: skip
+    assert stage_durations(disaggregated) == {"queue": 0.5, "prefill": 3.0, "pull": 6.0, "decode": 1.0}
+
+
+def test_after_a_pull_that_failed_the_prefill_is_what_the_decode_worker_does_itself() -> None:
+    events = noted(queued=1.0, scheduled=2.0, pull_started=2.0, pull_failed=5.0, prefill_done=6.0)
+    assert stage_durations(events) == {"queue": 1.0, "prefill": 1.0}
+
+
+def test_a_clock_set_back_makes_no_negative_stage() -> None:
+    assert stage_durations(noted(queued=9.0, scheduled=8.0)) == {"queue": 0.0}
 
 
 async def test_a_good_request_id_comes_back_and_others_are_replaced(http: httpx.AsyncClient) -> None:

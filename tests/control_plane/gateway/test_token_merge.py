@@ -2,7 +2,7 @@ import pytest
 
 from control_plane.gateway.token_merge import BadSequence, TokenMerge, joined
 from control_plane.gateway.wire import Outcome, WorkerOutput
-from control_plane.generation import FinishReason, TokenChunk, TokenLogprobs
+from control_plane.generation import FinishReason, TokenChunk, TokenLogprobs, WorkerEvent
 
 
 def output(first: int, *token_ids: int, **fields: object) -> WorkerOutput:
@@ -56,6 +56,17 @@ def test_an_end_without_a_new_token_is_still_the_end() -> None:
     assert merge.add(output(0, 7, outcome=Outcome.STOP, stop_string="x")) == TokenChunk(
         token_ids=(), finish_reason=FinishReason.STOP, stop_string="x", num_cached_tokens=16
     )
+
+
+def test_events_of_an_output_that_repeats_tokens_come_with_the_next_chunk() -> None:
+    begun, ended = (WorkerEvent("queued", 1.0),), (WorkerEvent("queued", 1.0), WorkerEvent("finished", 2.0))
+    merge = make_merge()
+    merge.add(output(0, 7))
+    assert merge.add(output(0, 7, events=begun)) is None
+    chunks = [merge.add(output(1, 8)), merge.add(output(2, 9)), merge.add(output(3, 10, events=ended))]
+    assert [chunk.events for chunk in chunks if chunk is not None] == [begun, (), ended]
+    assert joined([chunk for chunk in chunks[:2] if chunk is not None]).events == begun
+    assert joined([chunk for chunk in chunks if chunk is not None]).events == ended
 
 
 def test_joined_chunks_say_what_they_said_apart() -> None:
