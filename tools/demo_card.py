@@ -47,8 +47,16 @@ best. The chat template takes the roles system, user and assistant; `<|end|>` en
 ## Data and training
 
 The text is what every Python ships: the language reference inside pydoc and the docstrings of the standard
-library. The tasks are generated. {training} `tools/train_demo_model.py` reproduces all of it, tokenizer
-included; with `--device cuda` and more `--steps` it goes on from the same checkpoint.
+library. The tasks are generated.
+{training}
+The last level of the curriculum, the form of the JSON task and the end of the learning rate's fall were changed
+on the way, on one busy CPU core, so a new run gives figures like these, not the same weights.
+`tools/train_demo_model.py` makes all of it, tokenizer included, and measures nothing on its own: the bench does.
+It takes `--device cuda` too; that has not been tried yet.
+
+Both kinds of quality feel what is done to the key and value cache: with keys and values rounded per head and token, on
+30 lists of 512 tokens and 20 held-out documents, 8 bits change nothing, 4 bits raise the perplexity by 3.6 %, 3 bits by
+18 % with recall down to 80 %, and with 2 bits nothing is recalled.
 
 ## Limits
 
