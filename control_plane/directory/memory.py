@@ -43,6 +43,7 @@ class MemoryDirectory:
         self.ttl_s = ttl_s
         self._members: dict[WorkerId, Member] = {}
         self._last_seen_s: dict[WorkerId, float] = {}
+        self._postponed: set[WorkerId] = set()  # and not heard of since
         self._epochs: OrderedDict[WorkerId, list[int]] = OrderedDict()
         self._listeners: list[Listener] = []
         self.blocks = BlockIndex(max_blocks_per_worker=max_blocks_per_worker, max_blocks=max_blocks)
@@ -61,7 +62,7 @@ class MemoryDirectory:
             self._leave(current)
             current = None
         self._members[member.worker_id] = member
-        self._last_seen_s[member.worker_id] = now_s
+        self._heard(member.worker_id, now_s=now_s)
         self._tell(ChangeKind.JOINED if current is None else ChangeKind.UPDATED, member)
 
     def heartbeat(
@@ -77,7 +78,7 @@ class MemoryDirectory:
         self._refuse_other_epoch(member, incarnation)
         member = replace(member, load=load)
         self._members[member.worker_id] = member
-        self._last_seen_s[member.worker_id] = now_s
+        self._heard(member.worker_id, now_s=now_s)
         resend = blocks is not None and not self.blocks.apply(member.worker_id, blocks)
         self._tell(ChangeKind.UPDATED, member)
         return resend
@@ -100,10 +101,15 @@ class MemoryDirectory:
             self._leave(member)
         return silent
 
-    def postpone_expiry(self, *, by_s: float) -> None:
-        """For time in which the directory itself was held up and heard nobody."""
-        for worker_id in self._last_seen_s:
-            self._last_seen_s[worker_id] += by_s
+    def postpone_expiry(self, *, until_s: float) -> None:
+        """Nobody leaves before `until_s`, because the directory itself was held up and heard nobody.
+
+        Only once for a worker that is then not heard of: a dead one leaves, however often this is called.
+        """
+        for worker_id, seen_s in self._last_seen_s.items():
+            if seen_s < until_s - self.ttl_s and worker_id not in self._postponed:
+                self._last_seen_s[worker_id] = until_s - self.ttl_s
+                self._postponed.add(worker_id)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener` with every later change; returns what ends the subscription."""
@@ -113,6 +119,7 @@ class MemoryDirectory:
     def check(self) -> None:
         """Raises AssertionError where the bookkeeping does not hold."""
         assert self._members.keys() == self._last_seen_s.keys(), "members and their times differ"
+        assert self._postponed <= self._members.keys(), "the expiry of somebody who has left is postponed"
         for worker_id, member in self._members.items():
             assert worker_id == member.worker_id, f"{member.worker_id} is filed under {worker_id}"
             assert self._epochs[worker_id][-1] == member.epoch, f"{worker_id} has an epoch of the past"
@@ -136,9 +143,14 @@ class MemoryDirectory:
         if member.epoch != incarnation.epoch:
             raise StaleEpoch(f"{incarnation} is not the registered one, which has epoch {member.epoch}")
 
+    def _heard(self, worker_id: WorkerId, *, now_s: float) -> None:
+        self._last_seen_s[worker_id] = now_s
+        self._postponed.discard(worker_id)
+
     def _leave(self, member: Member) -> None:
         del self._members[member.worker_id]
         del self._last_seen_s[member.worker_id]
+        self._postponed.discard(member.worker_id)
         self.blocks.forget(member.worker_id)
         self._tell(ChangeKind.LEFT, member)
 

@@ -18,6 +18,10 @@ from protos import directory_pb2, directory_pb2_grpc
 MAX_QUEUED_CHANGES = 1024
 # Silence is noticed this much later than `ttl_s` at worst, as a share of it.
 EXPIRY_CHECKS_PER_TTL = 8
+# Workers report at least twice in `ttl_s`, so only a check that is later than this share of it finds living ones
+# silent. What they have sent meanwhile waits in our sockets and is read within the second share.
+STALL_PER_TTL = 0.5
+READ_TIME_PER_TTL = 0.25
 
 # Workers ping an idle connection every second; without these options gRPC takes that for an attack.
 SERVER_OPTIONS = (
@@ -140,11 +144,10 @@ async def expire_silent(directory: MemoryDirectory, *, now_s: Callable[[], float
     checked_s = now_s()
     while True:
         await asyncio.sleep(interval_s)
-        late_s = now_s() - checked_s - interval_s
-        checked_s = now_s()
-        if late_s > interval_s:
-            # This process was frozen or starved. Heartbeats wait in its sockets, unread: nobody was silent.
-            directory.postpone_expiry(by_s=late_s)
+        last_s, checked_s = checked_s, now_s()
+        if checked_s - last_s - interval_s > STALL_PER_TTL * directory.ttl_s:
+            # This process was frozen or starved.
+            directory.postpone_expiry(until_s=checked_s + READ_TIME_PER_TTL * directory.ttl_s)
         for member in directory.expire(now_s=checked_s):
             fields = {"worker_id": member.worker_id, "epoch": member.epoch, "ttl_s": directory.ttl_s}
             _log.warning("worker_silent", extra={"fields": fields})

@@ -170,3 +170,33 @@ def test_what_is_remembered_of_former_workers_is_bounded(
 def test_a_member_that_nobody_could_reach_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         replace(member(), **{field: value})
+
+
+def test_after_a_stall_of_the_directory_a_living_worker_has_time_to_be_heard(scene: Scene) -> None:
+    scene.directory.register(member(), now_s=0.0)
+    for stalled_until_s in (10.0, 20.0):  # heard in between, so the second time counts as well
+        scene.directory.postpone_expiry(until_s=stalled_until_s + 0.5)
+        assert scene.directory.expire(now_s=stalled_until_s) == ()
+        scene.beat(member(), now_s=stalled_until_s + 0.1)
+        assert scene.directory.expire(now_s=stalled_until_s + 2.0) == ()
+    scene.directory.check()
+
+
+def test_a_dead_worker_leaves_however_often_the_directory_is_held_up(scene: Scene) -> None:
+    scene.directory.register(member(), now_s=0.0)
+    scene.directory.postpone_expiry(until_s=1.9)  # changes nothing: it has until 2.0 anyway
+    scene.directory.postpone_expiry(until_s=2.75)
+    scene.directory.postpone_expiry(until_s=3.5)
+    assert scene.directory.expire(now_s=2.7) == ()
+    assert scene.directory.expire(now_s=2.75) == (member(),)
+    scene.directory.check()
+
+
+def test_a_worker_that_comes_back_is_spared_anew(scene: Scene) -> None:
+    scene.directory.register(member(), now_s=0.0)
+    scene.directory.postpone_expiry(until_s=2.5)
+    scene.directory.deregister(member().incarnation)
+    scene.directory.check()
+    scene.directory.register(member(), now_s=3.0)
+    scene.directory.postpone_expiry(until_s=5.5)
+    assert scene.directory.expire(now_s=5.25) == ()

@@ -183,3 +183,24 @@ async def test_nobody_counts_as_silent_while_the_directory_itself_was_frozen() -
     directory.check()
     expiry.cancel()
     await asyncio.wait([expiry])
+
+
+async def test_a_dead_worker_leaves_within_three_seconds_although_every_check_is_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its clock; each check, due every 0.25 s, comes as late as in a starved process."""
+    clock, left_s = Clock(), asyncio.get_running_loop().create_future()
+    directory = frozen_directory(ttl_s=2.0, now_s=0.0)
+    directory.subscribe(lambda change: left_s.set_result(clock.now_s))
+
+    async def sleep_too_long(interval_s: float) -> None:
+        clock.now_s += interval_s + 0.45
+        await sleep(0)
+
+    sleep = asyncio.sleep
+    monkeypatch.setattr(directory_server.asyncio, "sleep", sleep_too_long)
+    expiry = asyncio.create_task(expire_silent(directory, now_s=clock))
+    async with asyncio.timeout(TIMEOUT_S):
+        assert 2.0 <= await left_s < 3.0
+    expiry.cancel()
+    await asyncio.wait([expiry])
