@@ -1,14 +1,15 @@
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tools.demo_rows import Encoder
 from tools.demo_tasks import WORDS, Conversation, Piece, Turn
-from tools.demo_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE
+from tools.demo_tokenizer import PRE_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
@@ -23,6 +24,18 @@ def test_every_byte_has_a_token_of_its_own() -> None:
     assert TOKENIZER.get_vocab_size() == VOCAB_SIZE
     for code in range(0x800):  # their UTF-8 forms use every continuation byte and many leading ones
         assert TOKENIZER.decode(TOKENIZER.encode(chr(code)).ids) == chr(code)
+
+
+def test_the_shipped_tokenizer_splits_text_as_the_trainer_does() -> None:
+    state = json.loads(TOKENIZER.to_str())
+    assert state["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": PRE_TOKENS}
+
+
+@given(st.text(alphabet=st.sampled_from("a. \n\r\t\u3000"), max_size=40))
+def test_runs_of_blanks_split_as_if_tried_at_every_blank(text: str) -> None:
+    plain = Regex(PRE_TOKENS.replace("(?<! )", ""))
+    split = pre_tokenizers.Split(plain, behavior="isolated").pre_tokenize_str(text)
+    assert pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated").pre_tokenize_str(text) == split
 
 
 @given(st.text())
