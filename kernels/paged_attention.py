@@ -6,7 +6,8 @@ The tokens of a prompt are such rows too, each with its own context length, once
 
 T tokens, R requests, H query heads, G key/value heads, C head dimension, P pages, B tokens per page, L longest page
 list. pages_P2GBC holds keys at index 0 and values at index 1; table_RL the int32 page ids of each request in order.
-A work item is one key/value head of one token: each page is read once for all query heads of its group.
+A work item is one key/value head of one token: each page is read once for all query heads of its group, and asked
+for while the one before it is computed (32 contexts of 192 tokens, two threads: 13 to 16 ms against 19 for 16 layers).
 """
 
 import numpy as np
@@ -24,6 +25,7 @@ from kernels.tile import (
     mix_2,
     mix_3,
     mix_4,
+    prefetch,
     tile_1,
     tile_2,
     tile_3,
@@ -70,13 +72,13 @@ def _page_scores(q, keys, scores, num_queries, width, stride):
         for j in range(0, 16, TILE_ROWS):
             k_j, out = keys + 4 * j * width, place + 4 * j
             if columns == 4:
-                tile_4(k_j, width, q_m, width, width, out, 1, stride)
+                tile_4(k_j, width, q_m, width, width, out, 1, stride, k_j, 0)
             elif columns == 3:
-                tile_3(k_j, width, q_m, width, width, out, 1, stride)
+                tile_3(k_j, width, q_m, width, width, out, 1, stride, k_j, 0)
             elif columns == 2:
-                tile_2(k_j, width, q_m, width, width, out, 1, stride)
+                tile_2(k_j, width, q_m, width, width, out, 1, stride, k_j, 0)
             else:
-                tile_1(k_j, width, q_m, width, width, out, 1, stride)
+                tile_1(k_j, width, q_m, width, width, out, 1, stride, k_j, 0)
 
 
 @njit("void(int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
@@ -118,6 +120,13 @@ def _softmax(scores_S, scale):
     return top * scale + np.log(total)
 
 
+@njit("int64(int64[::1], int64, int64)", cache=True, nogil=True)
+def _part(a, page, number):
+    """The address of the keys of head `number`; from G on, of the values of head `number` - G."""
+    num_kv_heads, width, block = a[9], a[11], a[12]
+    return a[6] + 4 * width * block * (page * 2 * num_kv_heads + number)
+
+
 @njit("void(int64[::1], float64, int64, int64)", cache=True, nogil=True)
 def _attend(a, scale, token, kv_head):
     num_kv_heads, num_queries, width, block = a[9], a[10], a[11], a[12]
@@ -134,7 +143,9 @@ def _attend(a, scale, token, kv_head):
     scores = np.empty(num_queries * stride, dtype=np.float32)
     address = scores.ctypes.data
     for p in range(first_page, stop_page):
-        keys = a[6] + 4 * width * block * (np.int64(table_L[p]) * 2 * num_kv_heads + kv_head)
+        if p + 1 < stop_page:
+            prefetch(_part(a, table_L[p + 1], kv_head), 4 * width * block)
+        keys = _part(a, table_L[p], kv_head)
         _page_scores(q, keys, address + 4 * (p - first_page) * block, num_queries, width, stride)
     skipped = first - first_page * block
     for m in range(num_queries):
@@ -145,8 +156,9 @@ def _attend(a, scale, token, kv_head):
         floats(a[5] + 4 * (head + m), 1)[0] = lse
     for p in range(first_page, stop_page):
         start, stop = max(first, p * block), min(length, (p + 1) * block)
-        page = np.int64(table_L[p]) * 2 * num_kv_heads + num_kv_heads + kv_head
-        values = a[6] + 4 * width * (block * page + start - p * block)
+        if p + 1 < stop_page:
+            prefetch(_part(a, table_L[p + 1], num_kv_heads + kv_head), 4 * width * block)
+        values = _part(a, table_L[p], num_kv_heads + kv_head) + 4 * width * (start - p * block)
         weights = address + 4 * (start - first_page * block)
         _add_values(weights, values, out_MC.ctypes.data, stop - start, num_queries, width, stride)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from kernels.expert_mlp import expert_mlp_calls
-from kernels.linear import MAX_ROWS, linear_call
+from kernels.linear import linear_call
 from kernels.paged_attention import paged_attention_call
 from kernels.rms_norm import add_rms_norm_call
 from kernels.rotary import Rotation, rotate_and_store_call
@@ -24,7 +24,7 @@ from workers.model.config import ModelConfig
 from workers.model.token_batch import TokenBatch
 from workers.model.weights import DenseMlp, Linear, ModelWeights, MoeMlp
 
-MAX_TOKENS = MAX_ROWS
+MAX_TOKENS = 64
 
 
 class LayerProgram:
