@@ -44,6 +44,7 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Submit:
     request: Request
+    unix_s: float  # when it came: the wait for the gap counts as queueing
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class RequestLoop:
             )
         self._requests[request.request_id] = request
         self._num_submitted += 1
-        self._post(_Submit(request))
+        self._post(_Submit(request, time.time()))
 
     def abort(self, session_id: SessionId, request_id: RequestId) -> None:
         """Ends a request of this session; one that has ended already does not matter."""
@@ -192,9 +193,11 @@ class RequestLoop:
         self._settled.set()
 
     async def _step(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> None:
+        began_s = time.time()
         if plan.pulls:
             # Their pages are disjoint from those of the rows, so they may be recorded ahead of them.
-            self._state.apply(StepPlan(pulls=plan.pulls), StepResult(sampled={}), now_s=time.time())
+            nothing = StepResult(sampled={})
+            self._state.apply(StepPlan(pulls=plan.pulls), nothing, began_s=began_s, now_s=began_s)
             for pull in plan.pulls:
                 self._start_pull(pull)
             plan = replace(plan, pulls=())
@@ -208,7 +211,7 @@ class RequestLoop:
             return
         self._num_failed_steps = 0
         now_s = time.time()
-        outputs = self._state.apply(plan, result, now_s=now_s)
+        outputs = self._state.apply(plan, result, began_s=began_s, now_s=now_s)
         self._metrics.step_done(plan, step_s=time.monotonic() - started_s)
         for progress in self._state.export_progress():
             self._exports.progress(progress)
@@ -244,9 +247,9 @@ class RequestLoop:
     def _settle_inbox(self) -> None:
         while self._inbox:
             match self._inbox.popleft():
-                case _Submit(request):
+                case _Submit(request, unix_s):
                     self._num_submitted -= 1
-                    self._add(request)
+                    self._add(request, came_s=unix_s)
                 case _Abort(request_id):
                     self._end(request_id)
                 case _CloseSession(session_id):
@@ -264,10 +267,10 @@ class RequestLoop:
     def _requests_of(self, session_id: SessionId) -> list[RequestId]:
         return [r.request_id for r in self._requests.values() if r.session_id == session_id]
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request, *, came_s: float) -> None:
         exported = request.purpose is Purpose.PREFILL_ONLY
         try:
-            self._state.add(request, now_s=time.time())
+            self._state.add(request, now_s=came_s)
         except WorkerError as error:
             self._forget(request.request_id)
             if exported:

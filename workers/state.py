@@ -3,7 +3,7 @@ steps.
 
     waiting ──plan──▶ running ──▶ finished           plan = schedule(state.view(), limits)
        │  ▲              │  └───▶ held ─▶ finished   result = engine.execute(plan)
-       │  └──preempted───┘  (PREFILL_ONLY)           outputs = state.apply(plan, result, now_s=...)
+       │  └──preempted───┘  (PREFILL_ONLY)           outputs = state.apply(plan, result, ...)
        └──plan──▶ pulling ──ended──▶ running
 
 Pure: no clock, no I/O. The caller passes the time (seconds since the Unix epoch) and never calls while a step
@@ -181,17 +181,19 @@ class EngineState:
 
     # A step.
 
-    def apply(self, plan: StepPlan, result: StepResult, *, now_s: float) -> tuple[RequestOutput, ...]:
-        """Records what a step did. The plan is `schedule(self.view(), ...)` of this very state."""
+    def apply(
+        self, plan: StepPlan, result: StepResult, *, began_s: float, now_s: float
+    ) -> tuple[RequestOutput, ...]:
+        """Records what a step from `began_s` to `now_s` did. The plan is `schedule(self.view(), ...)` of this state."""
         for request_id in plan.preempted:
-            self._preempt(self._requests[request_id], now_s=now_s)
+            self._preempt(self._requests[request_id], now_s=began_s)
         for admission in plan.admissions:
             self._admit(
-                self._requests[admission.request_id], admission.cached_page_ids, Status.RUNNING, now_s=now_s
+                self._requests[admission.request_id], admission.cached_page_ids, Status.RUNNING, now_s=began_s
             )
         for pull in plan.pulls:
             cached = pull.page_ids[: pull.first_block]
-            self._admit(pull.request, cached, Status.PULLING, now_s=now_s)
+            self._admit(pull.request, cached, Status.PULLING, now_s=began_s)
             self._extend_pages(pull.request, pull.page_ids)
         outputs = (self._apply_row(row, result, now_s=now_s) for row in plan.rows)
         return tuple(output for output in outputs if output is not None)

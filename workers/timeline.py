@@ -9,7 +9,7 @@ from typing import Final
 
 RECEIVED: Final = "received"  # the gateway accepted it
 QUEUED: Final = "queued"  # this worker accepted it
-SCHEDULED: Final = "scheduled"  # it got pages for the first time
+SCHEDULED: Final = "scheduled"  # the first step that has it in its plan began
 FIRST_CHUNK: Final = "first_chunk"  # the first step that computed some of its prompt ended
 PREFILL_DONE: Final = "prefill_done"  # all of its prompt is computed
 PULL_STARTED: Final = "pull_started"

@@ -73,13 +73,13 @@ LIMITS = SchedulerLimits(max_num_batched_tokens=64, max_num_seqs=8, max_num_pull
 
 
 def step(
-    state: EngineState, sampled: SampledToken | int = 1, *, now_s: float = 0.0
+    state: EngineState, sampled: SampledToken | int = 1, *, step_s: float = 0.0, now_s: float = 0.0
 ) -> tuple[RequestOutput, ...]:
-    """One step in which every request that samples gets the same token."""
+    """One step, ending at `now_s`, in which every request that samples gets the same token."""
     token = SampledToken(sampled) if isinstance(sampled, int) else sampled
     plan = schedule(state.view(), LIMITS)
     result = StepResult(sampled={row.request.request_id: token for row in plan.rows if row.samples})
-    outputs = state.apply(plan, result, now_s=now_s)
+    outputs = state.apply(plan, result, began_s=now_s - step_s, now_s=now_s)
     state.check()
     return outputs
 
@@ -154,13 +154,13 @@ def test_the_timeline_tells_when_what_happened() -> None:
     state.add(
         new_request(prompt=[1] * 100, arrival_s=10.0, sampling=SamplingParams(max_tokens=2)), now_s=11.0
     )
-    step(state, now_s=12.0)
-    step(state, now_s=13.0)
-    (output,) = step(state, now_s=14.0)
+    step(state, step_s=0.5, now_s=12.0)
+    step(state, step_s=0.5, now_s=13.0)
+    (output,) = step(state, step_s=0.5, now_s=14.0)
     assert [(stamp.name, stamp.unix_s) for stamp in output.timeline] == [
         ("received", 10.0),
         ("queued", 11.0),
-        ("scheduled", 12.0),
+        ("scheduled", 11.5),
         ("first_chunk", 12.0),
         ("prefill_done", 13.0),
         ("first_token", 13.0),

@@ -194,7 +194,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.write_memory(row.request, row.page_ids, start, stop)
         sampling = [row.request.request_id for row in plan.rows if row.samples]
         result = StepResult(sampled={i: SampledToken(t) for i, t in zip(sampling, token_ids, strict=False)})
-        self.hear(self.state.apply(plan, result, now_s=0.0))
+        self.hear(self.state.apply(plan, result, began_s=0.0, now_s=0.0))
         return plan
 
     def finish_pull(self, request_id: RequestId, *, succeeds: bool, token_id: int) -> None:
