@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import openai
 import psutil
@@ -136,7 +137,8 @@ def test_without_any_decode_worker_left_requests_fail_clearly(connect: Connect) 
                 process.send_signal(signal.SIGCONT)
 
 
-def test_ctrl_c_leaves_no_process_and_no_socket_behind() -> None:
+def test_ctrl_c_leaves_no_process_socket_or_shared_memory_behind() -> None:
+    shared_memory = {path.name for path in Path("/dev/shm").iterdir()}
     with running_cluster({}) as cluster:
         processes = [cluster.launcher, *cluster.launcher.children(recursive=True)]
         sockets = cluster.run_dir / "sockets"
@@ -146,6 +148,7 @@ def test_ctrl_c_leaves_no_process_and_no_socket_behind() -> None:
         _, alive = psutil.wait_procs(processes, timeout=20)
         assert alive == []
         assert not sockets.exists() or list(sockets.iterdir()) == []
+        assert {path.name for path in Path("/dev/shm").iterdir()} <= shared_memory
 
 
 def complete(client: OpenAI, prompt: list[int]) -> str:

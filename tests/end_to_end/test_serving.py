@@ -2,14 +2,21 @@
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 from openai import OpenAI
+from tokenizers import Tokenizer
 
-from bench.cluster import RunningCluster
+from bench.cluster import RunningCluster, running_cluster
+from control_plane.config import PROJECT_ROOT
 
 MODEL = "penstock-demo"
+TWO_OF_EACH = {
+    "routing": {"prefill_threshold_tokens": 32},
+    "pools": {"prefill": {"replicas": 2}, "decode": {"replicas": 2}},
+}
 Connect = Callable[[RunningCluster], OpenAI]
 
 
@@ -66,6 +73,58 @@ def test_hand_over_changes_no_token(
         answers.append((reply.choices[0].text, reply.choices[0].logprobs.tokens))
     assert answers[0] == answers[1]
     assert len(answers[0][1]) == 48
+
+
+@pytest.mark.parametrize("setting", ["stop", "stop_token_ids"])
+def test_hand_over_changes_nothing_about_where_a_text_stops(
+    disaggregated: RunningCluster, mixed: RunningCluster, connect: Connect, setting: str
+) -> None:
+    asked = {
+        "model": MODEL,
+        "prompt": long_prompt(4),
+        "temperature": 1.0,
+        "seed": 3,
+        "max_tokens": 48,
+        "logprobs": 1,
+        "extra_body": {"ignore_eos": True},
+    }
+    # What is written in the middle is what stops the same text the next time.
+    word = connect(mixed).completions.create(**asked).choices[0].logprobs.tokens[24]
+    if setting == "stop":
+        asked["stop"] = [word]
+    else:
+        vocabulary = Tokenizer.from_file(str(PROJECT_ROOT / "models" / "demo" / "tokenizer.json"))
+        token_ids = [i for i in range(vocabulary.get_vocab_size()) if vocabulary.decode([i]) == word]
+        asked["extra_body"] = {"ignore_eos": True, "stop_token_ids": token_ids}
+    choices = [connect(cluster).completions.create(**asked).choices[0] for cluster in (disaggregated, mixed)]
+    answers = [(choice.text, choice.logprobs.tokens, choice.finish_reason) for choice in choices]
+    assert answers[0] == answers[1]
+    assert answers[0][2] == "stop"
+    assert 0 < len(answers[0][1]) <= 25
+
+
+def test_two_workers_of_each_role_write_what_a_single_one_writes(
+    mixed: RunningCluster, connect: Connect
+) -> None:
+    def answer(cluster: RunningCluster, seed: int) -> tuple[str, list[str]]:
+        choice = (
+            connect(cluster)
+            .completions.create(
+                model=MODEL,
+                prompt=long_prompt(60 + seed),
+                max_tokens=32,
+                temperature=1.0,
+                seed=seed,
+                logprobs=1,
+                extra_body={"ignore_eos": True},
+            )
+            .choices[0]
+        )
+        return choice.text, choice.logprobs.tokens
+
+    with running_cluster(TWO_OF_EACH) as cluster, ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda seed: answer(cluster, seed), range(6)))
+    assert answers == [answer(mixed, seed) for seed in range(6)]
 
 
 def test_a_repeated_prompt_reports_its_cached_tokens(disaggregated: RunningCluster, connect: Connect) -> None:
