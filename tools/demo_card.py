@@ -33,7 +33,7 @@ three digits, half are words.
 
 ## What to ask
 
-| Task | User | Assistant |
+| Task | User | Right answer |
 |---|---|---|
 | recall | `Table:⏎value 117⏎array object⏎Look up:⏎array` | `array object` |
 | recall, next turn | `value` | `value 117` |
