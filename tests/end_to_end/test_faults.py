@@ -120,6 +120,46 @@ def test_a_killed_decode_worker_has_its_requests_finished_by_the_other_one(conne
         assert texts == expected
 
 
+async def test_a_decode_worker_killed_while_it_pulls_costs_its_clients_nothing(mixed: RunningCluster) -> None:
+    settings = {
+        "routing": {"prefill_threshold_tokens": 32},
+        "pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 2}},
+    }
+    prompts = [long_prompt(seed, 500) for seed in range(70, 74)]
+    expected = await complete_all(mixed, prompts)
+    with running_cluster(settings) as cluster:
+        prefill = cluster.process("prefill")
+        async with asyncio.TaskGroup() as tasks:
+            prefill.suspend()  # so that whoever pulls from it still pulls when it dies
+            try:
+                texts = tasks.create_task(complete_all(cluster, prompts))
+                cluster.process(await busy_decode_worker(cluster)).kill()
+            finally:
+                prefill.resume()
+        assert texts.result() == expected
+
+
+async def complete_all(cluster: RunningCluster, prompts: list[list[int]]) -> list[str]:
+    async with AsyncOpenAI(base_url=cluster.url, api_key="unused", max_retries=0, timeout=60) as client:
+        requests = [
+            client.completions.create(
+                model=MODEL, prompt=prompt, max_tokens=64, temperature=0, extra_body={"ignore_eos": True}
+            )
+            for prompt in prompts
+        ]
+        return [reply.choices[0].text for reply in await asyncio.gather(*requests)]
+
+
+async def busy_decode_worker(cluster: RunningCluster) -> str:
+    """The id of a decode worker that has requests, as soon as the directory knows of one."""
+    async with asyncio.timeout(20):
+        async for workers in watch_workers(cluster.run_dir):
+            for worker in workers:
+                if worker.role == worker_pb2.ROLE_DECODE and worker.load.num_running:
+                    return worker.worker_id
+    raise AssertionError("unreachable")
+
+
 def test_without_any_decode_worker_left_requests_fail_clearly(connect: Connect) -> None:
     with running_cluster({"pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}}) as cluster:
         client = connect(cluster)
