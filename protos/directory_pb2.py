@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/directory.proto\x12\x15penstock.directory.v1\x1a\x13protos/worker.proto\"H\n\x0fRegisterRequest\x12\x35\n\x06worker\x18\x01 \x01(\x0b\x32%.penstock.worker.v1.WorkerDescription\"3\n\rRegisterReply\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"\x96\x01\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x1e.penstock.worker.v1.WorkerLoad\x12\x32\n\x06\x62locks\x18\x04 \x01(\x0b\x32\".penstock.directory.v1.BlockEvents\"R\n\x0b\x42lockEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c\"\'\n\x0eHeartbeatReply\x12\x15\n\rresend_blocks\x18\x01 \x01(\x08\"5\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x11\n\x0f\x44\x65registerReply\"\x0e\n\x0cWatchRequest\"\xc1\x01\n\nWatchEvent\x12\x34\n\x04kind\x18\x01 \x01(\x0e\x32&.penstock.directory.v1.WatchEvent.Kind\x12\x35\n\x06worker\x18\x02 \x01(\x0b\x32%.penstock.worker.v1.WorkerDescription\"F\n\x04Kind\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\n\n\x06JOINED\x10\x01\x12\x0b\n\x07UPDATED\x10\x02\x12\x08\n\x04LEFT\x10\x03\x12\n\n\x06SYNCED\x10\x04\x32\xf5\x02\n\tDirectory\x12X\n\x08Register\x12&.penstock.directory.v1.RegisterRequest\x1a$.penstock.directory.v1.RegisterReply\x12[\n\tHeartbeat\x12\'.penstock.directory.v1.HeartbeatRequest\x1a%.penstock.directory.v1.HeartbeatReply\x12^\n\nDeregister\x12(.penstock.directory.v1.DeregisterRequest\x1a&.penstock.directory.v1.DeregisterReply\x12Q\n\x05Watch\x12#.penstock.directory.v1.WatchRequest\x1a!.penstock.directory.v1.WatchEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/directory.proto\x12\x15penstock.directory.v1\x1a\x13protos/worker.proto\"H\n\x0fRegisterRequest\x12\x35\n\x06worker\x18\x01 \x01(\x0b\x32%.penstock.worker.v1.WorkerDescription\"3\n\rRegisterReply\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"\x96\x01\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x1e.penstock.worker.v1.WorkerLoad\x12\x32\n\x06\x62locks\x18\x04 \x01(\x0b\x32\".penstock.directory.v1.BlockEvents\"h\n\x0b\x42lockEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x01(\x0c\x12\x0f\n\x07removed\x18\x04 \x01(\x0c\x12\x14\n\x0cstored_tiers\x18\x05 \x01(\x0c\"[\n\x0eHeartbeatReply\x12\x15\n\rresend_blocks\x18\x01 \x01(\x08\x12\x32\n\x06stores\x18\x02 \x03(\x0b\x32\".penstock.directory.v1.StoreMember\"H\n\x0bStoreMember\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0f\x63ontrol_address\x18\x03 \x01(\t\"5\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x11\n\x0f\x44\x65registerReply\"\x0e\n\x0cWatchRequest\"\xc1\x01\n\nWatchEvent\x12\x34\n\x04kind\x18\x01 \x01(\x0e\x32&.penstock.directory.v1.WatchEvent.Kind\x12\x35\n\x06worker\x18\x02 \x01(\x0b\x32%.penstock.worker.v1.WorkerDescription\"F\n\x04Kind\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\n\n\x06JOINED\x10\x01\x12\x0b\n\x07UPDATED\x10\x02\x12\x08\n\x04LEFT\x10\x03\x12\n\n\x06SYNCED\x10\x04\x32\xf5\x02\n\tDirectory\x12X\n\x08Register\x12&.penstock.directory.v1.RegisterRequest\x1a$.penstock.directory.v1.RegisterReply\x12[\n\tHeartbeat\x12\'.penstock.directory.v1.HeartbeatRequest\x1a%.penstock.directory.v1.HeartbeatReply\x12^\n\nDeregister\x12(.penstock.directory.v1.DeregisterRequest\x1a&.penstock.directory.v1.DeregisterReply\x12Q\n\x05Watch\x12#.penstock.directory.v1.WatchRequest\x1a!.penstock.directory.v1.WatchEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,19 +39,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREQUEST']._serialized_start=198
   _globals['_HEARTBEATREQUEST']._serialized_end=348
   _globals['_BLOCKEVENTS']._serialized_start=350
-  _globals['_BLOCKEVENTS']._serialized_end=432
-  _globals['_HEARTBEATREPLY']._serialized_start=434
-  _globals['_HEARTBEATREPLY']._serialized_end=473
-  _globals['_DEREGISTERREQUEST']._serialized_start=475
-  _globals['_DEREGISTERREQUEST']._serialized_end=528
-  _globals['_DEREGISTERREPLY']._serialized_start=530
-  _globals['_DEREGISTERREPLY']._serialized_end=547
-  _globals['_WATCHREQUEST']._serialized_start=549
-  _globals['_WATCHREQUEST']._serialized_end=563
-  _globals['_WATCHEVENT']._serialized_start=566
-  _globals['_WATCHEVENT']._serialized_end=759
-  _globals['_WATCHEVENT_KIND']._serialized_start=689
-  _globals['_WATCHEVENT_KIND']._serialized_end=759
-  _globals['_DIRECTORY']._serialized_start=762
-  _globals['_DIRECTORY']._serialized_end=1135
+  _globals['_BLOCKEVENTS']._serialized_end=454
+  _globals['_HEARTBEATREPLY']._serialized_start=456
+  _globals['_HEARTBEATREPLY']._serialized_end=547
+  _globals['_STOREMEMBER']._serialized_start=549
+  _globals['_STOREMEMBER']._serialized_end=621
+  _globals['_DEREGISTERREQUEST']._serialized_start=623
+  _globals['_DEREGISTERREQUEST']._serialized_end=676
+  _globals['_DEREGISTERREPLY']._serialized_start=678
+  _globals['_DEREGISTERREPLY']._serialized_end=695
+  _globals['_WATCHREQUEST']._serialized_start=697
+  _globals['_WATCHREQUEST']._serialized_end=711
+  _globals['_WATCHEVENT']._serialized_start=714
+  _globals['_WATCHEVENT']._serialized_end=907
+  _globals['_WATCHEVENT_KIND']._serialized_start=837
+  _globals['_WATCHEVENT_KIND']._serialized_end=907
+  _globals['_DIRECTORY']._serialized_start=910
+  _globals['_DIRECTORY']._serialized_end=1283
 # @@protoc_insertion_point(module_scope)

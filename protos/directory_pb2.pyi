@@ -3,8 +3,10 @@
 isort:skip_file
 Who is there, how busy they are, and which blocks they hold. All of it is soft state: workers announce it again after any loss."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from protos import worker_pb2 as _worker_pb2
 import builtins as _builtins
@@ -94,7 +96,7 @@ Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 
 @_typing.final
 class BlockEvents(_message.Message):
-    """Which blocks became cached and which were evicted since the last acknowledged heartbeat. Digests are 16 bytes each, concatenated."""
+    """Which blocks became held and which are gone since the last acknowledged heartbeat. Digests are 16 bytes each, concatenated."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -102,12 +104,16 @@ class BlockEvents(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
+    STORED_TIERS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1, 2, 3 ...; a gap makes the directory answer `resend_blocks`"""
     snapshot: _builtins.bool
-    """`stored` is everything the worker holds; what was known before is void"""
+    """`stored` begins everything the worker holds; what was known before is void"""
     stored: _builtins.bytes
     removed: _builtins.bytes
+    """gone from every tier"""
+    stored_tiers: _builtins.bytes
+    """the fastest tier of each of `stored`, a byte each: 0 device, 1 memory, 2 disk (kvstore/tiers/tier.py)"""
     def __init__(
         self,
         *,
@@ -115,10 +121,11 @@ class BlockEvents(_message.Message):
         snapshot: _builtins.bool = ...,
         stored: _builtins.bytes = ...,
         removed: _builtins.bytes = ...,
+        stored_tiers: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored", "stored_tiers", b"stored_tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -129,19 +136,50 @@ class HeartbeatReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RESEND_BLOCKS_FIELD_NUMBER: _builtins.int
+    STORES_FIELD_NUMBER: _builtins.int
     resend_blocks: _builtins.bool
+    @_builtins.property
+    def stores(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreMember]:
+        """workers of the role store, to whom blocks may be offered (kv.proto: Put)"""
+
     def __init__(
         self,
         *,
         resend_blocks: _builtins.bool = ...,
+        stores: _abc.Iterable[Global___StoreMember] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resend_blocks", b"resend_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resend_blocks", b"resend_blocks", "stores", b"stores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatReply: _TypeAlias = HeartbeatReply  # noqa: Y015
+
+@_typing.final
+class StoreMember(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CONTROL_ADDRESS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    epoch: _builtins.int
+    control_address: _builtins.str
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        control_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_address", b"control_address", "epoch", b"epoch", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreMember: _TypeAlias = StoreMember  # noqa: Y015
 
 @_typing.final
 class DeregisterRequest(_message.Message):

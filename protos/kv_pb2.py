@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fprotos/kv.proto\x12\x0epenstock.kv.v1\x1a\x13protos/worker.proto\"\x95\x01\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12,\n\x06layout\x18\x04 \x01(\x0b\x32\x1c.penstock.worker.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\"E\n\tPullReply\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64\x61ta_address\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\":\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\"\x0e\n\x0cReleaseReply\"\x9c\x02\n\x0cHandoffState\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r\x12\x1c\n\x10output_token_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\x12\x37\n\rfinish_reason\x18\x04 \x01(\x0e\x32 .penstock.worker.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x33\n\x08timeline\x18\x07 \x03(\x0b\x32!.penstock.worker.v1.TimelineEvent2\x95\x01\n\nKvTransfer\x12>\n\x04Pull\x12\x1b.penstock.kv.v1.PullRequest\x1a\x19.penstock.kv.v1.PullReply\x12G\n\x07Release\x12\x1e.penstock.kv.v1.ReleaseRequest\x1a\x1c.penstock.kv.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fprotos/kv.proto\x12\x0epenstock.kv.v1\x1a\x13protos/worker.proto\"\xd6\x01\n\x0bPullRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\x0c\x12,\n\x06layout\x18\x04 \x01(\x0b\x32\x1c.penstock.worker.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\x12\x12\n\nblock_keys\x18\x06 \x01(\x0c\x12\x14\n\x0c\x62lock_format\x18\x07 \x01(\x0c\x12\x15\n\rcodec_profile\x18\x08 \x01(\x0c\"k\n\tPullReply\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64\x61ta_address\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\r\n\x05tiers\x18\x04 \x01(\x0c\x12\x15\n\rcodec_profile\x18\x05 \x01(\x0c\":\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0csource_epoch\x18\x02 \x01(\x04\"\x0e\n\x0cReleaseReply\"O\n\rLookupRequest\x12\x14\n\x0csource_epoch\x18\x01 \x01(\x04\x12\x14\n\x0c\x62lock_format\x18\x02 \x01(\x0c\x12\x12\n\nblock_keys\x18\x03 \x01(\x0c\"0\n\x0bLookupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\r\n\x05tiers\x18\x02 \x01(\x0c\"\xd8\x01\n\nPutRequest\x12\x13\n\x0bstore_epoch\x18\x01 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\x0c\x12,\n\x06layout\x18\x03 \x01(\x0b\x32\x1c.penstock.worker.v1.KvLayout\x12\x14\n\x0c\x62lock_format\x18\x04 \x01(\x0c\x12(\n\x04runs\x18\x05 \x03(\x0b\x32\x1a.penstock.kv.v1.OfferedRun\x12,\n\x06holder\x18\x06 \x01(\x0b\x32\x1c.penstock.worker.v1.KvHolder\"V\n\nOfferedRun\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x16\n\x0e\x66irst_position\x18\x03 \x01(\r\x12\x12\n\nblock_keys\x18\x04 \x01(\x0c\"0\n\x08PutReply\x12\x11\n\tnum_taken\x18\x01 \x01(\r\x12\x11\n\tnum_known\x18\x02 \x01(\r\",\n\x14\x44\x65scribeTiersRequest\x12\x14\n\x0cnum_prefixes\x18\x01 \x01(\r\"\xc4\x01\n\x10TiersDescription\x12.\n\x05tiers\x18\x01 \x03(\x0b\x32\x1f.penstock.kv.v1.TierDescription\x12\x33\n\x08prefixes\x18\x02 \x03(\x0b\x32!.penstock.kv.v1.PrefixDescription\x12\x30\n\x06levels\x18\x03 \x03(\x0b\x32 .penstock.kv.v1.LevelDescription\x12\x19\n\x11num_lookup_blocks\x18\x04 \x01(\x04\"\xdb\x01\n\x0fTierDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x17\n\x0f\x63\x61pacity_blocks\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_hit_blocks\x18\x06 \x01(\x04\x12\x19\n\x11num_stored_blocks\x18\x07 \x01(\x04\x12\x1a\n\x12num_evicted_blocks\x18\x08 \x01(\x04\x12\x12\n\nnum_errors\x18\t \x01(\x04\"\x86\x01\n\x11PrefixDescription\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x10\n\x08last_key\x18\x02 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x0e\n\x06idle_s\x18\x05 \x01(\x01\x12\x10\n\x08num_hits\x18\x06 \x01(\x04\x12\x0c\n\x04tier\x18\x07 \x01(\t\"H\n\x10LevelDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\traw_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x63oded_bytes\x18\x03 \x01(\x04\"1\n\x0b\x44ropRequest\x12\x14\n\x0csource_epoch\x18\x01 \x01(\x04\x12\x0c\n\x04root\x18\x02 \x01(\x0c\"\x1f\n\tDropReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\"\xd0\x02\n\x0cHandoffState\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r\x12\x1c\n\x10output_token_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\x12\x37\n\rfinish_reason\x18\x04 \x01(\x0e\x32 .penstock.worker.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x33\n\x08timeline\x18\x07 \x03(\x0b\x32!.penstock.worker.v1.TimelineEvent\x12\x1d\n\x10num_exact_tokens\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_num_exact_tokens2\xb1\x03\n\nKvTransfer\x12>\n\x04Pull\x12\x1b.penstock.kv.v1.PullRequest\x1a\x19.penstock.kv.v1.PullReply\x12G\n\x07Release\x12\x1e.penstock.kv.v1.ReleaseRequest\x1a\x1c.penstock.kv.v1.ReleaseReply\x12\x44\n\x06Lookup\x12\x1d.penstock.kv.v1.LookupRequest\x1a\x1b.penstock.kv.v1.LookupReply\x12;\n\x03Put\x12\x1a.penstock.kv.v1.PutRequest\x1a\x18.penstock.kv.v1.PutReply\x12W\n\rDescribeTiers\x12$.penstock.kv.v1.DescribeTiersRequest\x1a .penstock.kv.v1.TiersDescription\x12>\n\x04\x44rop\x12\x1b.penstock.kv.v1.DropRequest\x1a\x19.penstock.kv.v1.DropReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOFFSTATE'].fields_by_name['output_token_ids']._loaded_options = None
   _globals['_HANDOFFSTATE'].fields_by_name['output_token_ids']._serialized_options = b'\020\001'
   _globals['_PULLREQUEST']._serialized_start=57
-  _globals['_PULLREQUEST']._serialized_end=206
-  _globals['_PULLREPLY']._serialized_start=208
-  _globals['_PULLREPLY']._serialized_end=277
-  _globals['_RELEASEREQUEST']._serialized_start=279
-  _globals['_RELEASEREQUEST']._serialized_end=337
-  _globals['_RELEASEREPLY']._serialized_start=339
-  _globals['_RELEASEREPLY']._serialized_end=353
-  _globals['_HANDOFFSTATE']._serialized_start=356
-  _globals['_HANDOFFSTATE']._serialized_end=640
-  _globals['_KVTRANSFER']._serialized_start=643
-  _globals['_KVTRANSFER']._serialized_end=792
+  _globals['_PULLREQUEST']._serialized_end=271
+  _globals['_PULLREPLY']._serialized_start=273
+  _globals['_PULLREPLY']._serialized_end=380
+  _globals['_RELEASEREQUEST']._serialized_start=382
+  _globals['_RELEASEREQUEST']._serialized_end=440
+  _globals['_RELEASEREPLY']._serialized_start=442
+  _globals['_RELEASEREPLY']._serialized_end=456
+  _globals['_LOOKUPREQUEST']._serialized_start=458
+  _globals['_LOOKUPREQUEST']._serialized_end=537
+  _globals['_LOOKUPREPLY']._serialized_start=539
+  _globals['_LOOKUPREPLY']._serialized_end=587
+  _globals['_PUTREQUEST']._serialized_start=590
+  _globals['_PUTREQUEST']._serialized_end=806
+  _globals['_OFFEREDRUN']._serialized_start=808
+  _globals['_OFFEREDRUN']._serialized_end=894
+  _globals['_PUTREPLY']._serialized_start=896
+  _globals['_PUTREPLY']._serialized_end=944
+  _globals['_DESCRIBETIERSREQUEST']._serialized_start=946
+  _globals['_DESCRIBETIERSREQUEST']._serialized_end=990
+  _globals['_TIERSDESCRIPTION']._serialized_start=993
+  _globals['_TIERSDESCRIPTION']._serialized_end=1189
+  _globals['_TIERDESCRIPTION']._serialized_start=1192
+  _globals['_TIERDESCRIPTION']._serialized_end=1411
+  _globals['_PREFIXDESCRIPTION']._serialized_start=1414
+  _globals['_PREFIXDESCRIPTION']._serialized_end=1548
+  _globals['_LEVELDESCRIPTION']._serialized_start=1550
+  _globals['_LEVELDESCRIPTION']._serialized_end=1622
+  _globals['_DROPREQUEST']._serialized_start=1624
+  _globals['_DROPREQUEST']._serialized_end=1673
+  _globals['_DROPREPLY']._serialized_start=1675
+  _globals['_DROPREPLY']._serialized_end=1706
+  _globals['_HANDOFFSTATE']._serialized_start=1709
+  _globals['_HANDOFFSTATE']._serialized_end=2045
+  _globals['_KVTRANSFER']._serialized_start=2048
+  _globals['_KVTRANSFER']._serialized_end=2481
 # @@protoc_insertion_point(module_scope)

@@ -28,12 +28,21 @@ class PullRequest(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    BLOCK_KEYS_FIELD_NUMBER: _builtins.int
+    BLOCK_FORMAT_FIELD_NUMBER: _builtins.int
+    CODEC_PROFILE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """as in KvSource"""
+    """as in KvSource; empty with `block_keys`"""
     source_epoch: _builtins.int
     model_fingerprint: _builtins.bytes
     first_block: _builtins.int
-    """blocks before it are already cached at the puller"""
+    """of a request: blocks before it are already cached at the puller"""
+    block_keys: _builtins.bytes
+    """a chain's consecutive digests, 16 bytes each"""
+    block_format: _builtins.bytes
+    """with block_keys: the version of those digests"""
+    codec_profile: _builtins.bytes
+    """with block_keys: digest of the puller's KV profile; empty: it has none"""
     @_builtins.property
     def layout(self) -> _worker_pb2.KvLayout: ...
     def __init__(
@@ -44,10 +53,13 @@ class PullRequest(_message.Message):
         model_fingerprint: _builtins.bytes = ...,
         layout: _worker_pb2.KvLayout | None = ...,
         first_block: _builtins.int = ...,
+        block_keys: _builtins.bytes = ...,
+        block_format: _builtins.bytes = ...,
+        codec_profile: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "source_epoch", b"source_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "block_keys", b"block_keys", "codec_profile", b"codec_profile", "first_block", b"first_block", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "source_epoch", b"source_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -60,21 +72,29 @@ class PullReply(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     DATA_ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    CODEC_PROFILE_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes"""
     data_address: _builtins.str
     num_blocks: _builtins.int
-    """blocks of the whole prompt, the last one perhaps partly filled"""
+    """of a request: blocks of the whole prompt, the last one perhaps partly filled; by key: the leading ones held"""
+    tiers: _builtins.bytes
+    """by key: the tier of each of them, a byte each"""
+    codec_profile: _builtins.bytes
+    """by key: digest of the source's KV profile; coded chunks need equal ones"""
     def __init__(
         self,
         *,
         ticket: _builtins.bytes = ...,
         data_address: _builtins.str = ...,
         num_blocks: _builtins.int = ...,
+        tiers: _builtins.bytes = ...,
+        codec_profile: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "num_blocks", b"num_blocks", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec_profile", b"codec_profile", "data_address", b"data_address", "num_blocks", b"num_blocks", "ticket", b"ticket", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,6 +138,351 @@ class ReleaseReply(_message.Message):
 Global___ReleaseReply: _TypeAlias = ReleaseReply  # noqa: Y015
 
 @_typing.final
+class LookupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_EPOCH_FIELD_NUMBER: _builtins.int
+    BLOCK_FORMAT_FIELD_NUMBER: _builtins.int
+    BLOCK_KEYS_FIELD_NUMBER: _builtins.int
+    source_epoch: _builtins.int
+    block_format: _builtins.bytes
+    block_keys: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        source_epoch: _builtins.int = ...,
+        block_format: _builtins.bytes = ...,
+        block_keys: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "block_keys", b"block_keys", "source_epoch", b"source_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookupRequest: _TypeAlias = LookupRequest  # noqa: Y015
+
+@_typing.final
+class LookupReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    tiers: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+        tiers: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookupReply: _TypeAlias = LookupReply  # noqa: Y015
+
+@_typing.final
+class PutRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORE_EPOCH_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    BLOCK_FORMAT_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    store_epoch: _builtins.int
+    model_fingerprint: _builtins.bytes
+    block_format: _builtins.bytes
+    @_builtins.property
+    def layout(self) -> _worker_pb2.KvLayout: ...
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OfferedRun]: ...
+    @_builtins.property
+    def holder(self) -> _worker_pb2.KvHolder:
+        """the offerer, to pull from"""
+
+    def __init__(
+        self,
+        *,
+        store_epoch: _builtins.int = ...,
+        model_fingerprint: _builtins.bytes = ...,
+        layout: _worker_pb2.KvLayout | None = ...,
+        block_format: _builtins.bytes = ...,
+        runs: _abc.Iterable[Global___OfferedRun] | None = ...,
+        holder: _worker_pb2.KvHolder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "layout", b"layout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "holder", b"holder", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "runs", b"runs", "store_epoch", b"store_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRequest: _TypeAlias = PutRequest  # noqa: Y015
+
+@_typing.final
+class OfferedRun(_message.Message):
+    """Consecutive blocks of one chain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    BLOCK_KEYS_FIELD_NUMBER: _builtins.int
+    root: _builtins.bytes
+    """the chain's root: model, adapter and tenant"""
+    parent: _builtins.bytes
+    """of the first key; the root itself if `first_position` is 0"""
+    first_position: _builtins.int
+    """blocks before it in the chain"""
+    block_keys: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        root: _builtins.bytes = ...,
+        parent: _builtins.bytes = ...,
+        first_position: _builtins.int = ...,
+        block_keys: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_keys", b"block_keys", "first_position", b"first_position", "parent", b"parent", "root", b"root"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferedRun: _TypeAlias = OfferedRun  # noqa: Y015
+
+@_typing.final
+class PutReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TAKEN_FIELD_NUMBER: _builtins.int
+    NUM_KNOWN_FIELD_NUMBER: _builtins.int
+    num_taken: _builtins.int
+    num_known: _builtins.int
+    """were here already"""
+    def __init__(
+        self,
+        *,
+        num_taken: _builtins.int = ...,
+        num_known: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_known", b"num_known", "num_taken", b"num_taken"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutReply: _TypeAlias = PutReply  # noqa: Y015
+
+@_typing.final
+class DescribeTiersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_PREFIXES_FIELD_NUMBER: _builtins.int
+    num_prefixes: _builtins.int
+    """of the longest-lived prefixes, at most so many"""
+    def __init__(
+        self,
+        *,
+        num_prefixes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_prefixes", b"num_prefixes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeTiersRequest: _TypeAlias = DescribeTiersRequest  # noqa: Y015
+
+@_typing.final
+class TiersDescription(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIERS_FIELD_NUMBER: _builtins.int
+    PREFIXES_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
+    NUM_LOOKUP_BLOCKS_FIELD_NUMBER: _builtins.int
+    num_lookup_blocks: _builtins.int
+    """blocks asked for since the start"""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierDescription]: ...
+    @_builtins.property
+    def prefixes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixDescription]: ...
+    @_builtins.property
+    def levels(self) -> _containers.RepeatedCompositeFieldContainer[Global___LevelDescription]: ...
+    def __init__(
+        self,
+        *,
+        tiers: _abc.Iterable[Global___TierDescription] | None = ...,
+        prefixes: _abc.Iterable[Global___PrefixDescription] | None = ...,
+        levels: _abc.Iterable[Global___LevelDescription] | None = ...,
+        num_lookup_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["levels", b"levels", "num_lookup_blocks", b"num_lookup_blocks", "prefixes", b"prefixes", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TiersDescription: _TypeAlias = TiersDescription  # noqa: Y015
+
+@_typing.final
+class TierDescription(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    CAPACITY_BLOCKS_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_HIT_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_STORED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_EVICTED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_ERRORS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"device", "memory", "disk", "peer" """
+    num_blocks: _builtins.int
+    capacity_blocks: _builtins.int
+    used_bytes: _builtins.int
+    capacity_bytes: _builtins.int
+    num_hit_blocks: _builtins.int
+    """since the start"""
+    num_stored_blocks: _builtins.int
+    num_evicted_blocks: _builtins.int
+    num_errors: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        capacity_blocks: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        capacity_bytes: _builtins.int = ...,
+        num_hit_blocks: _builtins.int = ...,
+        num_stored_blocks: _builtins.int = ...,
+        num_evicted_blocks: _builtins.int = ...,
+        num_errors: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_blocks", b"capacity_blocks", "capacity_bytes", b"capacity_bytes", "name", b"name", "num_blocks", b"num_blocks", "num_errors", b"num_errors", "num_evicted_blocks", b"num_evicted_blocks", "num_hit_blocks", b"num_hit_blocks", "num_stored_blocks", b"num_stored_blocks", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierDescription: _TypeAlias = TierDescription  # noqa: Y015
+
+@_typing.final
+class PrefixDescription(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_FIELD_NUMBER: _builtins.int
+    LAST_KEY_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    IDLE_S_FIELD_NUMBER: _builtins.int
+    NUM_HITS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    root: _builtins.bytes
+    last_key: _builtins.bytes
+    num_blocks: _builtins.int
+    age_s: _builtins.float
+    idle_s: _builtins.float
+    num_hits: _builtins.int
+    tier: _builtins.str
+    def __init__(
+        self,
+        *,
+        root: _builtins.bytes = ...,
+        last_key: _builtins.bytes = ...,
+        num_blocks: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+        idle_s: _builtins.float = ...,
+        num_hits: _builtins.int = ...,
+        tier: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "idle_s", b"idle_s", "last_key", b"last_key", "num_blocks", b"num_blocks", "num_hits", b"num_hits", "root", b"root", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixDescription: _TypeAlias = PrefixDescription  # noqa: Y015
+
+@_typing.final
+class LevelDescription(_message.Message):
+    """What travelled at one level of the codec since the start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RAW_BYTES_FIELD_NUMBER: _builtins.int
+    CODED_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    raw_bytes: _builtins.int
+    coded_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        raw_bytes: _builtins.int = ...,
+        coded_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coded_bytes", b"coded_bytes", "name", b"name", "raw_bytes", b"raw_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LevelDescription: _TypeAlias = LevelDescription  # noqa: Y015
+
+@_typing.final
+class DropRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_EPOCH_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
+    source_epoch: _builtins.int
+    root: _builtins.bytes
+    """only chains of this root; empty: all"""
+    def __init__(
+        self,
+        *,
+        source_epoch: _builtins.int = ...,
+        root: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["root", b"root", "source_epoch", b"source_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropRequest: _TypeAlias = DropRequest  # noqa: Y015
+
+@_typing.final
+class DropReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropReply: _TypeAlias = DropReply  # noqa: Y015
+
+@_typing.final
 class HandoffState(_message.Message):
     """The last frame of a pull: all of the request that is not KV."""
 
@@ -130,10 +495,13 @@ class HandoffState(_message.Message):
     STOP_STRING_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
+    NUM_EXACT_TOKENS_FIELD_NUMBER: _builtins.int
     num_computed_tokens: _builtins.int
     finish_reason: _worker_pb2.FinishReason.ValueType
     stop_string: _builtins.str
     num_cached_tokens: _builtins.int
+    num_exact_tokens: _builtins.int
+    """The KV of the tokens before this one is exactly what the model computes; from it on some came through a lossy level. Unset: all of it is exact."""
     @_builtins.property
     def output_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -152,11 +520,14 @@ class HandoffState(_message.Message):
         stop_string: _builtins.str = ...,
         num_cached_tokens: _builtins.int = ...,
         timeline: _abc.Iterable[_worker_pb2.TimelineEvent] | None = ...,
+        num_exact_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_exact_tokens", b"_num_exact_tokens", "num_exact_tokens", b"num_exact_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_computed_tokens", b"num_computed_tokens", "output_token_ids", b"output_token_ids", "stop_string", b"stop_string", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_exact_tokens", b"_num_exact_tokens", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_computed_tokens", b"num_computed_tokens", "num_exact_tokens", b"num_exact_tokens", "output_token_ids", b"output_token_ids", "stop_string", b"stop_string", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_exact_tokens: _TypeAlias = _typing.Literal["num_exact_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_exact_tokens: _TypeAlias = _typing.Literal["_num_exact_tokens", b"_num_exact_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_exact_tokens) -> _WhichOneofReturnType__num_exact_tokens | None: ...
 
 Global___HandoffState: _TypeAlias = HandoffState  # noqa: Y015

@@ -44,6 +44,26 @@ class KvTransferStub:
                 request_serializer=protos_dot_kv__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_kv__pb2.ReleaseReply.FromString,
                 _registered_method=True)
+        self.Lookup = channel.unary_unary(
+                '/penstock.kv.v1.KvTransfer/Lookup',
+                request_serializer=protos_dot_kv__pb2.LookupRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__pb2.LookupReply.FromString,
+                _registered_method=True)
+        self.Put = channel.unary_unary(
+                '/penstock.kv.v1.KvTransfer/Put',
+                request_serializer=protos_dot_kv__pb2.PutRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__pb2.PutReply.FromString,
+                _registered_method=True)
+        self.DescribeTiers = channel.unary_unary(
+                '/penstock.kv.v1.KvTransfer/DescribeTiers',
+                request_serializer=protos_dot_kv__pb2.DescribeTiersRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__pb2.TiersDescription.FromString,
+                _registered_method=True)
+        self.Drop = channel.unary_unary(
+                '/penstock.kv.v1.KvTransfer/Drop',
+                request_serializer=protos_dot_kv__pb2.DropRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__pb2.DropReply.FromString,
+                _registered_method=True)
 
 
 class KvTransferServicer:
@@ -51,14 +71,44 @@ class KvTransferServicer:
 
     def Pull(self, request, context):
         """Opens a transfer: checks that both ends agree, renews the lease and returns the ticket that names the transfer on the data plane.
-        Errors: FAILED_PRECONDITION (another epoch, fingerprint or layout; the message names both), NOT_FOUND (no such request or its lease is over).
+        Of a request (a hand-over) or of blocks by key (from the tiers of a worker or a store).
+        Errors: FAILED_PRECONDITION (another epoch, fingerprint, layout or block format; the message names both), NOT_FOUND (no such request, its
+        lease is over, or not even the first block is held), RESOURCE_EXHAUSTED (too many transfers), INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """The puller has all it wanted: the lease ends and the pages are free. Idempotent.
+        """The puller has all it wanted: the lease ends and the pages are free. Idempotent. A pull of blocks ends with its connection instead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Lookup(self, request, context):
+        """How many leading blocks of a chain are held, and where.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Put(self, request, context):
+        """Offers blocks to a store, which pulls those it wants from the offerer before it answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeTiers(self, request, context):
+        """What the tiers hold and how they do.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drop(self, request, context):
+        """Forgets blocks in every tier, device pages that nobody uses included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +126,26 @@ def add_KvTransferServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=protos_dot_kv__pb2.ReleaseRequest.FromString,
                     response_serializer=protos_dot_kv__pb2.ReleaseReply.SerializeToString,
+            ),
+            'Lookup': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lookup,
+                    request_deserializer=protos_dot_kv__pb2.LookupRequest.FromString,
+                    response_serializer=protos_dot_kv__pb2.LookupReply.SerializeToString,
+            ),
+            'Put': grpc.unary_unary_rpc_method_handler(
+                    servicer.Put,
+                    request_deserializer=protos_dot_kv__pb2.PutRequest.FromString,
+                    response_serializer=protos_dot_kv__pb2.PutReply.SerializeToString,
+            ),
+            'DescribeTiers': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeTiers,
+                    request_deserializer=protos_dot_kv__pb2.DescribeTiersRequest.FromString,
+                    response_serializer=protos_dot_kv__pb2.TiersDescription.SerializeToString,
+            ),
+            'Drop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drop,
+                    request_deserializer=protos_dot_kv__pb2.DropRequest.FromString,
+                    response_serializer=protos_dot_kv__pb2.DropReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +202,114 @@ class KvTransfer:
             '/penstock.kv.v1.KvTransfer/Release',
             protos_dot_kv__pb2.ReleaseRequest.SerializeToString,
             protos_dot_kv__pb2.ReleaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lookup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.KvTransfer/Lookup',
+            protos_dot_kv__pb2.LookupRequest.SerializeToString,
+            protos_dot_kv__pb2.LookupReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Put(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.KvTransfer/Put',
+            protos_dot_kv__pb2.PutRequest.SerializeToString,
+            protos_dot_kv__pb2.PutReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeTiers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.KvTransfer/DescribeTiers',
+            protos_dot_kv__pb2.DescribeTiersRequest.SerializeToString,
+            protos_dot_kv__pb2.TiersDescription.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.KvTransfer/Drop',
+            protos_dot_kv__pb2.DropRequest.SerializeToString,
+            protos_dot_kv__pb2.DropReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,20 +33,40 @@ class KvTransferStub:
     def __new__(cls, channel: _aio.Channel) -> KvTransferAsyncStub: ...
     Pull: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullReply]
     """Opens a transfer: checks that both ends agree, renews the lease and returns the ticket that names the transfer on the data plane.
-    Errors: FAILED_PRECONDITION (another epoch, fingerprint or layout; the message names both), NOT_FOUND (no such request or its lease is over).
+    Of a request (a hand-over) or of blocks by key (from the tiers of a worker or a store).
+    Errors: FAILED_PRECONDITION (another epoch, fingerprint, layout or block format; the message names both), NOT_FOUND (no such request, its
+    lease is over, or not even the first block is held), RESOURCE_EXHAUSTED (too many transfers), INVALID_ARGUMENT.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseReply]
-    """The puller has all it wanted: the lease ends and the pages are free. Idempotent."""
+    """The puller has all it wanted: the lease ends and the pages are free. Idempotent. A pull of blocks ends with its connection instead."""
+    Lookup: _grpc.UnaryUnaryMultiCallable[_kv_pb2.LookupRequest, _kv_pb2.LookupReply]
+    """How many leading blocks of a chain are held, and where."""
+    Put: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutReply]
+    """Offers blocks to a store, which pulls those it wants from the offerer before it answers."""
+    DescribeTiers: _grpc.UnaryUnaryMultiCallable[_kv_pb2.DescribeTiersRequest, _kv_pb2.TiersDescription]
+    """What the tiers hold and how they do."""
+    Drop: _grpc.UnaryUnaryMultiCallable[_kv_pb2.DropRequest, _kv_pb2.DropReply]
+    """Forgets blocks in every tier, device pages that nobody uses included."""
 
 @_typing.type_check_only
 class KvTransferAsyncStub(KvTransferStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Pull: _aio.UnaryUnaryMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullReply]  # type: ignore[assignment]
     """Opens a transfer: checks that both ends agree, renews the lease and returns the ticket that names the transfer on the data plane.
-    Errors: FAILED_PRECONDITION (another epoch, fingerprint or layout; the message names both), NOT_FOUND (no such request or its lease is over).
+    Of a request (a hand-over) or of blocks by key (from the tiers of a worker or a store).
+    Errors: FAILED_PRECONDITION (another epoch, fingerprint, layout or block format; the message names both), NOT_FOUND (no such request, its
+    lease is over, or not even the first block is held), RESOURCE_EXHAUSTED (too many transfers), INVALID_ARGUMENT.
     """
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseReply]  # type: ignore[assignment]
-    """The puller has all it wanted: the lease ends and the pages are free. Idempotent."""
+    """The puller has all it wanted: the lease ends and the pages are free. Idempotent. A pull of blocks ends with its connection instead."""
+    Lookup: _aio.UnaryUnaryMultiCallable[_kv_pb2.LookupRequest, _kv_pb2.LookupReply]  # type: ignore[assignment]
+    """How many leading blocks of a chain are held, and where."""
+    Put: _aio.UnaryUnaryMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutReply]  # type: ignore[assignment]
+    """Offers blocks to a store, which pulls those it wants from the offerer before it answers."""
+    DescribeTiers: _aio.UnaryUnaryMultiCallable[_kv_pb2.DescribeTiersRequest, _kv_pb2.TiersDescription]  # type: ignore[assignment]
+    """What the tiers hold and how they do."""
+    Drop: _aio.UnaryUnaryMultiCallable[_kv_pb2.DropRequest, _kv_pb2.DropReply]  # type: ignore[assignment]
+    """Forgets blocks in every tier, device pages that nobody uses included."""
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -56,7 +76,9 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.PullReply, _abc.Awaitable[_kv_pb2.PullReply]]:
         """Opens a transfer: checks that both ends agree, renews the lease and returns the ticket that names the transfer on the data plane.
-        Errors: FAILED_PRECONDITION (another epoch, fingerprint or layout; the message names both), NOT_FOUND (no such request or its lease is over).
+        Of a request (a hand-over) or of blocks by key (from the tiers of a worker or a store).
+        Errors: FAILED_PRECONDITION (another epoch, fingerprint, layout or block format; the message names both), NOT_FOUND (no such request, its
+        lease is over, or not even the first block is held), RESOURCE_EXHAUSTED (too many transfers), INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod
@@ -65,6 +87,38 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.ReleaseReply, _abc.Awaitable[_kv_pb2.ReleaseReply]]:
-        """The puller has all it wanted: the lease ends and the pages are free. Idempotent."""
+        """The puller has all it wanted: the lease ends and the pages are free. Idempotent. A pull of blocks ends with its connection instead."""
+
+    @_abc_1.abstractmethod
+    def Lookup(
+        self,
+        request: _kv_pb2.LookupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.LookupReply, _abc.Awaitable[_kv_pb2.LookupReply]]:
+        """How many leading blocks of a chain are held, and where."""
+
+    @_abc_1.abstractmethod
+    def Put(
+        self,
+        request: _kv_pb2.PutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.PutReply, _abc.Awaitable[_kv_pb2.PutReply]]:
+        """Offers blocks to a store, which pulls those it wants from the offerer before it answers."""
+
+    @_abc_1.abstractmethod
+    def DescribeTiers(
+        self,
+        request: _kv_pb2.DescribeTiersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.TiersDescription, _abc.Awaitable[_kv_pb2.TiersDescription]]:
+        """What the tiers hold and how they do."""
+
+    @_abc_1.abstractmethod
+    def Drop(
+        self,
+        request: _kv_pb2.DropRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.DropReply, _abc.Awaitable[_kv_pb2.DropReply]]:
+        """Forgets blocks in every tier, device pages that nobody uses included."""
 
 def add_KvTransferServicer_to_server(servicer: KvTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

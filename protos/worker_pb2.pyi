@@ -29,6 +29,8 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_PREFILL: _Role.ValueType  # 1
     ROLE_DECODE: _Role.ValueType  # 2
     ROLE_MIXED: _Role.ValueType  # 3
+    ROLE_STORE: _Role.ValueType  # 4
+    """holds KV in memory and on disk for others; has no engine and takes no sessions"""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper): ...
 
@@ -36,6 +38,8 @@ ROLE_UNSPECIFIED: Role.ValueType  # 0
 ROLE_PREFILL: Role.ValueType  # 1
 ROLE_DECODE: Role.ValueType  # 2
 ROLE_MIXED: Role.ValueType  # 3
+ROLE_STORE: Role.ValueType  # 4
+"""holds KV in memory and on disk for others; has no engine and takes no sessions"""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _FinishReason:
@@ -148,6 +152,7 @@ class WorkerDescription(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    BLOCK_FORMAT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """new at every start of the process"""
@@ -157,6 +162,8 @@ class WorkerDescription(_message.Message):
     data_address: _builtins.str
     """data plane, "tcp://127.0.0.1:4002" or "unix:///path" """
     pid: _builtins.int
+    block_format: _builtins.bytes
+    """Version of the digests that name blocks (kvstore/blocks.py). Keys of another version match nothing: they are counted, not looked up."""
     @_builtins.property
     def model(self) -> Global___ModelDescription: ...
     @_builtins.property
@@ -172,10 +179,11 @@ class WorkerDescription(_message.Message):
         model: Global___ModelDescription | None = ...,
         load: Global___WorkerLoad | None = ...,
         pid: _builtins.int = ...,
+        block_format: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_address", b"control_address", "data_address", b"data_address", "epoch", b"epoch", "load", b"load", "model", b"model", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "control_address", b"control_address", "data_address", b"data_address", "epoch", b"epoch", "load", b"load", "model", b"model", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,6 +415,7 @@ class Submit(_message.Message):
     ARRIVAL_UNIX_S_FIELD_NUMBER: _builtins.int
     PURPOSE_FIELD_NUMBER: _builtins.int
     KV_SOURCE_FIELD_NUMBER: _builtins.int
+    KV_HOLDERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     priority: _builtins.int
     """lower is sooner"""
@@ -425,6 +434,10 @@ class Submit(_message.Message):
     def kv_source(self) -> Global___KvSource:
         """Where to pull the prompt's KV from; unset: the worker computes the prompt itself."""
 
+    @_builtins.property
+    def kv_holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvHolder]:
+        """Who else holds leading blocks of these tokens, best first. Hints: they may be wrong by the time they are used."""
+
     def __init__(
         self,
         *,
@@ -437,14 +450,45 @@ class Submit(_message.Message):
         arrival_unix_s: _builtins.float = ...,
         purpose: Global___Submit.Purpose.ValueType = ...,
         kv_source: Global___KvSource | None = ...,
+        kv_holders: _abc.Iterable[Global___KvHolder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_unix_s", b"arrival_unix_s", "cache_salt", b"cache_salt", "kv_source", b"kv_source", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_unix_s", b"arrival_unix_s", "cache_salt", b"cache_salt", "kv_holders", b"kv_holders", "kv_source", b"kv_source", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class KvHolder(_message.Message):
+    """A worker or a store that holds a run of a request's blocks, from the first one on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CONTROL_ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    epoch: _builtins.int
+    control_address: _builtins.str
+    num_blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        control_address: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_address", b"control_address", "epoch", b"epoch", "num_blocks", b"num_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvHolder: _TypeAlias = KvHolder  # noqa: Y015
 
 @_typing.final
 class KvSource(_message.Message):

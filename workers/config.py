@@ -10,6 +10,7 @@ from kvstore.addresses import parse_address
 from kvstore.layout import ITEM_BYTES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+TIER_POLICIES = ("cost", "lru")
 
 
 # Listening there means on every interface.
@@ -30,6 +31,7 @@ class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+    STORE = "store"  # keeps KV for others; no engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,13 @@ class WorkerConfig:
     directory: Annotated[str, "gRPC target of the directory; default: register nowhere"] = ""
     lease_s: Annotated[float, "how long computed KV is kept without progress of its puller"] = 30.0
     pull_timeout_s: Annotated[float, "deadline of one pull; past it the prompt is computed here"] = 60.0
+    memory_tier_bytes: Annotated[int, "CPU memory for KV blocks beside the device pages; 0: no tiers"] = 256 * 2**20
+    disk_tier_path: Annotated[Path | None, "directory for KV blocks on disk; default: no disk tier"] = None
+    disk_tier_bytes: Annotated[int, "what the disk tier may take"] = 2**30
+    disk_tier_key: Annotated[str, "encrypts the disk tier: env:NAME or file:PATH of 32 bytes in hex"] = ""
+    tier_policy: Annotated[str, "what tiers drop first: cost (recomputing per idle time) or lru"] = "cost"
+    max_level: Annotated[int, "the most lossy level KV may be fetched at: 0 is raw, 1 nearly lossless"] = 1
+    ttft_objective_s: Annotated[float, "KV is fetched at the least lossy level that keeps this"] = 0.5
     metrics_port: Annotated[int | None, "Prometheus over HTTP on this port; default: none"] = None
     log_level: Annotated[str, "debug, info, warning or error"] = "info"
 
@@ -72,7 +81,15 @@ class WorkerConfig:
         _one_of("log_level", self.log_level, LOG_LEVELS)
         for name in _COUNTS:
             _at_least_one(name, getattr(self, name))
-        for name in ("lease_s", "pull_timeout_s"):
+        _one_of("tier_policy", self.tier_policy, TIER_POLICIES)
+        for name, least in (("memory_tier_bytes", 0), ("disk_tier_bytes", 1), ("max_level", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.disk_tier_path is not None and self.memory_tier_bytes == 0:
+            raise ValueError("disk_tier_path needs memory_tier_bytes: blocks reach the disk through memory")
+        if self.role is Role.STORE and self.memory_tier_bytes == 0:
+            raise ValueError("memory_tier_bytes of a store must not be 0: it has nothing else")
+        for name in ("lease_s", "pull_timeout_s", "ttft_objective_s"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 2**16:

@@ -28,6 +28,7 @@ _ROLES = {
     Role.PREFILL: worker_pb2.ROLE_PREFILL,
     Role.DECODE: worker_pb2.ROLE_DECODE,
     Role.MIXED: worker_pb2.ROLE_MIXED,
+    Role.STORE: worker_pb2.ROLE_STORE,
 }
 _PURPOSES = {
     worker_pb2.Submit.GENERATE: Purpose.GENERATE,

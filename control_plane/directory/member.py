@@ -23,15 +23,16 @@ class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+    STORE = "store"  # keeps KV for others and computes nothing
 
     @property
     def can_decode(self) -> bool:
-        return self is not Role.PREFILL
+        return self in (Role.DECODE, Role.MIXED)
 
     @property
     def can_prefill(self) -> bool:
         """Whether it computes prompts for others. A decode worker computes only those of its own requests."""
-        return self is not Role.DECODE
+        return self in (Role.PREFILL, Role.MIXED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

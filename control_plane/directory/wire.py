@@ -11,6 +11,7 @@ _ROLES = {
     worker_pb2.ROLE_PREFILL: Role.PREFILL,
     worker_pb2.ROLE_DECODE: Role.DECODE,
     worker_pb2.ROLE_MIXED: Role.MIXED,
+    worker_pb2.ROLE_STORE: Role.STORE,
 }
 _ROLES_ON_WIRE = {role: number for number, role in _ROLES.items()}
 _KINDS_ON_WIRE = {
@@ -24,7 +25,7 @@ def read_member(message: worker_pb2.WorkerDescription) -> Member:
     """Raises ValueError with the offending value."""
     if message.role not in _ROLES:
         raise ValueError(
-            f"role of {message.worker_id!r} must be prefill, decode or mixed, got {message.role}"
+            f"role of {message.worker_id!r} must be prefill, decode, mixed or store, got {message.role}"
         )
     return Member(
         worker_id=WorkerId(message.worker_id),
