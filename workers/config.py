@@ -63,7 +63,9 @@ class WorkerConfig:
     directory: Annotated[str, "gRPC target of the directory; default: register nowhere"] = ""
     lease_s: Annotated[float, "how long computed KV is kept without progress of its puller"] = 30.0
     pull_timeout_s: Annotated[float, "deadline of one pull; past it the prompt is computed here"] = 60.0
-    memory_tier_bytes: Annotated[int, "CPU memory for KV blocks beside the device pages; 0: no tiers"] = 256 * 2**20
+    memory_tier_bytes: Annotated[int, "CPU memory for KV blocks beside the device pages; 0: no tiers"] = (
+        256 * 2**20
+    )
     disk_tier_path: Annotated[Path | None, "directory for KV blocks on disk; default: no disk tier"] = None
     disk_tier_bytes: Annotated[int, "what the disk tier may take"] = 2**30
     disk_tier_key: Annotated[str, "encrypts the disk tier: env:NAME or file:PATH of 32 bytes in hex"] = ""

@@ -1,1 +1,4 @@
-"""Where blocks are kept beside device pages: memory and disk of this worker. Nothing here decides what stays: see placement."""
+"""Where blocks are kept beside device pages: memory and disk of this worker.
+
+Nothing here decides what stays: see kvstore.placement.
+"""
