@@ -1,0 +1,101 @@
+"""Symbols to bytes and back, near their entropy: interleaved rANS with one distribution per row.
+
+A row is one channel of one layer's keys or values, its symbols are quantised tokens. Every row names the table of
+its distribution. Tables come from the model's profile, or are pooled from the chunk itself and shipped with it.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.codec import rans
+from kvstore.errors import CodecCorrupted
+
+MAX_SYMBOLS = 256
+TOTAL_FREQUENCY = 1 << rans.TOTAL_BITS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SymbolTables:
+    """Distributions over symbols 0..num_symbols-1, and which one each row has.
+
+    Row n of `bounds_NS` is where the symbols of table n start: the sums of the frequencies before them; what is left
+    of the row is TOTAL_FREQUENCY.
+    """
+
+    bounds_NS: npt.NDArray[np.uint16]
+    table_of_row_R: npt.NDArray[np.uint32]
+    num_symbols: int
+
+    @classmethod
+    def from_frequencies(
+        cls, frequencies_NS: npt.ArrayLike, *, table_of_row_R: npt.ArrayLike | None = None
+    ) -> Self:
+        """One table per row unless said otherwise; each adds up to TOTAL_FREQUENCY. A symbol with 0 has no code."""
+        frequencies = np.asarray(frequencies_NS, np.int64)
+        num_tables, num_symbols = frequencies.shape
+        if not 0 < num_symbols <= MAX_SYMBOLS:
+            raise ValueError(f"a table has 1 to {MAX_SYMBOLS} symbols, got {num_symbols}")
+        sums = frequencies.sum(axis=1)
+        if frequencies.min(initial=0) < 0 or np.any(sums != TOTAL_FREQUENCY):
+            raise ValueError(f"frequencies of a table must add up to {TOTAL_FREQUENCY}, got {sums}")
+        tables = np.arange(num_tables) if table_of_row_R is None else np.asarray(table_of_row_R)
+        if tables.max(initial=0) >= num_tables or tables.min(initial=0) < 0:
+            raise ValueError(f"there are {num_tables} tables, a row names {tables.max(initial=0)}")
+        width = -(-(num_symbols + 1) // rans.GROUP) * rans.GROUP
+        bounds = np.full((num_tables, width), TOTAL_FREQUENCY, np.uint16)
+        bounds[:, 0] = 0
+        bounds[:, 1 : num_symbols + 1] = np.cumsum(frequencies, axis=1)
+        return cls(bounds_NS=bounds, table_of_row_R=tables.astype(np.uint32), num_symbols=num_symbols)
+
+    @property
+    def frequencies_NS(self) -> npt.NDArray[np.uint16]:
+        """A row for each table."""
+        bounds = self.bounds_NS[:, : self.num_symbols + 1]
+        return bounds[:, 1:] - bounds[:, :-1]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.table_of_row_R)
+
+
+def fit_frequencies(counts_NS: npt.ArrayLike) -> npt.NDArray[np.uint16]:
+    """Frequencies as near to the counts as whole numbers can be, and at least 1: every symbol has a code."""
+    counts = np.asarray(counts_NS, np.float64)
+    num_symbols = counts.shape[1]
+    counts = np.where(counts.sum(axis=1, keepdims=True) > 0, counts, 1.0)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    frequencies = 1 + np.floor(shares * (TOTAL_FREQUENCY - num_symbols)).astype(np.int64)
+    frequencies[np.arange(len(counts)), counts.argmax(axis=1)] += TOTAL_FREQUENCY - frequencies.sum(axis=1)
+    return frequencies.astype(np.uint16)
+
+
+def encode_symbols(symbols_RT: npt.NDArray[np.uint8], tables: SymbolTables) -> bytes:
+    """`symbols_RT` [rows, tokens]; each must have a code in the table of its row."""
+    if symbols_RT.ndim != 2 or len(symbols_RT) != tables.num_rows:
+        raise ValueError(f"tables are for {tables.num_rows} rows, got symbols of shape {symbols_RT.shape}")
+    if symbols_RT.max(initial=0) >= tables.num_symbols:
+        raise ValueError(f"symbol {symbols_RT.max()}, tables have {tables.num_symbols}")
+    words = np.empty(2 * rans.NUM_LANES + symbols_RT.size, np.uint16)
+    start = rans.encode(np.ascontiguousarray(symbols_RT), tables.bounds_NS, tables.table_of_row_R, words)
+    if start < 0:
+        raise ValueError("a symbol has no code in the table of its row")
+    return words[start:].tobytes()
+
+
+def decode_symbols(data: bytes | memoryview, tables: SymbolTables, *, out_RT: npt.NDArray[np.uint8]) -> None:
+    """Fills `out_RT` [rows, tokens], C-contiguous.
+
+    Raises CodecCorrupted unless `data` is a whole stream of that shape; `out_RT` then holds garbage.
+    """
+    if out_RT.ndim != 2 or len(out_RT) != tables.num_rows:
+        raise ValueError(f"tables are for {tables.num_rows} rows, got room of shape {out_RT.shape}")
+    if len(data) % 2:
+        raise CodecCorrupted(f"a symbol stream of {len(data)} bytes, must be even")
+    words = np.frombuffer(data, np.uint16).copy()  # aligned, whatever the offset in the chunk was
+    if not rans.decode(words, tables.bounds_NS, tables.table_of_row_R, out_RT):
+        raise CodecCorrupted(
+            f"a symbol stream of {len(data)} bytes does not end where {out_RT.size} symbols do"
+        )
