@@ -1,4 +1,4 @@
-"""The tiers, fastest first, and the unit that moves between them."""
+"""The tiers, fastest first, the unit that moves between them, and how a tier describes itself."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -42,3 +42,43 @@ class BlockRun:
             first_position=self.first_position + start,
             keys=self.keys[start:stop],
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierStats:
+    """What a tier holds now, and what happened to it since the start."""
+
+    num_blocks: int
+    capacity_blocks: int
+    used_bytes: int
+    capacity_bytes: int
+    num_hit_blocks: int
+    num_stored_blocks: int
+    num_evicted_blocks: int
+    num_errors: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldPrefix:
+    """A chain from its root to a block where it ends, or where several go on from."""
+
+    root: BlockKey
+    last_key: BlockKey
+    num_blocks: int
+    age_s: float
+    idle_s: float
+    num_hits: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierStats:
+    """How one tier does. Counters run from its start."""
+
+    num_blocks: int
+    capacity_blocks: int
+    used_bytes: int
+    capacity_bytes: int
+    num_hit_blocks: int
+    num_stored_blocks: int
+    num_evicted_blocks: int
+    num_errors: int
