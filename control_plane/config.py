@@ -10,17 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from control_plane.config_workers import KvConfig, PoolsConfig, bounded
 from control_plane.strict_yaml import ConfigError, RawMapping, build, parse_mapping, set_override
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # sun_path holds 108 bytes with its terminator; a name such as "/decode-99-control.sock" follows.
 MAX_SOCKET_DIR_BYTES = 80
 SOCKET_DIR = "sockets"  # in run_dir
-
-
-def _bounded(name: str, value: float | None, *, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        raise ValueError(f"{name} is {value}, but it must be between {low:g} and {high:g}")
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +30,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name is empty, but clients must be able to name the model")
-        _bounded("max_model_len", self.max_model_len, low=16, high=1 << 24)
+        bounded("max_model_len", self.max_model_len, low=16, high=1 << 24)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +38,7 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # HTTP; 0 takes a free one
     grpc_port: int = 8001  # the public gRPC API; 0 takes a free one
+    replicas: int = 1  # control processes; each further one takes the next ports. More than one need Redis
     max_concurrent_requests: int = 256  # being generated at the same time
     max_queued_requests: int = 512  # waiting beyond those; one more is answered with 429
     request_timeout_s: float = 600.0
@@ -53,18 +51,19 @@ class GatewayConfig:
             raise ValueError(
                 "host is empty, but it must be an address of this machine, such as 127.0.0.1 or 0.0.0.0"
             )
-        _bounded("port", self.port, low=0, high=65535)
-        _bounded("grpc_port", self.grpc_port, low=0, high=65535)
+        bounded("replicas", self.replicas, low=1, high=16)
+        bounded("port", self.port, low=0, high=65536 - self.replicas)
+        bounded("grpc_port", self.grpc_port, low=0, high=65536 - self.replicas)
         if self.port == self.grpc_port != 0:
             raise ValueError(
                 f"grpc_port is {self.grpc_port}, which is port as well: HTTP and gRPC need two ports"
             )
-        _bounded("max_concurrent_requests", self.max_concurrent_requests, low=1, high=1_000_000)
-        _bounded("max_queued_requests", self.max_queued_requests, low=0, high=1_000_000)
-        _bounded("request_timeout_s", self.request_timeout_s, low=0.1, high=86_400)
-        _bounded("stream_write_timeout_s", self.stream_write_timeout_s, low=0.1, high=3600)
-        _bounded("max_body_bytes", self.max_body_bytes, low=1024, high=1 << 31)
-        _bounded("drain_timeout_s", self.drain_timeout_s, low=0, high=3600)
+        bounded("max_concurrent_requests", self.max_concurrent_requests, low=1, high=1_000_000)
+        bounded("max_queued_requests", self.max_queued_requests, low=0, high=1_000_000)
+        bounded("request_timeout_s", self.request_timeout_s, low=0.1, high=86_400)
+        bounded("stream_write_timeout_s", self.stream_write_timeout_s, low=0.1, high=3600)
+        bounded("max_body_bytes", self.max_body_bytes, low=1024, high=1 << 31)
+        bounded("drain_timeout_s", self.drain_timeout_s, low=0, high=3600)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,20 +74,27 @@ class DirectoryConfig:
     port: int = 8002  # 0 takes a free one
     heartbeat_s: float = 0.5
     ttl_s: float = 2.0  # silence after which a worker is dropped
+    redis_url: str = ""  # several control processes share workers and blocks there; empty: in the one process
+    redis_prefix: str = "penstock"  # of every key
 
     def __post_init__(self) -> None:
         if not self.host:
             raise ValueError(
                 "host is empty, but it must be an address of this machine, such as 127.0.0.1 or 0.0.0.0"
             )
-        _bounded("port", self.port, low=0, high=65535)
-        _bounded("heartbeat_s", self.heartbeat_s, low=0.01, high=60)
-        _bounded("ttl_s", self.ttl_s, low=0.02, high=600)
+        bounded("port", self.port, low=0, high=65535)
+        bounded("heartbeat_s", self.heartbeat_s, low=0.01, high=60)
+        bounded("ttl_s", self.ttl_s, low=0.02, high=600)
         if self.ttl_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"ttl_s is {self.ttl_s}, but one late heartbeat must not drop a worker: "
                 f"at least {2 * self.heartbeat_s:g}, twice heartbeat_s"
             )
+        if self.redis_url and not self.redis_url.startswith(REDIS_SCHEMES):
+            # Without the value: it may hold a password.
+            raise ValueError(f"redis_url is not a URL that begins with one of: {', '.join(REDIS_SCHEMES)}")
+        if not self.redis_prefix:
+            raise ValueError("redis_prefix is empty, but other users of that Redis must be told from us")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +106,9 @@ class ScorerWeights:
     free_pages: float = 1.0  # how much KV memory is free there
 
     def __post_init__(self) -> None:
-        _bounded("prefix_overlap", self.prefix_overlap, low=0, high=1000)
-        _bounded("queue", self.queue, low=0, high=1000)
-        _bounded("free_pages", self.free_pages, low=0, high=1000)
+        bounded("prefix_overlap", self.prefix_overlap, low=0, high=1000)
+        bounded("queue", self.queue, low=0, high=1000)
+        bounded("free_pages", self.free_pages, low=0, high=1000)
         if self.prefix_overlap == self.queue == self.free_pages == 0:
             raise ValueError("prefix_overlap, queue and free_pages are all 0, but one of them must decide")
 
@@ -114,48 +120,7 @@ class RoutingConfig:
     weights: ScorerWeights = field(default_factory=ScorerWeights)
 
     def __post_init__(self) -> None:
-        _bounded("prefill_threshold_tokens", self.prefill_threshold_tokens, low=0, high=1 << 24)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoolConfig:
-    """Workers of one role. `None` leaves a setting to the worker's own default."""
-
-    replicas: int = 0
-    kv_cache_bytes: int | None = None  # memory for KV pages
-    num_pages: int | None = None  # KV pages of 16 tokens; overrides kv_cache_bytes
-    max_num_batched_tokens: int | None = None  # computed in one engine step
-    max_num_seqs: int | None = None  # running at the same time
-    max_num_waiting: int | None = None  # more are refused as overloaded
-    num_threads: int | None = None  # None: as many as the worker's cores
-    lease_s: float | None = None  # how long computed KV is kept without progress of its puller
-    pull_timeout_s: float | None = None  # of one pull; past it the prompt is computed again
-    metrics_port: int | None = None  # Prometheus, of the first replica; each further one takes the next port
-
-    def __post_init__(self) -> None:
-        _bounded("replicas", self.replicas, low=0, high=99)
-        _bounded("kv_cache_bytes", self.kv_cache_bytes, low=1 << 16, high=1 << 50)
-        _bounded("num_pages", self.num_pages, low=2, high=1 << 31)
-        _bounded("max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=1 << 20)
-        _bounded("max_num_seqs", self.max_num_seqs, low=1, high=1 << 16)
-        _bounded("max_num_waiting", self.max_num_waiting, low=1, high=1 << 24)
-        _bounded("num_threads", self.num_threads, low=1, high=1024)
-        _bounded("lease_s", self.lease_s, low=0.1, high=3600)
-        _bounded("pull_timeout_s", self.pull_timeout_s, low=0.1, high=3600)
-        _bounded("metrics_port", self.metrics_port, low=1, high=65536 - max(1, self.replicas))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PoolsConfig:
-    prefill: PoolConfig = field(default_factory=lambda: PoolConfig(replicas=1))
-    decode: PoolConfig = field(default_factory=lambda: PoolConfig(replicas=1))
-    mixed: PoolConfig = field(default_factory=PoolConfig)
-
-    def __post_init__(self) -> None:
-        if self.decode.replicas + self.mixed.replicas == 0:
-            raise ValueError(
-                "decode.replicas and mixed.replicas are both 0, but somebody must generate: set one to 1"
-            )
+        bounded("prefill_threshold_tokens", self.prefill_threshold_tokens, low=0, high=1 << 24)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +130,7 @@ class ClusterConfig:
     directory: DirectoryConfig = field(default_factory=DirectoryConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     pools: PoolsConfig = field(default_factory=PoolsConfig)
+    kv: KvConfig = field(default_factory=KvConfig)
     transport: Literal["unix", "tcp"] = "unix"  # between the processes of this cluster
     run_dir: Path = field(default_factory=lambda: Path.cwd() / "run")  # logs, state, sockets
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -172,8 +138,8 @@ class ClusterConfig:
     stop_timeout_s: float = 15.0  # after which a process that does not stop is killed
 
     def __post_init__(self) -> None:
-        _bounded("start_timeout_s", self.start_timeout_s, low=1, high=86_400)
-        _bounded("stop_timeout_s", self.stop_timeout_s, low=0.1, high=3600)
+        bounded("start_timeout_s", self.start_timeout_s, low=1, high=86_400)
+        bounded("stop_timeout_s", self.stop_timeout_s, low=0.1, high=3600)
         if self.stop_timeout_s <= self.gateway.drain_timeout_s:
             raise ValueError(
                 f"stop_timeout_s is {self.stop_timeout_s:g}, but the gateway must have time to drain: "
@@ -181,6 +147,13 @@ class ClusterConfig:
             )
         if not self.run_dir.is_absolute():
             raise ValueError(f"run_dir is {self.run_dir}, but it must be absolute")
+        if self.gateway.replicas > 1 and not self.directory.redis_url:
+            raise ValueError(
+                f"gateway.replicas is {self.gateway.replicas}, but several gateways share their directory "
+                "through Redis: set directory.redis_url"
+            )
+        self._refuse_tiers_without_memory()
+        bounded("directory.port", self.directory.port, low=0, high=65536 - self.gateway.replicas)
         self._refuse_shared_ports()
         length = len(str(self.socket_dir).encode())
         if self.transport == "unix" and length > MAX_SOCKET_DIR_BYTES:
@@ -188,6 +161,19 @@ class ClusterConfig:
                 f"run_dir is {self.run_dir}: the path of its sockets directory has {length} bytes, but Unix "
                 f"sockets allow {MAX_SOCKET_DIR_BYTES}; choose a shorter one or set transport: tcp"
             )
+
+    def _refuse_tiers_without_memory(self) -> None:
+        for name, pool in self.pools.by_name().items():
+            memory_bytes = self.kv.memory_bytes(pool)
+            if memory_bytes == 0 and name == "store" and pool.replicas:
+                raise ValueError(
+                    "pools.store.memory_tier_bytes is 0, but a store has nothing else to keep KV in"
+                )
+            if memory_bytes == 0 and pool.disk_tier_bytes:
+                raise ValueError(
+                    f"pools.{name}.disk_tier_bytes is {pool.disk_tier_bytes}, but blocks reach the disk through "
+                    "memory, and memory_tier_bytes is 0"
+                )
 
     def _refuse_shared_ports(self) -> None:
         owners: dict[int, str] = {}
@@ -197,13 +183,14 @@ class ClusterConfig:
                 raise ValueError(f"{setting} needs port {port}, but {other} has it: choose another")
 
     def _fixed_ports(self) -> Iterator[tuple[str, int]]:
-        """Every port that the settings name, with the setting; a pool's metrics need one per replica."""
-        single = {"gateway.port": self.gateway.port, "gateway.grpc_port": self.gateway.grpc_port}
+        """Every port that the settings name, with the setting; a process of several replicas needs one per replica."""
+        first = {"gateway.port": self.gateway.port, "gateway.grpc_port": self.gateway.grpc_port}
         if self.transport == "tcp":
-            single["directory.port"] = self.directory.port
-        yield from ((setting, port) for setting, port in single.items() if port != 0)
-        pools = {"prefill": self.pools.prefill, "decode": self.pools.decode, "mixed": self.pools.mixed}
-        for name, pool in pools.items():
+            first["directory.port"] = self.directory.port
+        for setting, port in first.items():
+            if port != 0:
+                yield from ((setting, port + replica) for replica in range(self.gateway.replicas))
+        for name, pool in self.pools.by_name().items():
             if pool.metrics_port is not None:
                 for replica in range(pool.replicas):
                     yield f"pools.{name}.metrics_port", pool.metrics_port + replica
@@ -213,11 +200,27 @@ class ClusterConfig:
         return self.run_dir / SOCKET_DIR
 
     @property
-    def directory_address(self) -> str:
-        """The gRPC target at which the control process serves the directory and workers find it."""
+    def kv_dir(self) -> Path:
+        """Holds a directory for each worker's disk tier. It is not removed at a stop."""
+        return self.kv.disk_path or self.run_dir / "kv"
+
+    @property
+    def directory_addresses(self) -> tuple[str, ...]:
+        """The gRPC targets at which the control processes serve the directory and workers find it."""
+        replicas = range(self.gateway.replicas)
         if self.transport == "unix":
-            return f"unix:{self.socket_dir / 'directory.sock'}"
-        return f"{self.directory.host}:{self.directory.port}"
+            return tuple(f"unix:{self.socket_dir / directory_socket(replica)}" for replica in replicas)
+        port = self.directory.port
+        return tuple(f"{self.directory.host}:{replica_port(port, replica)}" for replica in replicas)
+
+
+def directory_socket(replica: int) -> str:
+    return f"directory-{replica}.sock" if replica else "directory.sock"
+
+
+def replica_port(first_port: int, replica: int) -> int:
+    """The port of a process's `replica`, counted from 0; any free one stays any free one."""
+    return first_port + replica if first_port else 0
 
 
 def load_config(path: Path | None = None, *, overrides: Sequence[str] = ()) -> ClusterConfig:
@@ -253,6 +256,8 @@ def _set_from_working_directory(raw: RawMapping, assignment: str) -> None:
             raw["run_dir"] = str(Path.cwd() / Path(path).expanduser())
         case {"model": {"path": str(path)}}, "model.path" if path:
             raw["model"]["path"] = str(Path.cwd() / Path(path).expanduser())
+        case {"kv": {"disk_path": str(path)}}, "kv.disk_path" if path:
+            raw["kv"]["disk_path"] = str(Path.cwd() / Path(path).expanduser())
 
 
 def _name_after_path(raw: RawMapping) -> None:

@@ -36,11 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code. Does not return for flags that argparse refuses: it exits with 2 itself."""
     parser = argparse.ArgumentParser(prog="python -m control_plane.gateway", allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="the YAML file of the cluster; default: all defaults")
+    parser.add_argument(
+        "--replica", type=int, default=0, help="which of gateway.replicas this is; default: 0"
+    )
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config)
     except ConfigError as error:
         parser.error(str(error))
+    if not 0 <= options.replica < config.gateway.replicas:
+        parser.error(f"--replica is {options.replica}, but gateway.replicas is {config.gateway.replicas}")
     start_logging(config.log_level)
     for number in STOP_SIGNALS:  # until there is an event loop to stop, there is nothing to clean up
         signal.signal(number, lambda *_: sys.exit(0))
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_until_signal(partial(serve, config, on_ready=_say_ready)))
+            runner.run(_until_signal(partial(serve, config, replica=options.replica, on_ready=_say_ready)))
     except StartRefused as error:
         log_event(_logger, "refused", level=logging.ERROR, detail=str(error))
         return EXIT_REFUSED

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from control_plane.config import ClusterConfig
+from control_plane.config import ClusterConfig, replica_port
 from control_plane.directory.memory import MemoryDirectory
 from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer, expire_silent
 from control_plane.gateway.app import create_app
@@ -53,14 +53,17 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callable[[Addresses], None]) -> None:
-    """Until `stop` is set; then lets running requests finish for `drain_timeout_s`.
+async def serve(
+    config: ClusterConfig, *, replica: int, stop: asyncio.Event, on_ready: Callable[[Addresses], None]
+) -> None:
+    """Until `stop` is set; then lets running requests finish for `drain_timeout_s`. `replica` counts from 0.
 
     Raises StartRefused.
     """
     gateway = config.gateway
+    http_port = replica_port(gateway.port, replica)
     directory = MemoryDirectory(ttl_s=config.directory.ttl_s)
-    sessions = SessionPool(SessionSettings(gateway_id=f"{socket.gethostname()}:{gateway.port}"))
+    sessions = SessionPool(SessionSettings(gateway_id=f"{socket.gethostname()}:{http_port}"))
     directory.subscribe(sessions.on_change)
     dispatcher = PoolDispatcher(
         directory, sessions, policy=_policy(config), settings=_dispatch_settings(config)
@@ -81,7 +84,7 @@ async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callabl
     if config.transport == "unix":
         config.socket_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(_listen(gateway.host, gateway.port, setting="gateway.port"))
+        listener = stack.enter_context(_listen(gateway.host, http_port, setting="gateway.port"))
         directory_server = grpc.aio.server(options=SERVER_OPTIONS)
         stack.push_async_callback(directory_server.stop, None)
         stack.push_async_callback(sessions.close)
@@ -96,9 +99,12 @@ async def serve(config: ClusterConfig, *, stop: asyncio.Event, on_ready: Callabl
         addresses = Addresses(
             http=_url(listener),
             grpc=_listen_grpc(
-                public_server, host=gateway.host, port=gateway.grpc_port, setting="gateway.grpc_port"
+                public_server,
+                host=gateway.host,
+                port=replica_port(gateway.grpc_port, replica),
+                setting="gateway.grpc_port",
             ),
-            directory=_listen_for_workers(directory_server, config),
+            directory=_listen_for_workers(directory_server, config, replica=replica),
         )
         await directory_server.start()
         await public_server.start()
@@ -159,16 +165,16 @@ def _listen(host: str, port: int, *, setting: str) -> socket.socket:
         raise StartRefused(f"{setting}: cannot listen on {host}:{port}: {reason}") from error
 
 
-def _listen_for_workers(server: grpc.aio.Server, config: ClusterConfig) -> str:
+def _listen_for_workers(server: grpc.aio.Server, config: ClusterConfig, *, replica: int) -> str:
     if config.transport == "tcp":
-        return _listen_grpc(
-            server, host=config.directory.host, port=config.directory.port, setting="directory.port"
-        )
+        port = replica_port(config.directory.port, replica)
+        return _listen_grpc(server, host=config.directory.host, port=port, setting="directory.port")
+    address = config.directory_addresses[replica]
     try:
-        server.add_insecure_port(config.directory_address)
+        server.add_insecure_port(address)
     except RuntimeError as error:
-        raise StartRefused(f"run_dir: cannot listen on {config.directory_address}") from error
-    return config.directory_address
+        raise StartRefused(f"run_dir: cannot listen on {address}") from error
+    return address
 
 
 def _listen_grpc(server: grpc.aio.Server, *, host: str, port: int, setting: str) -> str:

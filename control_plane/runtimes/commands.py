@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from control_plane.config import PROJECT_ROOT, ClusterConfig, PoolConfig
+from control_plane.config import PROJECT_ROOT, ClusterConfig
+from control_plane.config_workers import PoolConfig
 
 # -P: a directory "workers" where the user happens to stand must not be taken for ours.
 _PYTHON = (sys.executable, "-P", "-m")
@@ -31,8 +32,9 @@ class WorkerPlace:
     cores: tuple[int, ...]
 
 
-def control_command(config_path: Path) -> list[str]:
-    return [*_PYTHON, "control_plane.gateway", "--config", str(config_path)]
+def control_command(config_path: Path, replica: int) -> list[str]:
+    command = [*_PYTHON, "control_plane.gateway", "--config", str(config_path)]
+    return [*command, "--replica", str(replica)]
 
 
 def worker_command(config: ClusterConfig, place: WorkerPlace) -> list[str]:
@@ -45,9 +47,10 @@ def worker_command(config: ClusterConfig, place: WorkerPlace) -> list[str]:
         "dtype": config.model.dtype,
         "max_model_len": config.model.max_model_len,
         "num_threads": num_threads(pool, place.cores),
-        "directory": config.directory_address,
+        "directory": ",".join(config.directory_addresses),
         "log_level": config.log_level,
         **{name: getattr(pool, name) for name in _WORKER_SETTINGS},
+        **_tier_settings(config, place),
     }
     if pool.metrics_port is not None:
         settings["metrics_port"] = pool.metrics_port + place.replica
@@ -60,22 +63,42 @@ def worker_command(config: ClusterConfig, place: WorkerPlace) -> list[str]:
     return [*_PYTHON, "workers", *(word for flag in flags for word in flag)]
 
 
+def _tier_settings(config: ClusterConfig, place: WorkerPlace) -> dict[str, object]:
+    pool = pool_config(config, place.pool)
+    settings: dict[str, object] = {
+        "memory_tier_bytes": config.kv.memory_bytes(pool),
+        "tier_policy": config.kv.tier_policy,
+        "max_level": config.kv.max_level,
+        "ttft_objective_s": config.kv.ttft_objective_s,
+    }
+    if (disk_bytes := config.kv.disk_bytes(pool)) > 0:
+        settings["disk_tier_path"] = disk_dir(config, place.name)
+        settings["disk_tier_bytes"] = disk_bytes
+        settings["disk_tier_key"] = config.kv.disk_key or None
+    return settings
+
+
+def disk_dir(config: ClusterConfig, worker_name: str) -> Path:
+    """Of one worker's disk tier: found again by the worker of that name, also after a restart of the cluster."""
+    return config.kv_dir / worker_name
+
+
 def pool_config(config: ClusterConfig, pool: str) -> PoolConfig:
-    pools = {"prefill": config.pools.prefill, "decode": config.pools.decode, "mixed": config.pools.mixed}
+    pools = config.pools.by_name()
     if pool not in pools:
         raise ValueError(f"pool is {pool!r}, but it must be one of: {', '.join(pools)}")
     return pools[pool]
 
 
 def num_threads(pool: PoolConfig, cores: tuple[int, ...]) -> int:
-    return pool.num_threads or len(cores)
+    return pool.num_threads or len(cores) or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commands:
     """How to start each kind of process."""
 
-    control: Callable[[Path], list[str]] = control_command
+    control: Callable[[Path, int], list[str]] = control_command
     worker: Callable[[ClusterConfig, WorkerPlace], list[str]] = worker_command
 
 

@@ -39,8 +39,9 @@ def test_the_documentation_lists_every_setting_with_its_default() -> None:
     assert set(documented) == {re.sub(r"^pools\.[a-z]+", "pools.*", path) for path in LEAVES}
     for path in LEAVES:
         default = functools.reduce(operator.getitem, path.split("."), raw)
-        if not path.startswith("pools.") and path not in ("model.path", "model.max_model_len", "run_dir"):
-            assert documented[path] == f"`{default}`", path
+        described = ("model.path", "model.max_model_len", "run_dir", "kv.disk_path")
+        if not path.startswith("pools.") and path not in described:
+            assert documented[path] == (f"`{default}`" if default != "" else '`""`'), path
 
 
 def test_without_a_file_the_demo_model_is_served_from_the_project() -> None:
@@ -84,9 +85,11 @@ def test_paths_of_a_file_start_at_the_file_and_those_of_overrides_at_the_working
     config = load_text(text, tmp_path, "transport=tcp")
     assert config.model.path == tmp_path / "checkpoints" / "tiny"
     assert config.run_dir == tmp_path / "here"
-    config = load_text(text, tmp_path, "transport=tcp", "model.path=other", "run_dir=there")
+    overrides = ["model.path=other", "run_dir=there", "kv.disk_path=ssd"]
+    config = load_text(text, tmp_path, "transport=tcp", *overrides)
     assert config.model.path == Path.cwd() / "other"
     assert config.run_dir == Path.cwd() / "there"
+    assert config.kv_dir == Path.cwd() / "ssd"
 
 
 def test_a_model_without_a_name_is_named_after_its_directory() -> None:
@@ -141,6 +144,8 @@ def test_a_misspelt_key_is_an_error_that_names_the_nearest_one(path: str) -> Non
 @pytest.mark.parametrize("path", LEAVES)
 @pytest.mark.parametrize("value", ["[1]", "{a: 1}", "yes", ".nan", "2020-01-01", "''", '"\\0"'])
 def test_a_value_of_another_type_is_an_error_that_names_the_path(path: str, value: str) -> None:
+    if value == "''" and path in ("directory.redis_url", "kv.disk_key"):
+        return  # empty is what they are without one
     with pytest.raises(ConfigError, match=rf"^{path} is "):
         load_config(overrides=[f"{path}={value}"])
 
@@ -193,6 +198,27 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
             "{transport: tcp, pools: {decode: {metrics_port: 8002}}}",
             r"pools\.decode\.metrics_port needs port 8002, but directory\.port has it",
         ),
+        ("gateway: {replicas: 2}", r"gateway\.replicas is 2, but .* through Redis: set directory\.redis_url"),
+        (
+            "{gateway: {replicas: 2, port: 8000, grpc_port: 8001}, directory: {redis_url: 'redis://h'}}",
+            r"gateway\.grpc_port needs port 8001, but gateway\.port has it",
+        ),
+        (
+            "directory: {redis_url: 'http://:secret@h'}",
+            r"redis_url is not a URL that begins with .*rediss://",
+        ),
+        ("directory: {redis_prefix: ''}", r"directory\.redis_prefix is empty"),
+        ("kv: {disk_key: 'aabb'}", r"kv\.disk_key is not a reference: it must be env:NAME or file:/PATH"),
+        ("kv: {tier_policy: fifo}", r"must be one of: cost, lru"),
+        ("pools: {store: {replicas: 1, num_pages: 64}}", r"pools\.store\.num_pages is 64, but .* no engine"),
+        (
+            "{kv: {memory_tier_bytes: 0}, pools: {store: {replicas: 1}}}",
+            r"pools\.store\.memory_tier_bytes is 0, but a store has nothing else",
+        ),
+        (
+            "{kv: {memory_tier_bytes: 0}, pools: {decode: {disk_tier_bytes: 1000}}}",
+            r"pools\.decode\.disk_tier_bytes is 1000, but blocks reach the disk through memory",
+        ),
         ("gateway: {drain_timeout_s: 20}", "stop_timeout_s is 15, but the gateway must have time to drain"),
         ("run_dir: /" + "x" * 100, r"run_dir is /x+: the path of its sockets directory has 109 bytes"),
         (
@@ -233,6 +259,38 @@ def test_ports_that_nobody_uses_collide_with_nobody() -> None:
         "gateway.grpc_port=0",
     ]
     assert load_config(overrides=overrides).pools.decode.metrics_port == 8002
+
+
+def test_a_secret_in_the_wrong_place_is_not_repeated() -> None:
+    for override in ("directory.redis_url='http://:secret@h'", "kv.disk_key=secret"):
+        with pytest.raises(ConfigError) as error:
+            load_config(overrides=[override])
+        assert "secret" not in str(error.value)
+
+
+def test_each_control_process_has_a_directory_address_of_its_own() -> None:
+    overrides = [
+        "gateway.replicas=2",
+        "gateway.grpc_port=9000",
+        "directory.redis_url=redis://h",
+        "run_dir=/r",
+    ]
+    unix = load_config(overrides=overrides)
+    assert unix.directory_addresses == (
+        "unix:/r/sockets/directory.sock",
+        "unix:/r/sockets/directory-1.sock",
+    )
+    tcp = load_config(overrides=[*overrides, "transport=tcp"])
+    assert tcp.directory_addresses == ("127.0.0.1:8002", "127.0.0.1:8003")
+
+
+def test_a_pool_may_differ_from_the_rest_in_the_sizes_of_its_tiers() -> None:
+    config = load_config(overrides=["pools.decode.disk_tier_bytes=0", "pools.prefill.memory_tier_bytes=0"])
+    kv, pools = config.kv, config.pools
+    assert (kv.memory_bytes(pools.mixed), kv.disk_bytes(pools.mixed)) == (256 * 2**20, 512 * 2**20)
+    assert (kv.memory_bytes(pools.decode), kv.disk_bytes(pools.decode)) == (256 * 2**20, 0)
+    # Blocks reach the disk through memory.
+    assert (kv.memory_bytes(pools.prefill), kv.disk_bytes(pools.prefill)) == (0, 0)
 
 
 def test_an_override_inside_a_value_is_an_error(tmp_path: Path) -> None:

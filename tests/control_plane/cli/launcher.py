@@ -18,8 +18,8 @@ FAKE_PROCESS = str(Path(__file__).parents[1] / "runtimes" / "fake_process.py")
 def main(behaviours_json: str, *overrides: str) -> None:
     behaviours = json.loads(behaviours_json)
 
-    def control(path: Path) -> list[str]:
-        return [sys.executable, FAKE_PROCESS, "control", str(path)]
+    def control(path: Path, replica: int) -> list[str]:
+        return [sys.executable, FAKE_PROCESS, "control", str(path), str(replica)]
 
     def worker(config: ClusterConfig, place: WorkerPlace) -> list[str]:
         path = config.socket_dir / f"{place.name}.control.sock"

@@ -35,8 +35,8 @@ def make_commands() -> MakeCommands:
     """Commands of fake processes; the argument says how a worker, by its name, is to behave."""
 
     def make(behaviours: dict[str, str]) -> Commands:
-        def control(path: Path) -> list[str]:
-            return [sys.executable, FAKE_PROCESS, "control", str(path)]
+        def control(path: Path, replica: int) -> list[str]:
+            return [sys.executable, FAKE_PROCESS, "control", str(path), str(replica)]
 
         def worker(config: ClusterConfig, place: WorkerPlace) -> list[str]:
             path = config.socket_dir / f"{place.name}.control.sock"

@@ -1,6 +1,6 @@
 """A stand-in for the processes of a cluster that follows their protocol with the launcher, started as a script:
 
-    python fake_process.py control CONFIG | worker SOCKET BEHAVIOUR
+    python fake_process.py control CONFIG REPLICA | worker SOCKET BEHAVIOUR
 
 It writes JSON log lines, serves /ready (control) or a Unix socket (worker), and ends on SIGTERM.
 """
@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from control_plane.config import load_config
+from control_plane.config import load_config, replica_port
 
 
 def say(event: str, **fields: object) -> None:
@@ -34,9 +34,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def control(config_path: str) -> None:
-    config = load_config(Path(config_path))
-    server = http.server.ThreadingHTTPServer((config.gateway.host, config.gateway.port), Handler)
+def control(config_path: str, replica: str) -> None:
+    gateway = load_config(Path(config_path)).gateway
+    address = (gateway.host, replica_port(gateway.port, int(replica)))
+    server = http.server.ThreadingHTTPServer(address, Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     say("ready")
 

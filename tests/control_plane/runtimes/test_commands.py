@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.config import ClusterConfig, PoolConfig, load_config
+from control_plane.config import ClusterConfig, load_config
+from control_plane.config_workers import PoolConfig
 from control_plane.runtimes.commands import WorkerPlace, control_command, environment, worker_command
 from workers.__main__ import _parser
 from workers.config import Role, WorkerConfig
@@ -20,6 +21,8 @@ EVERYTHING = PoolConfig(
     num_threads=5,
     lease_s=6.5,
     pull_timeout_s=7.5,
+    memory_tier_bytes=1 << 21,
+    disk_tier_bytes=1 << 22,
     metrics_port=9100,
 )
 
@@ -30,7 +33,7 @@ def understood(config: ClusterConfig, place: WorkerPlace) -> WorkerConfig:
     return WorkerConfig(**vars(_parser().parse_args(command[4:])))
 
 
-@pytest.mark.parametrize("pool", ["prefill", "decode", "mixed"])
+@pytest.mark.parametrize("pool", ["prefill", "decode", "mixed", "store"])
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_a_worker_understands_the_flags_of_a_default_cluster(pool: str, transport: str) -> None:
     config = load_config(overrides=[f"transport={transport}", "run_dir=/r"])
@@ -74,13 +77,42 @@ def test_every_setting_of_the_model_reaches_the_workers() -> None:
     assert (worker.dtype, worker.max_model_len) == ("bfloat16", 64)
 
 
-def test_the_control_process_gets_the_settings_in_effect() -> None:
-    assert control_command(Path("/r/effective.yaml"))[2:] == [
-        "-m",
-        "control_plane.gateway",
-        "--config",
-        "/r/effective.yaml",
+def test_every_setting_of_the_tiers_reaches_the_workers() -> None:
+    overrides = [
+        "run_dir=/r",
+        "kv={memory_tier_bytes: 1000, disk_tier_bytes: 2000, disk_key: 'env:KEY', tier_policy: lru}",
+        "kv.max_level=3",
+        "kv.ttft_objective_s=0.25",
     ]
+    place = WorkerPlace(pool="decode", replica=0, name="decode-7", cores=(0,))
+    worker = understood(load_config(overrides=overrides), place)
+    assert (worker.memory_tier_bytes, worker.disk_tier_bytes) == (1000, 2000)
+    assert (worker.disk_tier_path, worker.disk_tier_key) == (Path("/r/kv/decode-7"), "env:KEY")
+    assert (worker.tier_policy, worker.max_level, worker.ttft_objective_s) == ("lru", 3, 0.25)
+
+
+def test_a_worker_without_a_disk_tier_gets_no_directory() -> None:
+    place = WorkerPlace(pool="decode", replica=0, name="decode-0", cores=(0,))
+    assert understood(load_config(overrides=["kv.disk_tier_bytes=0"]), place).disk_tier_path is None
+    assert understood(load_config(overrides=["kv.memory_tier_bytes=0"]), place).disk_tier_path is None
+
+
+def test_workers_are_told_of_every_directory() -> None:
+    overrides = [
+        "gateway.replicas=2",
+        "gateway.grpc_port=9000",
+        "directory.redis_url=redis://h",
+        "run_dir=/r",
+    ]
+    place = WorkerPlace(pool="store", replica=0, name="store-0", cores=())
+    worker = understood(load_config(overrides=overrides), place)
+    assert worker.directory == "unix:/r/sockets/directory.sock,unix:/r/sockets/directory-1.sock"
+    assert worker.num_threads == 1
+
+
+def test_the_control_process_gets_the_settings_in_effect() -> None:
+    command = control_command(Path("/r/effective.yaml"), 1)
+    assert command[2:] == ["-m", "control_plane.gateway", "--config", "/r/effective.yaml", "--replica", "1"]
 
 
 def test_numeric_libraries_are_told_their_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

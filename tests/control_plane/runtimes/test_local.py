@@ -124,7 +124,7 @@ async def test_a_worker_that_ends_while_it_starts_fails_the_start_and_shows_its_
 
 async def test_a_program_that_does_not_exist_fails_the_start(config: ClusterConfig) -> None:
     commands = Commands(
-        control=lambda path: ["/nonexistent/python"], worker=lambda config, place: ["/nonexistent"]
+        control=lambda path, replica: ["/nonexistent/python"], worker=lambda config, place: ["/nonexistent"]
     )
     with pytest.raises(StartFailed) as failure:
         async with LocalRuntime(config, commands=commands) as runtime:
@@ -247,7 +247,7 @@ from control_plane.runtimes.local import LocalRuntime
 async def main():
     fake, config = sys.argv[1], load_config(Path(sys.argv[2]))
     commands = Commands(
-        control=lambda path: [sys.executable, fake, "control", str(path)],
+        control=lambda path, replica: [sys.executable, fake, "control", str(path), str(replica)],
         worker=lambda config, place: [
             sys.executable, fake, "worker", f"{config.socket_dir / place.name}.control.sock", ""
         ],
