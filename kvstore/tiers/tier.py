@@ -68,17 +68,3 @@ class HeldPrefix:
     age_s: float
     idle_s: float
     num_hits: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TierStats:
-    """How one tier does. Counters run from its start."""
-
-    num_blocks: int
-    capacity_blocks: int
-    used_bytes: int
-    capacity_bytes: int
-    num_hit_blocks: int
-    num_stored_blocks: int
-    num_evicted_blocks: int
-    num_errors: int

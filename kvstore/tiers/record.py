@@ -1,0 +1,83 @@
+"""The header of one record in a segment: a run of blocks, and a checksum for each, in front of their bytes.
+
+    offset   size  field
+    0        4     magic b"PNSR"
+    4        4     num_blocks, n
+    8        8     first_position
+    16       8     used_s: last use of the blocks when they were written, seconds since 1970 (float64)
+    24       16    root
+    40       16    parent
+    56       24 n  of each block: its key, and the XXH3-64 of its bytes as stored, seeded with the key
+    56+24 n  8     XXH3-64 of all that, seeded with the segment's seed plus the record's offset
+
+All integers are little-endian. The seeds tie a header to its place and a block to its key: bytes that lie at
+another place than they were written to are never taken for what they are not.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+from kvstore.blocks import DIGEST_BYTES, BlockKey
+from kvstore.tiers.tier import BlockRun
+
+MAGIC = b"PNSR"
+# One header then fits one page, and one record one pwritev (at most 1024 buffers).
+MAX_RECORD_BLOCKS = 160
+
+_FIXED = struct.Struct("<4sIQd16s16s")
+_BLOCK = struct.Struct(f"<{DIGEST_BYTES}sQ")
+_CHECKSUM = struct.Struct("<Q")
+_SEED_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordHeader:
+    """`checksums` has one entry per block of the run."""
+
+    run: BlockRun
+    used_s: float
+    checksums: tuple[int, ...]
+
+
+def header_bytes(num_blocks: int) -> int:
+    return _FIXED.size + num_blocks * _BLOCK.size + _CHECKSUM.size
+
+
+MAX_HEADER_BYTES = header_bytes(MAX_RECORD_BLOCKS)
+
+
+def block_checksum(key: BlockKey, stored: memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(stored, seed=int.from_bytes(key[:8], "little"))
+
+
+def pack_record_header(header: RecordHeader, *, seed: int) -> bytes:
+    """`seed`: the segment's plus the offset where the record will lie."""
+    run = header.run
+    data = bytearray(
+        _FIXED.pack(MAGIC, len(run.keys), run.first_position, header.used_s, run.root, run.parent)
+    )
+    for block in zip(run.keys, header.checksums, strict=True):
+        data += _BLOCK.pack(*block)
+    return bytes(data + _CHECKSUM.pack(_digest(data, seed)))
+
+
+def unpack_record_header(data: bytes | memoryview, *, seed: int) -> RecordHeader | None:
+    """The header that `data` begins with; None if those bytes are no header written at this place."""
+    if len(data) < _FIXED.size:
+        return None
+    magic, num_blocks, first_position, used_s, root, parent = _FIXED.unpack_from(data)
+    if magic != MAGIC or not 0 < num_blocks <= MAX_RECORD_BLOCKS or len(data) < header_bytes(num_blocks):
+        return None
+    blocks_end = _FIXED.size + num_blocks * _BLOCK.size
+    (checksum,) = _CHECKSUM.unpack_from(data, blocks_end)
+    if checksum != _digest(data[:blocks_end], seed):
+        return None
+    keys, checksums = zip(*_BLOCK.iter_unpack(data[_FIXED.size : blocks_end]), strict=True)
+    run = BlockRun(root=root, parent=parent, first_position=first_position, keys=keys)
+    return RecordHeader(run=run, used_s=used_s, checksums=checksums)
+
+
+def _digest(data: bytes | bytearray | memoryview, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(data, seed=seed & _SEED_MASK)
