@@ -209,8 +209,8 @@ async def receive_transfer(
             case FrameKind.REFUSAL:
                 reason = await receive_bytes(connection, header, max_bytes=MAX_REFUSAL_BYTES)
                 raise TransferRefused(f"{connection.peer} refuses: {reason.decode(errors='replace')}")
-            case FrameKind.TICKET:
-                raise TransferCorrupted(f"{connection.peer} sent a ticket, only pullers do")
+            case FrameKind.TICKET | FrameKind.WANT | FrameKind.CHUNK:
+                raise TransferCorrupted(f"{connection.peer} sent {header.kind.name} in a hand-over")
 
 
 def _check_blocks(

@@ -30,7 +30,7 @@ MAX_IDLE_CHANNELS = 64
 NUM_RELEASE_TRIES = 2
 MAX_PENDING_RELEASES = 256
 # The source has answered and said no; asking again would not help.
-_REFUSALS = frozenset(
+REFUSALS = frozenset(
     {
         grpc.StatusCode.FAILED_PRECONDITION,
         grpc.StatusCode.NOT_FOUND,
@@ -153,7 +153,7 @@ class Puller:
                 return await stub.Pull(request, timeout=self._timeouts.handshake_s)
             except grpc.aio.AioRpcError as error:
                 text = f"{source.worker_id} answers {error.code().name}: {error.details()}"
-                raise (PullRefused if error.code() in _REFUSALS else PullInterrupted)(text) from error
+                raise (PullRefused if error.code() in REFUSALS else PullInterrupted)(text) from error
 
     async def _receive(self, pull: Pull, reply: kv_pb2.PullReply) -> bytes:
         try:
@@ -198,7 +198,7 @@ class Puller:
                     await stub.Release(request, timeout=self._timeouts.release_s)
                     return
                 except grpc.aio.AioRpcError as error:
-                    if error.code() in _REFUSALS:  # another incarnation: the lease is gone with the old one
+                    if error.code() in REFUSALS:  # another incarnation: the lease is gone with the old one
                         return
                     logger.warning(
                         "release of %s at %s: %s", source.request_id, source.worker_id, error.code()

@@ -106,6 +106,16 @@ class KvSource:
     request_id: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvHolder:
+    """A worker or a store that was said to hold the first `num_blocks` blocks of a request."""
+
+    worker_id: str
+    epoch: int
+    control_address: str
+    num_blocks: int
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class Request:
     """A request on this worker. `num_computed_tokens` chases `num_tokens`; there is no other notion of phase.
@@ -122,6 +132,7 @@ class Request:
     cache_salt: str = ""
     purpose: Purpose = Purpose.GENERATE
     kv_source: KvSource | None = None
+    kv_holders: tuple[KvHolder, ...] = ()  # hints, best first
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0

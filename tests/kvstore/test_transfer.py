@@ -305,7 +305,7 @@ LIES: dict[str, tuple[Lie, str]] = {
     "endless keep-alives": (repeats(FrameKind.KEEP_ALIVE), "sent 4 keep-alives"),
     "keep-alives with a payload": (repeats(FrameKind.KEEP_ALIVE, b"x"), "KEEP_ALIVE frame of 1 bytes"),
     "a long refusal": (repeats(FrameKind.REFUSAL, bytes(2000)), "REFUSAL frame of 2000 bytes"),
-    "a ticket": (repeats(FrameKind.TICKET, bytes(16)), "only pullers do"),
+    "a ticket": (repeats(FrameKind.TICKET, bytes(16)), "sent TICKET in a hand-over"),
 }
 
 
