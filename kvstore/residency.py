@@ -1,0 +1,211 @@
+"""What one bounded tier holds, who uses it and what leaves next. Pure bookkeeping: it neither reads nor moves bytes.
+
+A slot is free, reserved, or holds a block. Held blocks leave leaf first, so what remains of a chain is always a prefix
+(a block that came before its parent did is the exception until the parent comes); pinned ones never leave.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
+from kvstore.chains import Chains
+from kvstore.eviction import EvictionOrder
+from kvstore.placement import POLICIES
+from kvstore.prefix_index import PrefixIndex
+from kvstore.tiers.tier import BlockRun, HeldPrefix
+
+# Looking for prefixes ends after so many blocks: 2 ms, and the longest-lived come first.
+MAX_SCANNED_BLOCKS = 10_000
+
+
+class Residency:
+    def __init__(self, num_slots: int, *, policy: str, block_size_tokens: int = BLOCK_SIZE_TOKENS) -> None:
+        if num_slots < 1:
+            raise ValueError(f"a tier needs at least one slot, got {num_slots}")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        self._num_slots = num_slots
+        self._block_size_tokens = block_size_tokens
+        self._index: PrefixIndex[int] = PrefixIndex()
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._reserved: set[int] = set()
+        self._keys: list[BlockKey | None] = [None] * num_slots
+        self._roots: list[BlockKey | None] = [None] * num_slots
+        self._since_s = [0.0] * num_slots
+        self._num_hits = [0] * num_slots
+        self._pins: dict[int, int] = {}
+        self._chains = Chains(num_slots)
+        self._order = EvictionOrder(num_slots, policy=POLICIES[policy])
+        self._now_s = -math.inf
+
+    def __len__(self) -> int:
+        """Held blocks."""
+        return len(self._index)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._index
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        return iter(self._index)
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    @property
+    def num_idle(self) -> int:
+        """Slots that are neither reserved nor pinned: at most so many can be reserved now."""
+        return self._num_slots - len(self._reserved) - len(self._pins)
+
+    def get(self, key: BlockKey) -> int | None:
+        return self._index.get(key)
+
+    def longest_prefix(self, keys: Sequence[BlockKey], max_blocks: int) -> list[int]:
+        """The slots of the longest run of held blocks from the first key on. Does not count as use."""
+        return self._index.longest_prefix(keys, max_blocks)
+
+    def touch(self, keys: Iterable[BlockKey], *, now_s: float) -> None:
+        """Those that are held were used now."""
+        at_s = self._tick(now_s)
+        for key in keys:
+            slot = self._index.get(key)
+            if slot is not None:
+                self._order.use(slot, at_s=at_s)
+                self._num_hits[slot] += 1
+
+    def reserve(self, num_slots: int, *, now_s: float) -> tuple[list[int], list[BlockKey]]:
+        """Slots, and the keys that were dropped for them; fewer slots than wanted if the rest is in use."""
+        at_s = self._tick(now_s)
+        slots: list[int] = []
+        dropped: list[BlockKey] = []
+        while len(slots) < num_slots:
+            if not self._free:
+                slot = self._order.next(now_s=at_s, may_leave=self._may_leave)
+                if slot is None:
+                    break
+                dropped.append(self._evict(slot))
+            slots.append(self._free.pop())
+        self._reserved.update(slots)
+        return slots, dropped
+
+    def commit(self, slot: int, *, run: BlockRun, index: int, now_s: float) -> bool:
+        """The reserved slot holds block `index` of `run` from now on; if another does already, it is freed: False."""
+        self._reserved.remove(slot)
+        key, position = run.keys[index], run.first_position + index
+        if not self._index.put(key, slot):
+            self._free.append(slot)
+            return False
+        at_s = self._tick(now_s)
+        self._keys[slot], self._roots[slot] = key, run.root
+        self._since_s[slot], self._num_hits[slot] = at_s, 0
+        parent_key = run.keys[index - 1] if index else run.parent if position else None
+        parent = None if parent_key is None else self._index.get(parent_key)
+        self._chains.add(slot, key, parent_key=parent_key, parent=parent)
+        first_token = position * self._block_size_tokens
+        self._order.place(slot, position=position, first_token=first_token, at_s=at_s)
+        self._queue_if_idle(slot)
+        return True
+
+    def free(self, slots: Iterable[int]) -> None:
+        """Reserved slots that nothing was committed to."""
+        for slot in slots:
+            self._reserved.remove(slot)
+            self._free.append(slot)
+
+    def pin(self, keys: Sequence[BlockKey]) -> list[int]:
+        """The slots of the leading blocks that are held, which stay until they are unpinned as often."""
+        slots = self._index.longest_prefix(keys, len(keys))
+        for slot in slots:
+            self._pins[slot] = self._pins.get(slot, 0) + 1
+        return slots
+
+    def unpin(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            num_pins = self._pins.pop(slot) - 1
+            if num_pins:
+                self._pins[slot] = num_pins
+            elif self._keys[slot] is None:  # dropped while it was pinned
+                self._free.append(slot)
+            else:
+                self._queue_if_idle(slot)
+
+    def drop(self, root: BlockKey | None) -> list[BlockKey]:
+        """Forgets all blocks of a root, or just all, and says which; slots of pinned ones are free once unpinned."""
+        of_root = {
+            slot
+            for slot, key in enumerate(self._keys)
+            if key is not None and (root is None or self._roots[slot] == root)
+        }
+        # A peer may have lied about a root: no block may stay without the one it continues.
+        slots = self._chains.with_descendants(of_root)
+        parents = {self._chains.remove(slot) for slot in slots}
+        keys = [self._forget(slot) for slot in slots]
+        for parent in parents:
+            if parent is not None:
+                self._queue_if_idle(parent)
+        return keys
+
+    def prefixes(self, max_prefixes: int, *, now_s: float) -> list[HeldPrefix]:
+        """Where chains end or part, longest held first."""
+        found: list[HeldPrefix] = []
+        for key in itertools.islice(self._index, MAX_SCANNED_BLOCKS):
+            if len(found) == max_prefixes:
+                break
+            slot = self._index.get(key)
+            assert slot is not None
+            root = self._roots[slot]
+            if root is not None and self._chains.num_children(slot) != 1:
+                found.append(
+                    HeldPrefix(
+                        root=root,
+                        last_key=key,
+                        num_blocks=self._order.position(slot) + 1,
+                        age_s=max(0.0, now_s - self._since_s[slot]),
+                        idle_s=max(0.0, now_s - self._order.last_used_s(slot)),
+                        num_hits=self._num_hits[slot],
+                    )
+                )
+        return found
+
+    def check(self) -> None:
+        """That every slot is accounted for exactly once, and whatever may leave is queued to leave."""
+        slots = {key: slot for slot, key in enumerate(self._keys) if key is not None}
+        assert slots == {key: self._index.get(key) for key in self._index}, "index and slots differ"
+        dropped = {slot for slot in self._pins if self._keys[slot] is None}
+        owned = [*self._free, *self._reserved, *slots.values(), *dropped]
+        assert sorted(owned) == list(range(self._num_slots)), "a slot is lost or has two owners"
+        assert all(num_pins > 0 for num_pins in self._pins.values())
+        for slot in slots.values():
+            assert self._order.is_queued(slot) or not self._may_leave(slot), f"slot {slot} can never leave"
+        self._chains.check(slots)
+        self._order.check()
+
+    def _tick(self, now_s: float) -> float:
+        # Strictly later each time: within one reading of the clock the order is that of the calls.
+        self._now_s = max(now_s, math.nextafter(self._now_s, math.inf))
+        return self._now_s
+
+    def _may_leave(self, slot: int) -> bool:
+        return (
+            self._keys[slot] is not None and slot not in self._pins and self._chains.num_children(slot) == 0
+        )
+
+    def _queue_if_idle(self, slot: int) -> None:
+        if self._may_leave(slot):
+            self._order.queue(slot)
+
+    def _evict(self, slot: int) -> BlockKey:
+        parent = self._chains.remove(slot)
+        if parent is not None:
+            self._queue_if_idle(parent)
+        return self._forget(slot)
+
+    def _forget(self, slot: int) -> BlockKey:
+        key = self._keys[slot]
+        assert key is not None
+        self._index.remove(key)
+        self._keys[slot] = self._roots[slot] = None
+        if slot not in self._pins:
+            self._free.append(slot)
+        return key
