@@ -53,8 +53,8 @@ class SymbolTables:
     @property
     def frequencies_NS(self) -> npt.NDArray[np.uint16]:
         """A row for each table."""
-        bounds = self.bounds_NS[:, : self.num_symbols + 1]
-        return bounds[:, 1:] - bounds[:, :-1]
+        frequencies: npt.NDArray[np.uint16] = np.diff(self.bounds_NS[:, : self.num_symbols + 1], axis=1)
+        return frequencies
 
     @property
     def num_rows(self) -> int:
@@ -70,6 +70,15 @@ def fit_frequencies(counts_NS: npt.ArrayLike) -> npt.NDArray[np.uint16]:
     frequencies = 1 + np.floor(shares * (TOTAL_FREQUENCY - num_symbols)).astype(np.int64)
     frequencies[np.arange(len(counts)), counts.argmax(axis=1)] += TOTAL_FREQUENCY - frequencies.sum(axis=1)
     return frequencies.astype(np.uint16)
+
+
+def count_symbols(symbols_RT: npt.NDArray[np.uint8], *, num_symbols: int) -> npt.NDArray[np.uint32]:
+    """[rows, symbols]: how often each is in each row."""
+    if symbols_RT.max(initial=0) >= num_symbols:
+        raise ValueError(f"symbol {symbols_RT.max()} of an alphabet of {num_symbols}")
+    counts = np.zeros((len(symbols_RT), num_symbols), np.uint32)
+    rans.count(np.ascontiguousarray(symbols_RT), counts)
+    return counts
 
 
 def encode_symbols(symbols_RT: npt.NDArray[np.uint8], tables: SymbolTables) -> bytes:
@@ -92,6 +101,8 @@ def decode_symbols(data: bytes | memoryview, tables: SymbolTables, *, out_RT: np
     """
     if out_RT.ndim != 2 or len(out_RT) != tables.num_rows:
         raise ValueError(f"tables are for {tables.num_rows} rows, got room of shape {out_RT.shape}")
+    if not out_RT.flags.c_contiguous:
+        raise ValueError("the room for symbols must be C-contiguous")
     if len(data) % 2:
         raise CodecCorrupted(f"a symbol stream of {len(data)} bytes, must be even")
     words = np.frombuffer(data, np.uint16).copy()  # aligned, whatever the offset in the chunk was

@@ -54,6 +54,15 @@ def _generate_count(_typing: Any, bounds: Any, slot: Any) -> Any:
 _count_up_to: Any = intrinsic(_generate_count)
 
 
+@njit("void(uint8[:, ::1], uint32[:, ::1])", **_OPTIONS)
+def count(symbols_RT: Any, counts_RS: Any) -> Any:
+    """Adds to `counts_RS` how often each symbol is in each row; all must be less than its width."""
+    for row in range(len(symbols_RT)):
+        counts = counts_RS[row]
+        for t in range(symbols_RT.shape[1]):
+            counts[symbols_RT[row, t]] += np.uint32(1)
+
+
 @njit("int64(uint8[:, ::1], uint16[:, ::1], uint32[::1], uint16[::1])", **_OPTIONS)
 def encode(symbols_RT: Any, bounds_NS: Any, table_of_row_R: Any, words: Any) -> Any:
     """Fills `words` from its end; returns where the stream begins, or -1 at a symbol that has no code.
