@@ -6,7 +6,7 @@ A slot is free, reserved, or holds a block. Held blocks leave leaf first, so wha
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
 from kvstore.chains import Chains
@@ -132,19 +132,32 @@ class Residency:
 
     def drop(self, root: BlockKey | None) -> list[BlockKey]:
         """Forgets all blocks of a root, or just all, and says which; slots of pinned ones are free once unpinned."""
-        of_root = {
-            slot
-            for slot, key in enumerate(self._keys)
-            if key is not None and (root is None or self._roots[slot] == root)
-        }
-        # A peer may have lied about a root: no block may stay without the one it continues.
-        slots = self._chains.with_descendants(of_root)
-        parents = {self._chains.remove(slot) for slot in slots}
-        keys = [self._forget(slot) for slot in slots]
-        for parent in parents:
-            if parent is not None:
-                self._queue_if_idle(parent)
-        return keys
+        return self._forget_all(
+            {
+                slot: key
+                for slot, key in enumerate(self._keys)
+                if key is not None and (root is None or self._roots[slot] == root)
+            }
+        )
+
+    def remove(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
+        """Forgets single blocks, as `drop` does; those that continue them can no longer be reached and age."""
+        slots = {key: self._index.get(key) for key in keys}
+        return self._forget_all({slot: key for key, slot in slots.items() if slot is not None})
+
+    def run(self, keys: Sequence[BlockKey]) -> BlockRun:
+        """Where these consecutive blocks are in their chain; the first one is held."""
+        slot = self._index.get(keys[0])
+        assert slot is not None, f"block {keys[0].hex()} is not held"
+        root, parent = self._roots[slot], self._chains.parent(slot)
+        assert root is not None
+        parent_key = self._chains.awaited(slot) if parent is None else self._keys[parent]
+        return BlockRun(
+            root=root,
+            parent=root if parent_key is None else parent_key,
+            first_position=self._order.position(slot),
+            keys=tuple(keys),
+        )
 
     def prefixes(self, max_prefixes: int, *, now_s: float) -> list[HeldPrefix]:
         """Where chains end or part, longest held first."""
@@ -200,6 +213,11 @@ class Residency:
         if parent is not None:
             self._queue_if_idle(parent)
         return self._forget(slot)
+
+    def _forget_all(self, keys: Mapping[int, BlockKey]) -> list[BlockKey]:
+        for parent in self._chains.cut(keys):
+            self._queue_if_idle(parent)
+        return [self._forget(slot) for slot in keys]
 
     def _forget(self, slot: int) -> BlockKey:
         key = self._keys[slot]
