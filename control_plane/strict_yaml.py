@@ -109,7 +109,7 @@ def build(default: T, raw: object, *, directory: Path, path: str = "") -> T:
 
 def dump(config: object) -> str:
     """All settings as YAML; `build` of it with any defaults gives an equal object."""
-    return yaml.safe_dump(_to_raw(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_to_raw(config), sort_keys=False)
 
 
 def _to_raw(value: object) -> object:

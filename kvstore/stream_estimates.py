@@ -1,0 +1,94 @@
+"""What a load learns on its way: how fast a source sends, and what a level costs. For `kvstore.streaming`.
+
+No clock: the times are arguments. One `LinkEstimate` for each source outlives single loads, one `LevelEstimates` serves
+all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from kvstore.streaming import LevelCost
+
+# Of a source that was never measured. Wrong in either direction for the first chunk alone.
+PRIOR_THROUGHPUT_BYTES_S = 125e6  # 1 Gbit/s
+PRIOR_LATENCY_S = 0.001
+# The newest measurement counts so much, in the exponent: after a jump by ten, the estimate is off by 1.8 after one
+# chunk and by 1.15 after two. Links jump, and a chunk is long enough to be a sound measurement.
+_NEWEST_SHARE = 0.75
+# What was measured is believed by half after so long: without that, a link that was slow once is never tried again.
+_HALF_LIFE_S = 20.0
+_LEAST_SAMPLE_BYTES = 16 * 1024  # less says more about the scheduler than about the link
+_LEAST_SAMPLE_S = 1e-6
+
+
+class LinkEstimate:
+    """How fast bytes come from one source, and how long the first one takes."""
+
+    def __init__(self) -> None:
+        self._throughput_bytes_s = PRIOR_THROUGHPUT_BYTES_S
+        self._latency_s: float | None = None
+        self._measured_at_s: float | None = None
+
+    def throughput_bytes_s(self, *, now_s: float) -> float:
+        """What was measured, drifting towards the prior while nothing is."""
+        if self._measured_at_s is None:
+            return PRIOR_THROUGHPUT_BYTES_S
+        belief = 0.5 ** (max(0.0, now_s - self._measured_at_s) / _HALF_LIFE_S)
+        return _between(PRIOR_THROUGHPUT_BYTES_S, self._throughput_bytes_s, share=belief)
+
+    @property
+    def latency_s(self) -> float:
+        return PRIOR_LATENCY_S if self._latency_s is None else self._latency_s
+
+    def received(self, num_bytes: int, *, receive_s: float, now_s: float) -> None:
+        """A chunk came whole. `receive_s` is from its first byte to its last, or from the end of the one before it."""
+        if num_bytes < _LEAST_SAMPLE_BYTES:
+            return
+        sample = num_bytes / max(receive_s, _LEAST_SAMPLE_S)
+        if self._measured_at_s is None:
+            self._throughput_bytes_s = sample
+        else:
+            self._throughput_bytes_s = _between(self._throughput_bytes_s, sample, share=_NEWEST_SHARE)
+        self._measured_at_s = now_s
+
+    def overdue(self, num_bytes: int, *, waited_s: float, now_s: float) -> None:
+        """`num_bytes` were to come, and are not here after `waited_s`: the link is not faster than that."""
+        most = num_bytes / max(waited_s, _LEAST_SAMPLE_S)
+        if most < self.throughput_bytes_s(now_s=now_s):
+            self._throughput_bytes_s, self._measured_at_s = most, now_s
+
+    def answered(self, latency_s: float) -> None:
+        """So long from asking to the first byte, with nothing else under way."""
+        known_s = latency_s if self._latency_s is None else self._latency_s
+        self._latency_s = known_s + 0.5 * (max(0.0, latency_s) - known_s)
+
+
+class LevelEstimates:
+    """What a token costs at each level, from the codec's own estimates on."""
+
+    def __init__(self, priors: Sequence[LevelCost]) -> None:
+        self._costs = {cost.level: cost for cost in priors}
+        self._measured: set[int] = set()
+
+    def costs(self) -> tuple[LevelCost, ...]:
+        return tuple(self._costs.values())
+
+    def observe(self, level: int, *, num_tokens: int, coded_bytes: int, seconds: Mapping[str, float]) -> None:
+        """One chunk. `seconds` may have "prepare" (the link waited for the source) and "decode"."""
+        known = self._costs[level]
+        share = 0.5 if level in self._measured else 1.0
+        self._measured.add(level)
+
+        def moved(old: float, total: float | None) -> float:
+            return old if total is None else old + share * (max(0.0, total) / num_tokens - old)
+
+        self._costs[level] = LevelCost(
+            level=level,
+            bytes_per_token=moved(known.bytes_per_token, coded_bytes),
+            prepare_s_per_token=moved(known.prepare_s_per_token, seconds.get("prepare")),
+            decode_s_per_token=moved(known.decode_s_per_token, seconds.get("decode")),
+        )
+
+
+def _between(low: float, high: float, *, share: float) -> float:
+    """From `low` towards `high` by `share` of the way, in the exponent: twice and half as fast are equally far."""
+    return float(low ** (1.0 - share) * high**share)
