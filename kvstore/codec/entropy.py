@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvstore.codec import rans
 from kvstore.errors import CodecCorrupted
 
-MAX_SYMBOLS = 256
+MAX_SYMBOLS = max(rans.WIDTHS) - 1
 TOTAL_FREQUENCY = 1 << rans.TOTAL_BITS
 
 
@@ -44,7 +44,7 @@ class SymbolTables:
         tables = np.arange(num_tables) if table_of_row_R is None else np.asarray(table_of_row_R)
         if tables.max(initial=0) >= num_tables or tables.min(initial=0) < 0:
             raise ValueError(f"there are {num_tables} tables, a row names {tables.max(initial=0)}")
-        width = -(-(num_symbols + 1) // rans.GROUP) * rans.GROUP
+        width = next(width for width in rans.WIDTHS if width > num_symbols)
         bounds = np.full((num_tables, width), TOTAL_FREQUENCY, np.uint16)
         bounds[:, 0] = 0
         bounds[:, 1 : num_symbols + 1] = np.cumsum(frequencies, axis=1)
@@ -67,9 +67,12 @@ def fit_frequencies(counts_NS: npt.ArrayLike) -> npt.NDArray[np.uint16]:
     num_symbols = counts.shape[1]
     counts = np.where(counts.sum(axis=1, keepdims=True) > 0, counts, 1.0)
     shares = counts / counts.sum(axis=1, keepdims=True)
-    frequencies = 1 + np.floor(shares * (TOTAL_FREQUENCY - num_symbols)).astype(np.int64)
+    frequencies: npt.NDArray[np.int64] = 1 + np.floor(shares * (TOTAL_FREQUENCY - num_symbols)).astype(
+        np.int64
+    )
     frequencies[np.arange(len(counts)), counts.argmax(axis=1)] += TOTAL_FREQUENCY - frequencies.sum(axis=1)
-    return frequencies.astype(np.uint16)
+    fitted: npt.NDArray[np.uint16] = frequencies.astype(np.uint16)
+    return fitted
 
 
 def count_symbols(symbols_RT: npt.NDArray[np.uint8], *, num_symbols: int) -> npt.NDArray[np.uint32]:
@@ -105,8 +108,10 @@ def decode_symbols(data: bytes | memoryview, tables: SymbolTables, *, out_RT: np
         raise ValueError("the room for symbols must be C-contiguous")
     if len(data) % 2:
         raise CodecCorrupted(f"a symbol stream of {len(data)} bytes, must be even")
-    words = np.frombuffer(data, np.uint16).copy()  # aligned, whatever the offset in the chunk was
-    if not rans.decode(words, tables.bounds_NS, tables.table_of_row_R, out_RT):
+    num_words = len(data) // 2
+    words = np.zeros(num_words + out_RT.shape[1], np.uint16)
+    words[:num_words] = np.frombuffer(data, np.uint16)
+    if not rans.decode(words, num_words, tables.bounds_NS, tables.table_of_row_R, out_RT):
         raise CodecCorrupted(
             f"a symbol stream of {len(data)} bytes does not end where {out_RT.size} symbols do"
         )

@@ -12,11 +12,13 @@ whole exactly if the decoder ends with these states and no words left.
 
 A symbol is found by comparing its slot with all bounds of the table in vector registers and counting the ones: a
 table is one or two cache lines, where a slot table of the same precision is 16 KiB and has to be built for each row.
+Written as LLVM vector code, because the compiler spreads the same loop over several registers of 64-bit sums.
 
-Neither loop trusts what it reads: a count is within the table whatever the slot is, and where fewer words remain than
-a row could need, each read is checked.
+The decoder cannot leave its arrays, whatever the words are: a slot is at least the first bound and less than the last,
+so that the count is in 1..width-1; a row reads at most one word a token, and `words` has that many to spare.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,32 +28,62 @@ from numba.extending import intrinsic
 
 NUM_LANES = 32
 TOTAL_BITS = 14
-GROUP = 32  # bounds compared at once: one AVX-512 register of 16-bit numbers
+WIDTHS = (32, 64, 256)  # of tables
 _LOW = 1 << 16  # states are in [_LOW, 2^32) between symbols
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
-def _generate_count(_typing: Any, bounds: Any, slot: Any) -> Any:
-    """How many of the GROUP numbers at an address are at most `slot`."""
+def _make_search(width: int) -> Any:
+    """How many of the `width` numbers at an address are at most `slot`."""
 
-    def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        address, slot = values
-        number, mask = ir.IntType(16), ir.IntType(GROUP)
-        vector = ir.VectorType(number, GROUP)
-        held = builder.load(builder.inttoptr(address, vector.as_pointer()))
-        held.align = 2
-        first = builder.insert_element(
-            ir.Constant(vector, ir.Undefined), builder.trunc(slot, number), ir.Constant(ir.IntType(32), 0)
-        )
-        order = ir.Constant(ir.VectorType(ir.IntType(32), GROUP), [0] * GROUP)
-        slots = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), order)
-        ones = builder.bitcast(builder.icmp_unsigned("<=", held, slots), mask)
-        return builder.zext(builder.ctpop(ones), ir.IntType(64))
+    def search(_typing: Any, bounds: Any, slot: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            address, slot = values
+            number, wide = ir.IntType(16), ir.IntType(256)
+            vector = ir.VectorType(number, width)
+            held = builder.load(builder.inttoptr(address, vector.as_pointer()))
+            held.align = 2
+            unset = ir.Constant(vector, ir.Undefined)
+            first = builder.insert_element(unset, builder.trunc(slot, number), ir.Constant(ir.IntType(32), 0))
+            order = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
+            ones = builder.icmp_unsigned("<=", held, builder.shuffle_vector(first, unset, order))
+            mask = builder.bitcast(ones, ir.IntType(width))
+            padded = mask if width == wide.width else builder.zext(mask, wide)
+            return builder.trunc(builder.ctpop(padded), ir.IntType(64))
 
-    return types.int64(types.int64, types.int64), generate
+        return types.uint64(types.uint64, types.uint32), generate
+
+    return intrinsic(search)
 
 
-_count_up_to: Any = intrinsic(_generate_count)
+def _make_row_decoder(width: int) -> Callable[..., Any]:
+    search = _make_search(width)
+
+    @njit("uint64(uint16[::1], uint64, uint16[::1], uint32[::1], uint8[::1])", **_OPTIONS)
+    def decode_row(words: Any, place: Any, bounds: Any, states: Any, out: Any) -> Any:
+        """Returns where in `words` the next row begins. Unsigned indices, else each is tested for below 0."""
+        address = np.uint64(bounds.ctypes.data)
+        for t in range(np.uint64(len(out))):
+            lane = t % np.uint64(NUM_LANES)
+            x = states[lane]
+            slot = x & np.uint32((1 << TOTAL_BITS) - 1)
+            end = search(address, slot)
+            start = end - np.uint64(1)
+            offset, size = np.uint32(bounds[start]), np.uint32(bounds[end] - bounds[start])
+            x = size * (x >> np.uint32(TOTAL_BITS)) + (slot - offset)
+            is_low = x < np.uint32(_LOW)
+            longer = (x << np.uint32(16)) | np.uint32(words[place])
+            states[lane] = (
+                longer if is_low else x
+            )  # no branch: it would be mispredicted at each seventh symbol
+            place += np.uint64(is_low)
+            out[t] = np.uint8(start)
+        return place
+
+    return decode_row
+
+
+_decode_row_32, _decode_row_64, _decode_row_256 = (_make_row_decoder(width) for width in WIDTHS)
 
 
 @njit("void(uint8[:, ::1], uint32[:, ::1])", **_OPTIONS)
@@ -94,35 +126,26 @@ def encode(symbols_RT: Any, bounds_NS: Any, table_of_row_R: Any, words: Any) -> 
     return place
 
 
-@njit("boolean(uint16[::1], uint16[:, ::1], uint32[::1], uint8[:, ::1])", **_OPTIONS)
-def decode(words: Any, bounds_NS: Any, table_of_row_R: Any, out_RT: Any) -> Any:
-    """Fills `out_RT`; False if the stream is not whole (`out_RT` then holds garbage)."""
-    num_rows, num_tokens = out_RT.shape
-    num_words = len(words)
+@njit("boolean(uint16[::1], int64, uint16[:, ::1], uint32[::1], uint8[:, ::1])", **_OPTIONS)
+def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_RT: Any) -> Any:
+    """Fills `out_RT`; False if the stream is not whole (`out_RT` then holds garbage).
+
+    `words` is longer than the stream's `num_words` by the tokens of a row.
+    """
     if num_words < 2 * NUM_LANES:
         return False
     states = np.empty(NUM_LANES, np.uint32)
     for lane in range(NUM_LANES):
         states[lane] = np.uint32(words[2 * lane]) | np.uint32(words[2 * lane + 1]) << np.uint32(16)
-    place = 2 * NUM_LANES
-    for row in range(num_rows):
-        bounds = bounds_NS[table_of_row_R[row]]
-        address = bounds.ctypes.data
-        is_safe = num_words - place >= num_tokens
-        for t in range(num_tokens):
-            x = states[t % NUM_LANES]
-            slot = x & np.uint32((1 << TOTAL_BITS) - 1)
-            count = 0
-            for group in range(0, len(bounds), GROUP):
-                count += _count_up_to(address + 2 * group, slot)
-            start = np.uint32(bounds[count - 1])
-            x = (np.uint32(bounds[count]) - start) * (x >> np.uint32(TOTAL_BITS)) + slot - start
-            is_low = x < np.uint32(_LOW)
-            if is_low and not is_safe and place >= num_words:
-                return False
-            word = np.uint32(words[place if is_safe else min(place, num_words - 1)])
-            x = x << np.uint32(16) | word if is_low else x
-            place += 1 if is_low else 0
-            states[t % NUM_LANES] = x
-            out_RT[row, t] = count - 1
-    return place == num_words and np.all(states == _LOW)
+    place, width = np.uint64(2 * NUM_LANES), bounds_NS.shape[1]
+    for row in range(len(out_RT)):
+        bounds, out = bounds_NS[table_of_row_R[row]], out_RT[row]
+        if width == 32:
+            place = _decode_row_32(words, place, bounds, states, out)
+        elif width == 64:
+            place = _decode_row_64(words, place, bounds, states, out)
+        else:
+            place = _decode_row_256(words, place, bounds, states, out)
+        if place > np.uint64(num_words):
+            return False
+    return place == np.uint64(num_words) and np.all(states == _LOW)
