@@ -27,7 +27,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 NUM_LANES = 32
-TOTAL_BITS = 14
+TOTAL_BITS = 15
 WIDTHS = (32, 64, 256)  # of tables
 _LOW = 1 << 16  # states are in [_LOW, 2^32) between symbols
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
