@@ -133,6 +133,8 @@ class Connection:
             raise self._broken(error) from error
         if num_sent < len(data):
             await self._send_rest(data[num_sent:])
+        elif self._num_waiting > 0:
+            self._wait_from_now(asyncio.get_running_loop())  # for the receiver: this peer lives
         self._count(len(data))
 
     async def _receive(self, into: memoryview) -> None:
