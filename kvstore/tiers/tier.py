@@ -43,6 +43,15 @@ class BlockRun:
             keys=self.keys[start:stop],
         )
 
+    def extended(self, keys: tuple[BlockKey, ...]) -> "BlockRun":
+        """This run and the blocks that continue it."""
+        return BlockRun(
+            root=self.root,
+            parent=self.parent,
+            first_position=self.first_position,
+            keys=self.keys + keys,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TierStats:

@@ -1,0 +1,131 @@
+"""Writes what memory holds to disk, behind: nobody waits for it, and it may fall behind.
+
+Runs that continue each other become one write. Waiting ones hold nothing: what memory gave away before its turn came
+is not written. Only what is being written is pinned.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+from kvstore.blocks import BlockKey
+from kvstore.disk_io import Disk, IoThread
+from kvstore.placement import stretches
+from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.tier import BlockRun
+
+MAX_WAITING_BLOCKS = 4096
+MAX_BLOCKS_PER_WRITE = 128
+_logger = logging.getLogger(__name__)
+
+
+class DiskWriter:
+    def __init__(self, disk: Disk, memory: MemoryTier, *, on_change: Callable[[], None]) -> None:
+        self._disk = disk
+        self._memory = memory
+        self._on_change = on_change
+        self._thread = IoThread("kv-disk-writes", max_jobs=8)
+        # A hung write must not keep most of the memory pinned.
+        self._max_blocks = max(1, min(MAX_BLOCKS_PER_WRITE, memory.num_slots // 4))
+        self._waiting: OrderedDict[BlockKey, BlockRun] = OrderedDict()  # by the key of the last block
+        self._writing: BlockRun | None = None
+        self._dropped: list[BlockKey | None] = []
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.num_waiting_blocks = 0
+        self.num_missed_blocks = 0
+        self.num_errors = 0
+
+    def offer(self, run: BlockRun) -> None:
+        """Blocks of which memory holds the bytes. Those that are on disk already are not written again."""
+        for start, stop in stretches([key not in self._disk for key in run.keys]):
+            for first in range(start, stop, self._max_blocks):
+                self._enqueue(run.part(first, min(stop, first + self._max_blocks)))
+        self._write_next()
+
+    def drop(self, root: BlockKey | None) -> None:
+        """What waits or is being written of this root will not be on disk."""
+        for last_key, run in tuple(self._waiting.items()):
+            if root is None or run.root == root:
+                del self._waiting[last_key]
+                self.num_waiting_blocks -= len(run.keys)
+        if self._writing is not None:
+            self._dropped.append(root)
+
+    async def erase_dropped(self, *, timeout_s: float) -> None:
+        """Erases dropped blocks from the disk. A disk that is not done in time goes on without us."""
+        erasing = self._thread.submit(self._disk.erase_dropped)
+        if erasing is None:
+            return
+        erasing.add_done_callback(self._note_failure)
+        await asyncio.wait({erasing}, timeout=timeout_s)
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Writes what waits, within `timeout_s`."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self._miss(self.num_waiting_blocks)
+            self.num_waiting_blocks = 0
+            self._waiting.clear()
+        await self._thread.close(timeout_s=max(0.0, deadline_s - loop.time()))
+
+    def _enqueue(self, run: BlockRun) -> None:
+        if self.num_waiting_blocks + len(run.keys) > MAX_WAITING_BLOCKS:
+            self._miss(len(run.keys))
+            return
+        self.num_waiting_blocks += len(run.keys)
+        before = self._waiting.get(run.parent)
+        if before is not None and len(before.keys) + len(run.keys) <= self._max_blocks:
+            del self._waiting[run.parent]
+            run = before.extended(run.keys)
+        self._waiting[run.keys[-1]] = run
+
+    def _write_next(self) -> None:
+        while self._writing is None and self._waiting:
+            _, run = self._waiting.popitem(last=False)
+            self.num_waiting_blocks -= len(run.keys)
+            slots = self._memory.pin(run.keys)
+            self._miss(len(run.keys) - len(slots))
+            if slots:
+                self._write(run.part(0, len(slots)), slots)
+        if self._writing is None:
+            self._idle.set()
+
+    def _write(self, run: BlockRun, slots: list[int]) -> None:
+        blocks = [self._memory.arena_SX[slot] for slot in slots]
+        writing = self._thread.submit(partial(self._disk.write, run, blocks))
+        if writing is None:
+            self._memory.unpin(slots)
+            self._miss(len(slots))
+            return
+        self._writing = run
+        self._idle.clear()
+        writing.add_done_callback(partial(self._finish, slots))
+
+    def _finish(self, slots: list[int], writing: "asyncio.Future[None]") -> None:
+        self._memory.unpin(slots)
+        if self._note_failure(writing):
+            self._miss(len(slots))
+        for root in self._dropped:
+            self._disk.drop(root)
+        self._dropped.clear()
+        self._writing = None
+        self._on_change()
+        self._write_next()
+
+    def _note_failure(self, done: "asyncio.Future[None]") -> bool:
+        error = None if done.cancelled() else done.exception()
+        if error is None:
+            return False
+        self.num_errors += 1
+        _logger.warning("writing to the disk tier failed: %s", error)
+        return True
+
+    def _miss(self, num_blocks: int) -> None:
+        self.num_missed_blocks += num_blocks
