@@ -127,10 +127,12 @@ def announcement(state: RunState, *, num_seconds: float | None = None) -> str:
     # A question that the demo model can answer too.
     messages = r'[{"role": "user", "content": "Repeat:\nvalue,array,after"}]'
     body = f'{{"model": "{state.model}", "stream": true, "temperature": 0, "messages": {messages}}}'
+    places = "\n".join(
+        f"  HTTP  {gateway.http_url}/v1\n  gRPC  {gateway.grpc_address}" for gateway in state.gateways
+    )
     return f"""
 Serving {state.model}{after}
-  HTTP  {state.http_url}/v1
-  gRPC  {state.grpc_address}
+{places}
 
 curl -N {state.http_url}/v1/chat/completions -H 'Content-Type: application/json' \\
   -d {shlex.quote(body)}

@@ -1,10 +1,11 @@
-"""Who is in the directory and how busy: the one place of the command line that speaks gRPC."""
+"""Who is in the directory, how busy, and where to reach them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 
-from protos import directory_pb2, directory_pb2_grpc
+from protos import directory_pb2, directory_pb2_grpc, worker_pb2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,12 +22,26 @@ class MemberLoad:
     num_leases: int
 
 
-_ROLES = {1: "prefill", 2: "decode", 3: "mixed"}
+_ROLES = {1: "prefill", 2: "decode", 3: "mixed", 4: "store"}
 
 
-def fetch_members(address: str, *, timeout_s: float) -> list[MemberLoad] | None:
-    """The members at this moment; None if no directory answers at `address`."""
-    members: list[MemberLoad] = []
+def fetch_members(addresses: Sequence[str], *, timeout_s: float) -> list[MemberLoad] | None:
+    """The members at this moment, by the first of the directories that answers; None if none does."""
+    workers = watch_workers(addresses, timeout_s=timeout_s)
+    return None if workers is None else [_load(worker) for worker in workers]
+
+
+def watch_workers(addresses: Sequence[str], *, timeout_s: float) -> list[worker_pb2.WorkerDescription] | None:
+    """As `fetch_members`, with all that the directory says of them."""
+    for address in addresses:
+        workers = _watch(address, timeout_s=timeout_s)
+        if workers is not None:
+            return workers
+    return None
+
+
+def _watch(address: str, *, timeout_s: float) -> list[worker_pb2.WorkerDescription] | None:
+    members: list[worker_pb2.WorkerDescription] = []
     with grpc.insecure_channel(address) as channel:
         events = directory_pb2_grpc.DirectoryStub(channel).Watch(
             directory_pb2.WatchRequest(), timeout=timeout_s
@@ -35,7 +50,7 @@ def fetch_members(address: str, *, timeout_s: float) -> list[MemberLoad] | None:
             for event in events:
                 if event.kind == directory_pb2.WatchEvent.SYNCED:
                     return members
-                members.append(_member(event))
+                members.append(event.worker)
         except grpc.RpcError:
             return None
         finally:
@@ -43,8 +58,8 @@ def fetch_members(address: str, *, timeout_s: float) -> list[MemberLoad] | None:
     return None
 
 
-def _member(event: directory_pb2.WatchEvent) -> MemberLoad:
-    worker, load = event.worker, event.worker.load
+def _load(worker: worker_pb2.WorkerDescription) -> MemberLoad:
+    load = worker.load
     return MemberLoad(
         worker_id=worker.worker_id,
         role=_ROLES.get(worker.role, "unknown"),

@@ -38,32 +38,33 @@ def status(
         state = read_state(directory)
         if state is None:
             raise CommandFailed(f"nothing runs in {directory}; penstock up starts a cluster")
-        rows, gateway = inspect(state)
+        rows, gateways = inspect(state)
         if as_json:
-            print(json.dumps(_as_json(state, rows, gateway), indent=1))
+            print(json.dumps(_as_json(state, rows, gateways), indent=1))
         else:
-            _print(state, rows, gateway)
-        if gateway != "ready":
+            _print(state, rows, gateways)
+        if any(health != "ready" for health in gateways):
             raise typer.Exit(FAILED)
 
 
-def inspect(state: RunState) -> tuple[list[Row], str]:
-    """A row for each process, and how the gateway is: "ready", "not ready" or why it cannot be asked."""
+def inspect(state: RunState) -> tuple[list[Row], list[str]]:
+    """A row for each process, and how each gateway is: "ready", "not ready" or why it cannot be asked."""
     from control_plane.cli.members import fetch_members
 
     if not state.launcher.is_alive():
-        gateway = "dead: the launcher was killed; penstock down clears up"
+        gateways = ["dead: the launcher was killed; penstock down clears up"] * len(state.gateways)
         members = None
     else:
-        gateway = _ask_gateway(state.http_url)
-        members = fetch_members(state.directory_address, timeout_s=_TIMEOUT_S)
+        gateways = [_ask_gateway(gateway.http_url) for gateway in state.gateways]
+        addresses = [gateway.directory_address for gateway in state.gateways]
+        members = fetch_members(addresses, timeout_s=_TIMEOUT_S)
     by_name = {member.worker_id: member for member in members or ()}
     rows = []
     for process in state.processes:
         member = by_name.get(process.name)
         health = _health(process, is_member=member is not None or not process.pool, known=members is not None)
         rows.append(Row(process=process, health=health, member=member))
-    return rows, gateway
+    return rows, gateways
 
 
 def _health(process: ProcessState, *, is_member: bool, known: bool) -> str:
@@ -84,13 +85,13 @@ def _ask_gateway(url: str) -> str:
     return "ready" if response.status_code == 200 else "not ready"
 
 
-def _as_json(state: RunState, rows: list[Row], gateway: str) -> dict[str, object]:
+def _as_json(state: RunState, rows: list[Row], gateways: list[str]) -> dict[str, object]:
     return {
-        "gateway": gateway,
         "model": state.model,
-        "http_url": state.http_url,
-        "grpc_address": state.grpc_address,
-        "directory_address": state.directory_address,
+        "gateways": [
+            {**asdict(gateway), "health": health}
+            for gateway, health in zip(state.gateways, gateways, strict=True)
+        ],
         "launcher_pid": state.launcher.pid,
         "processes": [
             {
@@ -109,10 +110,12 @@ def _as_json(state: RunState, rows: list[Row], gateway: str) -> dict[str, object
     }
 
 
-def _print(state: RunState, rows: list[Row], gateway: str) -> None:
+def _print(state: RunState, rows: list[Row], gateways: list[str]) -> None:
     from rich.console import Console
 
-    print(f"{state.model} at {state.http_url}/v1 (gRPC {state.grpc_address}): {gateway}\n")
+    for gateway, health in zip(state.gateways, gateways, strict=True):
+        print(f"{state.model} at {gateway.http_url}/v1 (gRPC {gateway.grpc_address}): {health}")
+    print()
     Console().print(_table(rows))
 
 

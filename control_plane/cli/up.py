@@ -31,6 +31,9 @@ def up(
     prefill: Annotated[int | None, typer.Option(help="Number of prefill workers. (default: 1)")] = None,
     decode: Annotated[int | None, typer.Option(help="Number of decode workers. (default: 1)")] = None,
     mixed: Annotated[int | None, typer.Option(help="Number of workers for both. (default: 0)")] = None,
+    store: Annotated[
+        int | None, typer.Option(help="Number of workers that only keep KV for the others. (default: 0)")
+    ] = None,
     run_dir: options.RunDirOption = None,
     settings: Annotated[
         list[str] | None,
@@ -54,6 +57,7 @@ def up(
             pools__prefill__replicas=prefill,
             pools__decode__replicas=decode,
             pools__mixed__replicas=mixed,
+            pools__store__replicas=store,
         ),
     ]
     with clean_errors():

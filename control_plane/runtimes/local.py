@@ -1,4 +1,4 @@
-"""A cluster as processes on this machine: a control process, and workers each on its own cores."""
+"""A cluster as processes on this machine: control processes, workers each on its own cores, and stores on any."""
 
 import asyncio
 import os
@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from control_plane.config import ClusterConfig
-from control_plane.runtimes.commands import Commands, WorkerPlace, environment, num_threads, pool_config
+from control_plane.config import ClusterConfig, directory_socket, replica_port
+from control_plane.runtimes.commands import (
+    Commands,
+    WorkerPlace,
+    disk_dir,
+    environment,
+    num_threads,
+    pool_config,
+)
 from control_plane.runtimes.cores import assign_cores, least_used_cores
 from control_plane.runtimes.errors import StartFailed
 from control_plane.runtimes.ports import reachable_host, with_free_ports
@@ -18,6 +25,7 @@ from control_plane.runtimes.process import ManagedProcess, ProcessSpec
 from control_plane.runtimes.stale import clear_stale
 from control_plane.runtimes.state import (
     EFFECTIVE_CONFIG_FILE,
+    GatewayState,
     RunState,
     Status,
     lock,
@@ -26,7 +34,8 @@ from control_plane.runtimes.state import (
 )
 from control_plane.strict_yaml import dump
 
-POOLS = ("prefill", "decode", "mixed")
+POOLS = ("prefill", "decode", "mixed", "store")
+_WITHOUT_CORES = ("store",)  # their work is to wait for memory, disk and network
 CONTROL = "control"
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
@@ -41,7 +50,7 @@ class _Watched:
 
 
 class LocalRuntime:
-    """`async with LocalRuntime(...) as runtime: await runtime.start()`. On leaving, only the logs remain.
+    """`async with LocalRuntime(...) as runtime: await runtime.start()`. On leaving, logs and disk tiers remain.
 
     `on_change` is called with the whole state after every change of a process. All methods belong to one
     event loop, that of the main thread: the kernel ends the children with the thread that started them.
@@ -89,30 +98,37 @@ class LocalRuntime:
         self._force.set()
 
     @property
-    def http_url(self) -> str:
-        return f"http://{reachable_host(self.config.gateway.host)}:{self.config.gateway.port}"
+    def gateways(self) -> tuple[GatewayState, ...]:
+        gateway = self.config.gateway
+        host = reachable_host(gateway.host)
+        return tuple(
+            GatewayState(
+                name=_control_name(replica),
+                http_url=f"http://{host}:{replica_port(gateway.port, replica)}",
+                grpc_address=f"{host}:{replica_port(gateway.grpc_port, replica)}",
+                directory_address=directory_address,
+            )
+            for replica, directory_address in enumerate(self.config.directory_addresses)
+        )
 
     def state(self) -> RunState:
-        gateway = self.config.gateway
         return RunState(
             launcher=own_process_id(),
             ready=self._ready,
-            http_url=self.http_url,
-            grpc_address=f"{reachable_host(gateway.host)}:{gateway.grpc_port}",
-            directory_address=self.config.directory_address,
+            gateways=self.gateways,
             model=self.config.model.name,
             processes=tuple(member.process.state for member in self._members.values()),
         )
 
     async def start(self) -> None:
-        """Returns once the gateway can serve. Raises StartFailed if a process ends before or time is up."""
-        wanted = [(pool, pool_config(self.config, pool).replicas) for pool in POOLS]
-        cores = iter(assign_cores(sum(count for _, count in wanted), self._cores))
-        starting = [self._add_control()]
-        starting += [self._add_worker(pool, next(cores)) for pool, count in wanted for _ in range(count)]
+        """Returns once every gateway can serve. Raises StartFailed if a process ends before or time is up."""
+        wanted = [pool for pool in POOLS for _ in range(pool_config(self.config, pool).replicas)]
+        cores = iter(assign_cores(sum(pool not in _WITHOUT_CORES for pool in wanted), self._cores))
+        starting = [self._add_control(replica) for replica in range(self.config.gateway.replicas)]
+        starting += [self._add_worker(pool, () if pool in _WITHOUT_CORES else next(cores)) for pool in wanted]
         deadline = time.monotonic() + self.config.start_timeout_s
         await self._bring_up(starting)
-        await self._wait_gateway(deadline)
+        await asyncio.gather(*(self._wait_gateway(gateway.http_url, deadline) for gateway in self.gateways))
         self._ready = True
         self._changed()
 
@@ -124,10 +140,7 @@ class LocalRuntime:
         members = [member for member in self._members.values() if member.process.spec.pool == pool]
         starting = []
         for _ in range(num_replicas - len(members)):
-            taken = [
-                member.process.spec.cores for member in self._members.values() if member.process.spec.pool
-            ]
-            starting.append(self._add_worker(pool, least_used_cores(taken, self._cores)))
+            starting.append(self._add_worker(pool, self._cores_beside_others(pool)))
         await self._bring_up(starting)
         surplus = members[num_replicas:]
         await asyncio.gather(*(self._stop(member) for member in surplus))
@@ -135,9 +148,20 @@ class LocalRuntime:
             del self._members[member.process.spec.name]
         self._changed()
 
-    def _add_control(self) -> _Watched:
-        command = self._commands.control(self.config.run_dir / EFFECTIVE_CONFIG_FILE)
-        return self._add(name=CONTROL, pool="", command=command, cores=(), num_compute_threads=1)
+    def _cores_beside_others(self, pool: str) -> tuple[int, ...]:
+        if pool in _WITHOUT_CORES:
+            return ()
+        specs = [member.process.spec for member in self._members.values()]
+        return least_used_cores([spec.cores for spec in specs if spec.cores], self._cores)
+
+    def _add_control(self, replica: int) -> _Watched:
+        return self._add(
+            name=_control_name(replica),
+            pool="",
+            command=self._commands.control(self.config.run_dir / EFFECTIVE_CONFIG_FILE, replica),
+            cores=(),
+            sockets=(directory_socket(replica),),
+        )
 
     def _add_worker(self, pool: str, cores: tuple[int, ...]) -> _Watched:
         # The youngest leave first, so this is the lowest number that nobody has.
@@ -145,20 +169,22 @@ class LocalRuntime:
         name = f"{pool}-{self._next_number[pool]}"
         place = WorkerPlace(pool=pool, replica=replica, name=name, cores=cores)
         self._next_number[pool] += 1
+        if self.config.kv.disk_bytes(pool_config(self.config, pool)) > 0:
+            disk_dir(self.config, name).mkdir(mode=0o700, parents=True, exist_ok=True)
         return self._add(
             name=place.name,
             pool=pool,
             command=self._commands.worker(self.config, place),
             cores=cores,
-            num_compute_threads=num_threads(pool_config(self.config, pool), cores),
+            sockets=(f"{name}.control.sock", f"{name}.data.sock"),
         )
 
     def _add(
-        self, *, name: str, pool: str, command: list[str], cores: tuple[int, ...], num_compute_threads: int
+        self, *, name: str, pool: str, command: list[str], cores: tuple[int, ...], sockets: tuple[str, ...]
     ) -> _Watched:
         log_path = self.config.run_dir / "logs" / f"{name}.log"
         log_path.write_bytes(b"")
-        socket_names = (f"{name}.control.sock", f"{name}.data.sock") if pool else ("directory.sock",)
+        num_compute_threads = num_threads(pool_config(self.config, pool), cores) if pool else 1
         spec = ProcessSpec(
             name=name,
             pool=pool,
@@ -166,7 +192,7 @@ class LocalRuntime:
             environment=environment(num_compute_threads),
             cores=cores,
             log_path=log_path,
-            sockets=[self.config.socket_dir / socket_name for socket_name in socket_names],
+            sockets=[self.config.socket_dir / socket for socket in sockets],
         )
         member = self._members[name] = _Watched(ManagedProcess(spec, on_change=self._changed))
         return member
@@ -188,7 +214,7 @@ class LocalRuntime:
         for member in members:
             member.watch = asyncio.create_task(self._watch(member.process))
 
-    async def _wait_gateway(self, deadline: float) -> None:
+    async def _wait_gateway(self, url: str, deadline: float) -> None:
         """Until /ready answers 200: the gateway knows the workers, and its sessions with them stand."""
         import httpx  # a quarter of a second, while the children load
 
@@ -196,7 +222,7 @@ class LocalRuntime:
         async with httpx.AsyncClient(trust_env=False, timeout=2.0) as client:
             while time.monotonic() < deadline:
                 try:
-                    response = await client.get(f"{self.http_url}/ready")
+                    response = await client.get(f"{url}/ready")
                     if response.status_code == 200:
                         return
                     answer = f"{response.status_code} {response.text.strip()[:200]}"
@@ -205,7 +231,7 @@ class LocalRuntime:
                 self._raise_if_gone()
                 await asyncio.sleep(_READY_POLL_S)
         raise StartFailed(
-            f"the gateway at {self.http_url} was not ready within {self.config.start_timeout_s:g} s: {answer}"
+            f"the gateway at {url} was not ready within {self.config.start_timeout_s:g} s: {answer}"
         )
 
     def _raise_if_gone(self) -> None:
@@ -237,13 +263,12 @@ class LocalRuntime:
                 await process.kill()  # not ready in time; of one that has ended this does nothing
 
     async def _stop_all(self) -> None:
-        """The gateway first, while the workers can still finish what it drains; then all workers at once."""
-        workers = [member for member in self._members.values() if member.process.spec.pool]
-        for member in self._members.values():
+        """The gateways first, while the workers can still finish what they drain; then all workers at once."""
+        members = self._members.values()
+        for member in members:
             await _end(member.watch)
-        if CONTROL in self._members:
-            await self._stop(self._members[CONTROL])
-        await asyncio.gather(*(self._stop(member) for member in workers))
+        await asyncio.gather(*(self._stop(member) for member in members if not member.process.spec.pool))
+        await asyncio.gather(*(self._stop(member) for member in members if member.process.spec.pool))
 
     async def _stop(self, member: _Watched) -> None:
         await _end(member.watch)
@@ -253,6 +278,10 @@ class LocalRuntime:
         state = self.state()
         state.write(self.config.run_dir)
         self._on_change(state)
+
+
+def _control_name(replica: int) -> str:
+    return f"{CONTROL}-{replica}" if replica else CONTROL
 
 
 async def _end(task: asyncio.Task[None] | None) -> None:

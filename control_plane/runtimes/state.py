@@ -20,7 +20,7 @@ from control_plane.runtimes.process_id import ProcessId, identify
 
 STATE_FILE = "state.json"
 EFFECTIVE_CONFIG_FILE = "effective.yaml"  # not a name that somebody gives a file of their own
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Status(Enum):
@@ -34,7 +34,7 @@ class Status(Enum):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessState:
     name: str
-    pool: str  # "prefill", "decode", "mixed"; "" for the control process
+    pool: str  # "prefill", "decode", "mixed", "store"; "" for a control process
     status: Status
     detail: str = ""  # the last thing it said while it starts, or why it died
     progress: float | None = None  # of loading, 0 to 1
@@ -45,14 +45,30 @@ class ProcessState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunState:
-    launcher: ProcessId
-    ready: bool
+class GatewayState:
+    """Where one control process serves."""
+
+    name: str
     http_url: str
     grpc_address: str
     directory_address: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    launcher: ProcessId
+    ready: bool
+    gateways: tuple[GatewayState, ...]  # one at least; any of them answers any request
     model: str
     processes: tuple[ProcessState, ...]
+
+    @property
+    def http_url(self) -> str:
+        return self.gateways[0].http_url
+
+    @property
+    def grpc_address(self) -> str:
+        return self.gateways[0].grpc_address
 
     def write(self, run_dir: Path) -> None:
         """Replaces the file in one step: readers see the old state or the new one."""
@@ -70,8 +86,12 @@ def read_state(run_dir: Path) -> RunState | None:
         version = raw.pop("version")
         if version != STATE_VERSION:
             raise RuntimeFailure(f"{path} has version {version}, this program reads {STATE_VERSION}")
-        processes = tuple(_process_state(entry) for entry in raw.pop("processes"))
-        return RunState(**{**raw, "launcher": ProcessId(**raw["launcher"]), "processes": processes})
+        read = {
+            "launcher": ProcessId(**raw["launcher"]),
+            "gateways": tuple(GatewayState(**entry) for entry in raw["gateways"]),
+            "processes": tuple(_process_state(entry) for entry in raw["processes"]),
+        }
+        return RunState(**{**raw, **read})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -89,7 +109,7 @@ def _process_state(raw: dict[str, object]) -> ProcessState:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Removes the state file, the effective configuration and the sockets. Logs stay."""
+    """Removes the state file, the effective configuration and the sockets. Logs and disk tiers stay."""
     for path in [run_dir / STATE_FILE, run_dir / f"{STATE_FILE}.tmp", run_dir / EFFECTIVE_CONFIG_FILE]:
         path.unlink(missing_ok=True)
     socket_dir = run_dir / SOCKET_DIR

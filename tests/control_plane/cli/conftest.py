@@ -110,6 +110,7 @@ def launch(run_dir: Path, tmp_path: Path) -> Iterator[Launch]:
         settings = [
             "gateway.port=0",
             "gateway.grpc_port=0",
+            "kv.disk_tier_bytes=0",
             f"model.path={tmp_path}",
             "model.name=fake",
             *overrides,

@@ -74,11 +74,30 @@ def test_json_holds_the_same_for_programs(
     result = status(run_dir, "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    assert (report["gateway"], report["model"], report["launcher_pid"]) == ("ready", "fake", cluster.pid)
+    assert [gateway["health"] for gateway in report["gateways"]] == ["ready"]
+    assert report["gateways"][0]["http_url"] == cluster.state().http_url
+    assert (report["model"], report["launcher_pid"]) == ("fake", cluster.pid)
     by_name = {process["name"]: process for process in report["processes"]}
     assert by_name["control"]["pool"] is None
     assert by_name["prefill-0"]["health"] == "not in the directory"
     assert by_name["decode-0"]["load"]["num_free_pages"] == 60
+
+
+def test_every_gateway_is_shown_and_one_that_is_away_is_a_failure(launch: Launch, run_dir: Path) -> None:
+    cluster = launch("gateway.replicas=2", "directory.redis_url=redis://nowhere")
+    assert cluster.read_until("chunk.choices[0]").count("  gRPC  ") == 2
+    state = cluster.state()
+    result = status(run_dir)
+    assert result.exit_code == 0
+    assert [line.split()[2] for line in result.stdout.splitlines()[:2]] == [
+        f"{gateway.http_url}/v1" for gateway in state.gateways
+    ]
+    second = next(process for process in state.processes if process.name == "control-1")
+    second.process_id.send(signal.SIGKILL)
+    assert wait_gone([second.process_id], timeout_s=10)
+    result = status(run_dir)
+    assert result.exit_code == 1
+    assert "does not answer" in result.stdout.splitlines()[1]
 
 
 def test_a_directory_that_is_away_costs_the_loads_only(launch: Launch, run_dir: Path) -> None:

@@ -212,7 +212,9 @@ async def test_it_does_not_live_on_without_the_clock_of_its_directory(
     config = load_config(write_config(tmp_path, model_path))
     with pytest.raises(RuntimeError, match="a bug in the clock"):
         async with asyncio.timeout(TIMEOUT_S):
-            await control_process.serve(config, stop=asyncio.Event(), on_ready=lambda addresses: None)
+            await control_process.serve(
+                config, replica=0, stop=asyncio.Event(), on_ready=lambda addresses: None
+            )
 
 
 async def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

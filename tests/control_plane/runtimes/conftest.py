@@ -24,8 +24,9 @@ def run_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def config(run_dir: Path) -> ClusterConfig:
-    """One prefill and two decode workers on free ports."""
-    config = load_config(overrides=["gateway.port=0", "gateway.grpc_port=0", "pools.decode.replicas=2"])
+    """One prefill and two decode workers on free ports, without disk tiers."""
+    overrides = ["gateway.port=0", "gateway.grpc_port=0", "pools.decode.replicas=2", "kv.disk_tier_bytes=0"]
+    config = load_config(overrides=overrides)
     gateway = replace(config.gateway, drain_timeout_s=0.0)
     return replace(config, run_dir=run_dir, gateway=gateway, start_timeout_s=20.0, stop_timeout_s=10.0)
 

@@ -109,6 +109,67 @@ async def test_each_worker_stays_on_its_own_cores_with_as_many_threads(
         assert not set(workers[0].cores) & set(workers[1].cores)
 
 
+async def test_stores_are_started_on_any_core(config: ClusterConfig, make_commands: MakeCommands) -> None:
+    config = replace(config, pools=replace(config.pools, store=replace(config.pools.store, replicas=2)))
+    async with LocalRuntime(config, commands=make_commands({})) as runtime:
+        await runtime.start()
+        stores = [process for process in runtime.state().processes if process.pool == "store"]
+        assert [(store.name, store.cores) for store in stores] == [("store-0", ()), ("store-1", ())]
+        assert ready_event(config, "store-1")["omp_num_threads"] == "1"
+        await runtime.scale("store", 3)
+        assert runtime.state().processes[-1].name == "store-2"
+
+
+async def test_each_disk_tier_has_a_directory_of_its_own_that_a_stop_leaves_alone(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    config = replace(config, kv=replace(config.kv, disk_tier_bytes=1000))
+    for _ in range(2):
+        async with LocalRuntime(config, commands=make_commands({})) as runtime:
+            await runtime.start()
+            disk = config.run_dir / "kv" / "decode-0"
+            assert disk.stat().st_mode & 0o777 == 0o700
+            (disk / "segment").touch()
+        assert {path.name for path in (config.run_dir / "kv").iterdir()} == {
+            "prefill-0",
+            "decode-0",
+            "decode-1",
+        }
+        assert (disk / "segment").exists()
+
+
+async def test_each_gateway_has_ports_and_a_directory_of_its_own(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    directory = replace(config.directory, redis_url="redis://nowhere")
+    config = replace(config, gateway=replace(config.gateway, replicas=3), directory=directory)
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+        state = read_state(config.run_dir)
+        assert state is not None
+        assert [gateway.name for gateway in state.gateways] == ["control", "control-1", "control-2"]
+        assert [process.name for process in state.processes[:3]] == ["control", "control-1", "control-2"]
+        assert len({gateway.directory_address for gateway in state.gateways}) == 3
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for gateway in state.gateways:
+                assert (await client.get(f"{gateway.http_url}/ready")).status_code == 200
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_a_busy_port_of_a_further_gateway_fails_the_start(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        gateway = replace(config.gateway, replicas=2, port=port - 1)
+        directory = replace(config.directory, redis_url="redis://nowhere")
+        config = replace(config, gateway=gateway, directory=directory)
+        with pytest.raises(PortBusy, match=rf"gateway\.port: cannot listen on 127\.0\.0\.1:{port}: "):
+            async with LocalRuntime(config, commands=make_commands({})):
+                pass
+
+
 async def test_a_worker_that_ends_while_it_starts_fails_the_start_and_shows_its_log(
     config: ClusterConfig, make_commands: MakeCommands
 ) -> None:
