@@ -1,0 +1,243 @@
+"""Blocks on disk: append-only segments of bounded size that outlive the process.
+
+Lookups never wait. Reads and writes block and are called in threads: any number of reads, one write at a time. Space
+comes back by segments: the one of which the least is still wanted is deleted after its live blocks moved to the
+growing one, for which a segment's worth of room is always left. What leaves is the residency's choice.
+
+A disk that fails costs blocks, never requests: a block that cannot be read is forgotten, and after a failed write
+nothing is written for a while.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.blocks import BlockKey
+from kvstore.errors import DiskFailed, TierUnusable
+from kvstore.tiers.backoff import Backoff
+from kvstore.tiers.directory_lock import DirectoryLock
+from kvstore.tiers.disk_index import DiskIndex, placed_blocks
+from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.disk_writer import DiskWriter
+from kvstore.tiers.placed import Placed, read_blocks
+from kvstore.tiers.record import RecordHeader
+from kvstore.tiers.recovery import FoundOther, find_segments
+from kvstore.tiers.segment import Segment
+from kvstore.tiers.segment_files import SegmentFiles
+from kvstore.tiers.segment_header import Origin
+from kvstore.tiers.tier import BlockRun, HeldPrefix, TierStats
+
+logger = logging.getLogger(__name__)
+
+Block = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskStats(TierStats):
+    """`num_foreign`, `num_other_version` and `num_damaged` count segments found when the tier was opened."""
+
+    num_foreign: int
+    num_other_version: int
+    num_damaged: int
+    num_corrupted_blocks: int
+    num_moved_blocks: int
+    is_paused: bool
+
+
+class DiskTier:
+    def __init__(
+        self, directory: Path, *, settings: DiskSettings, lock: DirectoryLock, now_s: Callable[[], float]
+    ) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._now_s = now_s
+        self._changing = threading.Lock()  # guards the index; never held while waiting for the disk
+        self._writing = threading.Lock()
+        self._index = DiskIndex(settings.num_slots, policy=settings.policy)
+        self._files = SegmentFiles(
+            directory, form=settings.form, capacity_bytes=settings.capacity_bytes, lock=lock
+        )
+        self._writer = DiskWriter(
+            index=self._index, files=self._files, settings=settings, changing=self._changing
+        )
+        self._backoff = Backoff()
+        self._to_erase: set[Segment] = set()
+        self._num_found = dict.fromkeys(Origin, 0)
+        self._num_hit = 0
+        self._num_errors = 0
+        self._num_corrupted = 0
+
+    @classmethod
+    def open(cls, directory: Path, *, settings: DiskSettings, now_s: Callable[[], float] = time.time) -> Self:
+        """With all blocks found there. `now_s` is a wall clock: uses are dated across restarts.
+
+        Raises TierUnusable: no such directory, another process has it, or its blocks have another key.
+        """
+        lock = DirectoryLock(directory)
+        tier = cls(directory, settings=settings, lock=lock, now_s=now_s)
+        try:
+            tier._recover()
+        except BaseException:
+            tier.close()
+            raise
+        return tier
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._index
+
+    def longest_prefix(self, keys: Sequence[BlockKey]) -> int:
+        """How many blocks from the first key on are held."""
+        return self._index.longest_prefix(keys)
+
+    def write(self, run: BlockRun, blocks: Sequence[Block]) -> None:
+        """Appends those blocks of the run (block_bytes each) that are not held. Raises DiskFailed: not all of them
+        are held now; while the tier pauses after a failure, that comes without touching the disk."""
+        if len(blocks) != len(run.keys):
+            raise ValueError(f"a run of {len(run.keys)} blocks comes with as many, got {len(blocks)}")
+        views = [self._view(block) for block in blocks]
+        with self._write_access():
+            self._writer.write(run, views, now_s=self._now_s())
+
+    def read(self, keys: Sequence[BlockKey], into: Sequence[Block]) -> int:
+        """How many leading blocks are held and were read, each to the buffer (block_bytes) of its place.
+
+        The first that cannot be read, or is not what was written, is forgotten.
+        """
+        buffers = [self._view(block) for block in into]
+        with self._changing:
+            placed = self._index.use(keys[: len(buffers)], now_s=self._now_s())
+            segments = {block.segment for block in placed}
+            if not self._files.use(segments):
+                return 0
+        try:
+            found = read_blocks(placed, buffers[: len(placed)])
+        finally:
+            self._files.release(segments)
+        with self._changing:
+            self._num_hit += found.num_blocks
+        if found.failure is not None:
+            self._lost(placed[found.num_blocks], found.failure)
+        return found.num_blocks
+
+    def drop(self, root: BlockKey | None) -> int:
+        """Forgets all blocks of a root, or just all, at once. Their bytes are erased by `erase_dropped`."""
+        with self._changing:
+            # Also those where its blocks are dead: the next start would find them.
+            self._to_erase.update(self._files.segments_of(root))
+            return self._index.drop(root)
+
+    def erase_dropped(self) -> None:
+        """Takes from the disk what `drop` forgot; the next write does it otherwise. Raises DiskFailed."""
+        with self._write_access():
+            pass
+
+    def take_changes(self) -> tuple[list[BlockKey], list[BlockKey]]:
+        """(stored, removed) since the last call. The first one has all that was found on disk."""
+        with self._changing:
+            return self._index.take_changes()
+
+    def prefixes(self, max_prefixes: int) -> list[HeldPrefix]:
+        with self._changing:
+            return self._index.prefixes(max_prefixes, now_s=self._now_s())
+
+    def stats(self) -> DiskStats:
+        return DiskStats(
+            num_blocks=len(self._index),
+            capacity_blocks=self._index.num_slots,
+            used_bytes=self._files.used_bytes,
+            capacity_bytes=self._settings.capacity_bytes,
+            num_hit_blocks=self._num_hit,
+            num_stored_blocks=self._writer.num_stored,
+            num_evicted_blocks=self._index.num_evicted,
+            num_errors=self._num_errors,
+            num_foreign=self._num_found[Origin.FOREIGN],
+            num_other_version=self._num_found[Origin.OTHER_VERSION],
+            num_damaged=self._num_found[Origin.CORRUPTED],
+            num_corrupted_blocks=self._num_corrupted + self._writer.num_lost,
+            num_moved_blocks=self._writer.num_moved,
+            is_paused=self._backoff.pause_left_s(now_s=self._now_s()) > 0,
+        )
+
+    def check(self) -> None:
+        """That the books agree, and the capacity is kept."""
+        with self._changing:
+            self._index.check()
+        assert self._files.used_bytes <= self._settings.capacity_bytes, "more is used than there is"
+
+    def close(self) -> None:
+        """Idempotent, and waits for nobody: what is being read or written now is closed by its last user."""
+        self._files.close()
+
+    def _recover(self) -> None:
+        records: list[tuple[Segment, int, RecordHeader]] = []
+        for found in find_segments(self._directory, self._settings.form):
+            self._files.add_found(found)
+            if isinstance(found, FoundOther):
+                self._num_found[found.origin] += 1
+                logger.warning("%s is %s: its space is taken first", found.path, found.origin.value)
+                continue
+            if found.scan.num_gaps or found.scan.tail_bytes:
+                self._num_found[Origin.CORRUPTED] += 1
+                logger.warning(
+                    "%s is damaged: %d gaps, and %d bytes cut off its end",
+                    found.segment.path, found.scan.num_gaps, found.scan.tail_bytes,
+                )  # fmt: skip
+            records += ((found.segment, *record) for record in found.scan.records)
+        # The least recently used first, as if it all happened again; of one moment, parents before children.
+        records.sort(key=lambda entry: (entry[2].used_s, entry[2].run.first_position))
+        with self._changing:
+            for segment, first_block, record in records:
+                self._index.restore(placed_blocks(segment, first_block, record), used_s=record.used_s)
+            self._index.begin()
+        with contextlib.suppress(DiskFailed), self._write_access():
+            self._writer.make_room(0)
+
+    @contextlib.contextmanager
+    def _write_access(self) -> Iterator[None]:
+        with self._writing:
+            pause_s = self._backoff.pause_left_s(now_s=self._now_s())
+            if pause_s:
+                raise DiskFailed(f"{self._directory} failed: it is not written for another {pause_s:.1f} s")
+            try:
+                with self._files.writing():
+                    self._erase()
+                    yield
+            except (OSError, DiskFailed, TierUnusable) as error:
+                self._backoff.failed(now_s=self._now_s())
+                self._count_error()
+                raise DiskFailed(f"cannot write to {self._directory}: {error}") from error
+            self._backoff.succeeded()
+
+    def _erase(self) -> None:
+        with self._changing:
+            segments = set(self._to_erase)
+        if segments:
+            self._writer.erase(segments)
+            with self._changing:
+                self._to_erase -= segments
+
+    def _lost(self, block: Placed, failure: DiskFailed) -> None:
+        logger.warning("a block on disk is lost: %s", failure)
+        with self._changing:
+            self._num_corrupted += self._index.forget([block])
+            self._num_errors += 1
+
+    def _count_error(self) -> None:
+        with self._changing:
+            self._num_errors += 1
+
+    def _view(self, block: Block) -> memoryview:
+        view = block.data
+        if view.nbytes != self._settings.block_bytes or view.ndim != 1 or not view.c_contiguous:
+            raise ValueError(
+                f"a block is one row of {self._settings.block_bytes} bytes, got {view.shape} of {view.format}"
+            )
+        return view

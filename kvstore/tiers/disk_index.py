@@ -1,0 +1,179 @@
+"""Which block lies where on disk, and what of each segment is still wanted. Pure bookkeeping, changed under a lock."""
+
+from collections.abc import Sequence
+
+from kvstore.blocks import BlockKey
+from kvstore.placement import stretches
+from kvstore.residency import Residency
+from kvstore.tiers.placed import Placed
+from kvstore.tiers.record import RecordHeader
+from kvstore.tiers.segment import Segment
+from kvstore.tiers.tier import BlockRun, HeldPrefix
+
+
+class DiskIndex:
+    """What it holds and drops is decided by a `Residency`, whose slots stand for room on the disk."""
+
+    def __init__(self, num_slots: int, *, policy: str) -> None:
+        self.num_evicted = 0
+        self._residency = Residency(num_slots, policy=policy)
+        self._placed: dict[BlockKey, Placed] = {}
+        self._used_s: dict[BlockKey, float] = {}
+        self._live: dict[Segment, dict[BlockKey, None]] = {}
+        self._changes: dict[BlockKey, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self._placed)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        """Needs no lock."""
+        return key in self._placed
+
+    @property
+    def num_slots(self) -> int:
+        return self._residency.num_slots
+
+    def longest_prefix(self, keys: Sequence[BlockKey]) -> int:
+        """How many blocks from the first key on are held. Needs no lock."""
+        return next((n for n, key in enumerate(keys) if key not in self._placed), len(keys))
+
+    def use(self, keys: Sequence[BlockKey], *, now_s: float) -> list[Placed]:
+        """Where the longest run of blocks from the first key on lies; they count as used."""
+        used = keys[: self.longest_prefix(keys)]
+        self._residency.touch(used, now_s=now_s)
+        for key in used:
+            self._used_s[key] = now_s
+        return [self._placed[key] for key in used]
+
+    def missing(self, run: BlockRun) -> list[tuple[int, int]]:
+        """The (start, stop) of those stretches of the run that are not held."""
+        return stretches([key not in self._placed for key in run.keys])
+
+    def reserve(self, run: BlockRun, *, now_s: float) -> list[int]:
+        """Slots for the leading blocks of the run: fewer than it has if the rest of the slots is reserved too."""
+        # What the run continues must not be dropped for it.
+        pinned = self._residency.pin([run.parent])
+        slots, dropped = self._residency.reserve(len(run.keys), now_s=now_s)
+        self._residency.unpin(pinned)
+        for key in dropped:
+            self._take_out(key)
+        self.num_evicted += len(dropped)
+        return slots
+
+    def free(self, slots: Sequence[int]) -> None:
+        self._residency.free(slots)
+
+    def put(self, slots: Sequence[int], blocks: Sequence[Placed], *, now_s: float) -> None:
+        """The reserved slots stand for these blocks; one that is held already frees its slot."""
+        for slot, block in zip(slots, blocks, strict=True):
+            if self._residency.commit(slot, run=block.run, index=block.nth, now_s=now_s):
+                self._put_in(block, now_s=now_s)
+
+    def restore(self, blocks: Sequence[Placed], *, used_s: float) -> None:
+        """Blocks of one record that was there at the start. Of two copies the younger one counts."""
+        for block in blocks:
+            known = self._placed.get(block.key)
+            if known is not None:
+                if _age(block) > _age(known):
+                    self.move(known, block)
+                continue
+            slots = self.reserve(block.run.part(block.nth, block.nth + 1), now_s=used_s)
+            self.put(slots, [block], now_s=used_s)
+
+    def begin(self) -> None:
+        """All is restored: what was found twice or did not fit any more was never here."""
+        self.num_evicted = 0
+        self._changes = dict.fromkeys(self._placed, True)
+
+    def move(self, old: Placed, new: Placed) -> None:
+        """The block lies elsewhere now, unless it was dropped or moved meanwhile."""
+        if self._placed.get(old.key) is old:
+            self._unlist(old)
+            self._placed[old.key] = new
+            self._live.setdefault(new.segment, {})[new.key] = None
+
+    def forget(self, blocks: Sequence[Placed]) -> int:
+        """Takes out those that still lie there (and what the residency drops with them); how many that were."""
+        keys = [block.key for block in blocks if self._placed.get(block.key) is block]
+        removed = self._residency.remove(keys)
+        for key in removed:
+            self._take_out(key)
+        return len(removed)
+
+    def evict(self, blocks: Sequence[Placed]) -> None:
+        """Takes them out because their room is needed."""
+        self.num_evicted += self.forget(blocks)
+
+    def drop(self, root: BlockKey | None) -> int:
+        """Takes out all blocks of a root, or just all; how many that were."""
+        keys = self._residency.drop(root)
+        for key in keys:
+            self._take_out(key)
+        return len(keys)
+
+    def live_in(self, segment: Segment) -> list[Placed]:
+        """Its blocks that are still wanted, in the order of the file."""
+        blocks = [self._placed[key] for key in self._live.get(segment, ())]
+        return sorted(blocks, key=lambda block: block.offset)
+
+    def emptiest(self, segments: Sequence[Segment]) -> Segment | None:
+        """The one of which the smallest part is still wanted."""
+        return min(segments, key=self._live_share, default=None)
+
+    def last_used_s(self, blocks: Sequence[Placed]) -> float:
+        return max(self._used_s.get(block.key, 0.0) for block in blocks)
+
+    def take_changes(self) -> tuple[list[BlockKey], list[BlockKey]]:
+        """(stored, removed) since the last call; a key is in one of them."""
+        changes, self._changes = self._changes, {}
+        stored = [key for key, is_stored in changes.items() if is_stored]
+        return stored, [key for key, is_stored in changes.items() if not is_stored]
+
+    def prefixes(self, max_prefixes: int, *, now_s: float) -> list[HeldPrefix]:
+        return self._residency.prefixes(max_prefixes, now_s=now_s)
+
+    def check(self) -> None:
+        """That residency, places and segments tell the same."""
+        self._residency.check()
+        assert set(self._residency) == self._placed.keys() == self._used_s.keys(), (
+            "residency and places differ"
+        )
+        live = {key: segment for segment, keys in self._live.items() for key in keys}
+        assert live == {key: block.segment for key, block in self._placed.items()}, (
+            "a segment's blocks differ"
+        )
+        for key, block in self._placed.items():
+            assert block.key == key, "a block lies under another key"
+
+    def _live_share(self, segment: Segment) -> float:
+        return len(self._live.get(segment, ())) * segment.stored_bytes / segment.size_bytes
+
+    def _put_in(self, block: Placed, *, now_s: float) -> None:
+        self._placed[block.key] = block
+        self._used_s[block.key] = now_s
+        self._live.setdefault(block.segment, {})[block.key] = None
+        self._changes[block.key] = True
+
+    def _take_out(self, key: BlockKey) -> None:
+        block = self._placed.pop(key)
+        del self._used_s[key]
+        self._unlist(block)
+        self._changes[key] = False
+
+    def _unlist(self, block: Placed) -> None:
+        of_segment = self._live[block.segment]
+        del of_segment[block.key]
+        if not of_segment:
+            del self._live[block.segment]
+
+
+def placed_blocks(segment: Segment, first_block: int, record: RecordHeader) -> list[Placed]:
+    """Where the blocks of a record lie, of which the first one is there."""
+    return [
+        Placed(segment, first_block + index * segment.stored_bytes, checksum, record.run, index)
+        for index, checksum in enumerate(record.checksums)
+    ]
+
+
+def _age(block: Placed) -> tuple[int, int]:
+    return block.segment.number, block.offset

@@ -1,0 +1,69 @@
+"""What an operator decides about a disk tier, and the sizes that follow from it."""
+
+from dataclasses import dataclass
+
+from kvstore.placement import POLICIES
+from kvstore.tiers.record import MAX_RECORD_BLOCKS
+from kvstore.tiers.seal import KEY_BYTES
+from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES
+from kvstore.tiers.segment_files import record_bytes, segment_bytes
+from kvstore.tiers.segment_header import SegmentFormat
+
+# The part of the capacity that live blocks may fill: with more, segments are fuller when they are emptied, and
+# more is moved for every byte won; with less, disk is wasted.
+MAX_LIVE_SHARE = 0.75
+# A tier has at least so many segments: two are kept free, to grow and to move blocks to.
+MIN_SEGMENTS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskSettings:
+    """`namespace` is whatever tells models and layouts apart; `key` (32 bytes) encrypts."""
+
+    block_bytes: int
+    capacity_bytes: int
+    namespace: bytes
+    policy: str = "cost"
+    key: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_bytes < 1:
+            raise ValueError(f"block_bytes must be at least 1, got {self.block_bytes}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.key is not None and len(self.key) != KEY_BYTES:
+            raise ValueError(f"the key of a disk tier has {KEY_BYTES} bytes, got {len(self.key)}")
+        least_bytes = MIN_SEGMENTS * segment_bytes(0, self.form)
+        if self.capacity_bytes < least_bytes:
+            raise ValueError(
+                f"a disk tier of blocks of {self.block_bytes} bytes needs at least {least_bytes} bytes,"
+                f" got {self.capacity_bytes}"
+            )
+
+    @property
+    def form(self) -> SegmentFormat:
+        return SegmentFormat.of(block_bytes=self.block_bytes, namespace=self.namespace, key=self.key)
+
+    @property
+    def segment_bytes(self) -> int:
+        return segment_bytes(self.capacity_bytes, self.form)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Kept free for moving the live blocks of one segment."""
+        return self.segment_bytes + 2 * FILE_SYSTEM_BLOCK_BYTES
+
+    @property
+    def max_record_blocks(self) -> int:
+        """A segment has room for several records, so that little of it stays empty at its end."""
+        quarter_bytes = self.segment_bytes // 4
+        return max(1, min(MAX_RECORD_BLOCKS, quarter_bytes // record_bytes(1, self.form)))
+
+    @property
+    def num_slots(self) -> int:
+        """Blocks that are held at most, if each has a record of its own."""
+        live_bytes = min(
+            int(MAX_LIVE_SHARE * self.capacity_bytes),
+            self.capacity_bytes - self.spare_bytes - 2 * self.segment_bytes,
+        )
+        return max(1, live_bytes // record_bytes(1, self.form))

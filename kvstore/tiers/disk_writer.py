@@ -1,0 +1,140 @@
+"""How a disk tier is written: runs become records, and room is made for them. Used by one thread at a time."""
+
+import threading
+from collections.abc import Collection, Iterator, Sequence
+
+from kvstore.errors import DiskFailed
+from kvstore.tiers.disk_index import DiskIndex, placed_blocks
+from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.placed import Placed, read_blocks, scratch
+from kvstore.tiers.record import RecordHeader, block_checksum
+from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES, Segment
+from kvstore.tiers.segment_files import SegmentFiles, record_bytes
+from kvstore.tiers.tier import BlockRun
+
+# A segment that somebody reads gives its space back this late; then another one is emptied.
+USERS_TIMEOUT_S = 1.0
+
+
+class DiskWriter:
+    """`changing` guards the index and is never held while waiting for the disk.
+
+    What raises, raises OSError, DiskFailed or TierUnusable.
+    """
+
+    def __init__(
+        self, *, index: DiskIndex, files: SegmentFiles, settings: DiskSettings, changing: threading.Lock
+    ) -> None:
+        self.num_stored = 0
+        self.num_moved = 0
+        self.num_lost = 0
+        self._index = index
+        self._files = files
+        self._settings = settings
+        self._changing = changing
+
+    def write(self, run: BlockRun, blocks: Sequence[memoryview], *, now_s: float) -> None:
+        """Appends those blocks of the run that are not held."""
+        with self._changing:
+            missing = self._index.missing(run)
+        for first, end in missing:
+            for start in range(first, end, self._settings.max_record_blocks):
+                stop = min(end, start + self._settings.max_record_blocks)
+                if not self._store(run.part(start, stop), blocks[start:stop], now_s=now_s):
+                    return  # the run is longer than the tier: what follows could not be reached
+
+    def make_room(self, num_bytes: int) -> None:
+        """Until a record of this size fits beside what moving blocks needs."""
+        while not self._files.fits(num_bytes, spare_bytes=self._settings.spare_bytes):
+            if self._files.remove_other():
+                continue
+            with self._changing:
+                segment = self._index.emptiest(self._files.full_segments())
+            if segment is None:
+                raise DiskFailed(f"no segment can be emptied for {num_bytes} bytes")
+            self.empty(segment)
+
+    def empty(self, segment: Segment) -> None:
+        """Deletes a segment; blocks in it that are still wanted move, or leave where there is no room to move."""
+        with self._changing:
+            live = self._index.live_in(segment)
+        if self._files.fits(segment.size_bytes, spare_bytes=2 * FILE_SYSTEM_BLOCK_BYTES):
+            for start, stop in _records(live, self._settings.max_record_blocks):
+                self._move(live[start:stop])
+        with self._changing:
+            self._index.evict(self._index.live_in(segment))
+        self._files.retire(segment)
+        self._files.wait_for_users(USERS_TIMEOUT_S)
+
+    def erase(self, segments: Collection[Segment]) -> None:
+        """Deletes the segments that are still there, for what was dropped of them."""
+        self._files.stop_growing()
+        for segment in segments:
+            if segment in self._files.segments:
+                self.empty(segment)
+
+    def _store(self, run: BlockRun, blocks: Sequence[memoryview], *, now_s: float) -> bool:
+        """Whether there were slots for all of them."""
+        with self._changing:
+            slots = self._index.reserve(run, now_s=now_s)
+        if not slots:
+            return False
+        try:
+            self.make_room(record_bytes(len(slots), self._settings.form))
+            placed = self._append(run.part(0, len(slots)), blocks[: len(slots)], used_s=now_s)
+        except BaseException:
+            with self._changing:
+                self._index.free(slots)
+            raise
+        with self._changing:
+            self._index.put(slots, placed, now_s=now_s)
+        self.num_stored += len(placed)
+        return len(slots) == len(blocks)
+
+    def _append(self, run: BlockRun, blocks: Sequence[memoryview], *, used_s: float) -> list[Placed]:
+        segment = self._files.growing(record_bytes(len(blocks), self._settings.form))
+        if segment.seal is None:
+            stored = list(blocks)
+        else:
+            stored = scratch(len(blocks), segment.stored_bytes)
+            for index, (key, block) in enumerate(zip(run.keys, blocks, strict=True)):
+                segment.seal.seal(block, key=key, position=run.first_position + index, into=stored[index])
+        checksums = tuple(block_checksum(key, block) for key, block in zip(run.keys, stored, strict=True))
+        record = RecordHeader(run=run, used_s=used_s, checksums=checksums)
+        return placed_blocks(segment, self._files.append(segment, record, stored), record)
+
+    def _move(self, live: Sequence[Placed]) -> None:
+        """Blocks of one record that follow each other. One that cannot be read is lost."""
+        blocks = scratch(len(live), self._settings.block_bytes)
+        start = 0
+        while start < len(live):
+            stop = start + read_blocks(live[start:], blocks[start:]).num_blocks
+            if stop > start:
+                self._move_read(live[start:stop], blocks[start:stop])
+            if stop < len(live):
+                with self._changing:
+                    self.num_lost += self._index.forget([live[stop]])
+            start = stop + 1
+
+    def _move_read(self, live: Sequence[Placed], blocks: Sequence[memoryview]) -> None:
+        with self._changing:
+            used_s = self._index.last_used_s(live)
+        run = live[0].run.part(live[0].nth, live[0].nth + len(live))
+        for old, new in zip(live, self._append(run, blocks, used_s=used_s), strict=True):
+            with self._changing:
+                self._index.move(old, new)
+        self.num_moved += len(live)
+
+
+def _records(live: Sequence[Placed], max_blocks: int) -> Iterator[tuple[int, int]]:
+    """The (start, stop) of blocks that were written together, follow each other, and become one record again."""
+    start = 0
+    for stop in range(1, len(live) + 1):
+        if (
+            stop == len(live)
+            or live[stop].run is not live[start].run
+            or live[stop].nth != live[stop - 1].nth + 1
+            or stop - start == max_blocks
+        ):
+            yield start, stop
+            start = stop

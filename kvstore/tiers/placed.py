@@ -1,0 +1,128 @@
+"""Where one block lies, and how consecutive ones are read."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvstore.blocks import BlockKey
+from kvstore.errors import DiskFailed
+from kvstore.tiers.record import block_checksum
+from kvstore.tiers.segment import Segment
+from kvstore.tiers.tier import BlockRun
+
+# One read spans the header between two records rather than being two.
+MAX_GAP_BYTES = 4096
+# What one read brings is checked while it is in the processor's cache.
+MAX_EXTENT_BYTES = 4 * 2**20
+# preadv takes 1024 buffers.
+MAX_EXTENT_BLOCKS = 500
+
+
+class Placed(NamedTuple):
+    """A block in a segment: number `nth` of `run`."""
+
+    segment: Segment
+    offset: int
+    checksum: int
+    run: BlockRun
+    nth: int
+
+    @property
+    def key(self) -> BlockKey:
+        return self.run.keys[self.nth]
+
+    @property
+    def position(self) -> int:
+        return self.run.first_position + self.nth
+
+
+class ReadBlocks(NamedTuple):
+    """So many leading blocks are there and right; `failure` says what is wrong with the next one, if it is."""
+
+    num_blocks: int
+    failure: DiskFailed | None
+
+
+def read_blocks(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+    """Fills one buffer (block_bytes) per block with what was written."""
+    num_read = 0
+    for start, stop in extents(placed):
+        extent, targets = placed[start:stop], into[start:stop]
+        found = _read_extent(extent, targets)
+        if found.failure is not None and found.num_blocks == 0 and len(extent) > 1:
+            # The file may end within the extent, or one page of it be unreadable.
+            found = _read_singly(extent, targets)
+        num_read += found.num_blocks
+        if found.failure is not None:
+            return ReadBlocks(num_read, found.failure)
+    return ReadBlocks(num_read, None)
+
+
+def extents(placed: Sequence[Placed]) -> Iterator[tuple[int, int]]:
+    """The (start, stop) of blocks that one read brings."""
+    start = 0
+    for stop in range(1, len(placed) + 1):
+        if stop == len(placed) or not _is_continued(placed, start, stop):
+            yield start, stop
+            start = stop
+
+
+def _is_continued(placed: Sequence[Placed], start: int, at: int) -> bool:
+    first, last, block = placed[start], placed[at - 1], placed[at]
+    stored_bytes = first.segment.stored_bytes
+    return (
+        block.segment is last.segment
+        and 0 <= block.offset - last.offset - stored_bytes <= MAX_GAP_BYTES
+        and block.offset + stored_bytes - first.offset <= MAX_EXTENT_BYTES
+        and at - start < MAX_EXTENT_BLOCKS
+    )
+
+
+def _read_singly(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+    for index, (block, target) in enumerate(zip(placed, into, strict=True)):
+        found = _read_extent([block], [target])
+        if found.failure is not None:
+            return ReadBlocks(index, found.failure)
+    return ReadBlocks(len(placed), None)
+
+
+def _read_extent(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+    segment = placed[0].segment
+    stored = into if segment.seal is None else scratch(len(placed), segment.stored_bytes)
+    try:
+        segment.read(placed[0].offset, _with_gaps(placed, stored))
+    except DiskFailed as error:
+        return ReadBlocks(0, error)
+    for index, block in enumerate(placed):
+        try:
+            _open(block, stored[index], into[index])
+        except DiskFailed as error:
+            return ReadBlocks(index, error)
+    return ReadBlocks(len(placed), None)
+
+
+def _with_gaps(placed: Sequence[Placed], stored: Sequence[memoryview]) -> list[memoryview]:
+    buffers = [stored[0]]
+    for index in range(1, len(placed)):
+        gap_bytes = placed[index].offset - placed[index - 1].offset - len(stored[index - 1])
+        if gap_bytes:
+            buffers.append(memoryview(bytearray(gap_bytes)))
+        buffers.append(stored[index])
+    return buffers
+
+
+def _open(block: Placed, stored: memoryview, into: memoryview) -> None:
+    checksum = block_checksum(block.key, stored)
+    if checksum != block.checksum:
+        raise DiskFailed(
+            f"block {block.key.hex()} in {block.segment.path} at {block.offset}:"
+            f" checksum {checksum:#x}, must be {block.checksum:#x}"
+        )
+    if block.segment.seal is not None:
+        block.segment.seal.open(stored, key=block.key, position=block.position, into=into)
+
+
+def scratch(num_blocks: int, size_bytes: int) -> list[memoryview]:
+    """Buffers for so many blocks."""
+    return [row.data for row in np.empty((num_blocks, size_bytes), np.uint8)]

@@ -1,0 +1,214 @@
+"""The files of one directory: who uses them, what they take from the disk, and which one grows."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from kvstore.blocks import BlockKey
+from kvstore.errors import DiskFailed
+from kvstore.tiers.directory_lock import FILE_MODE, DirectoryLock
+from kvstore.tiers.record import RecordHeader, header_bytes
+from kvstore.tiers.recovery import FoundOther, FoundSegment, segment_path
+from kvstore.tiers.segment import Segment, occupied_bytes
+from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat, new_segment_header
+
+# So many segments make up a tier, until they would be larger than the second figure.
+SEGMENTS_PER_TIER = 16
+LARGEST_SEGMENT_BYTES = 256 * 2**20
+# No more files than this are open, however large the tier.
+MAX_SEGMENTS = 256
+
+
+def record_bytes(num_blocks: int, form: SegmentFormat) -> int:
+    return header_bytes(num_blocks) + num_blocks * form.stored_bytes
+
+
+def segment_bytes(capacity_bytes: int, form: SegmentFormat) -> int:
+    """How far a segment grows."""
+    smallest = occupied_bytes(SEGMENT_HEADER_BYTES + record_bytes(1, form))
+    largest = max(LARGEST_SEGMENT_BYTES, capacity_bytes // MAX_SEGMENTS)
+    return max(smallest, min(capacity_bytes // SEGMENTS_PER_TIER, largest))
+
+
+class SegmentFiles:
+    """One thread appends. Segments are used, released and retired by any; the last user closes a retired one."""
+
+    def __init__(
+        self, directory: Path, *, form: SegmentFormat, capacity_bytes: int, lock: DirectoryLock
+    ) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.max_segment_bytes = segment_bytes(capacity_bytes, form)
+        self.used_bytes = occupied_bytes(1)  # the lock file
+        self.segments: list[Segment] = []
+        self._directory = directory
+        self._form = form
+        self._lock = lock
+        self._retired: list[Segment] = []
+        self._others: list[FoundOther] = []
+        self._growing: Segment | None = None
+        self._last_number = 0
+        self._is_written = False
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def add_found(self, found: FoundSegment | FoundOther) -> None:
+        if isinstance(found, FoundOther):
+            self._others.append(found)
+            self._last_number = max(self._last_number, found.number)
+            self.used_bytes += found.size_bytes
+        else:
+            self._add(found.segment)
+            # What is not full goes on growing: otherwise every start would leave one more small file.
+            self._growing = found.segment
+
+    def use(self, segments: Collection[Segment]) -> bool:
+        """They stay open until they are released; False, and they are not used, if all is closed."""
+        with self._changed:
+            if self._is_closed:
+                return False
+            for segment in segments:
+                segment.num_users += 1
+            return True
+
+    def release(self, segments: Collection[Segment]) -> None:
+        with self._changed:
+            for segment in segments:
+                segment.num_users -= 1
+            self._close_idle()
+
+    def fits(self, num_bytes: int, *, spare_bytes: int = 0) -> bool:
+        """Whether a record of this size can be appended, in a new file if need be, and so much is left then."""
+        return self.used_bytes + self._growth(num_bytes) + spare_bytes <= self.capacity_bytes
+
+    def full_segments(self) -> list[Segment]:
+        """All but the one that grows."""
+        return [segment for segment in self.segments if segment is not self._growing]
+
+    def segments_of(self, root: BlockKey | None) -> list[Segment]:
+        """Those that have bytes of a root, or just all."""
+        with self._changed:
+            return [segment for segment in self.segments if root is None or root in segment.roots]
+
+    def stop_growing(self) -> None:
+        """The next record begins a new segment."""
+        self._growing = None
+
+    def growing(self, num_bytes: int) -> Segment:
+        """The segment that takes a record of this size next. Raises OSError, TierUnusable or DiskFailed."""
+        segment = self._growing
+        if segment is None or segment.is_removed or not self._has_place(segment, num_bytes):
+            self._growing = None
+            self._growing = segment = self._create()
+        return segment
+
+    def append(self, segment: Segment, record: RecordHeader, stored: Sequence[memoryview]) -> int:
+        """Where the first block of the record lies now. Raises OSError, or DiskFailed where it does not fit."""
+        num_bytes = header_bytes(len(stored)) + sum(len(block) for block in stored)
+        taken_bytes = occupied_bytes(segment.size_bytes + num_bytes)
+        growth = max(0, taken_bytes - segment.taken_bytes)
+        self._require_room(growth)
+        with self._changed:
+            segment.taken_bytes += growth
+            self.used_bytes += growth
+        try:
+            return segment.append(record, stored)
+        except OSError:
+            self._growing = None  # what is left behind in the file may be in the way
+            raise
+
+    def retire(self, segment: Segment) -> None:
+        """Deletes a file, which is closed once nobody uses it. Raises OSError; nothing has changed then."""
+        if not segment.is_removed:
+            segment.path.unlink()
+        with self._changed:
+            self.segments.remove(segment)
+            self._retired.append(segment)
+            self._close_idle()
+
+    def remove_other(self) -> bool:
+        """Deletes one file that is not ours; False if there is none. Raises OSError."""
+        if not self._others:
+            return False
+        self._others[-1].path.unlink(missing_ok=True)
+        with self._changed:
+            self.used_bytes -= self._others.pop().size_bytes
+        return True
+
+    def wait_for_users(self, timeout_s: float) -> None:
+        """Until what was retired has given its space back."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._retired, timeout_s)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Nothing but what is retired closes meanwhile. Raises DiskFailed if all is closed."""
+        with self._changed:
+            if self._is_closed:
+                raise DiskFailed(f"the disk tier in {self._directory} is closed")
+            self._is_written = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_written = False
+                self._close_idle()
+
+    def close(self) -> None:
+        """Idempotent. What is used now is closed by its last user, who gives up the lock too."""
+        with self._changed:
+            self._is_closed = True
+            self._close_idle()
+
+    def _create(self) -> Segment:
+        self._lock.renew()
+        number = self._last_number + 1
+        path = segment_path(self._directory, number)
+        data, header = new_segment_header(number, self._form)
+        self._require_room(occupied_bytes(len(data)))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            os.pwrite(fd, data, 0)
+            segment = Segment(fd, path=path, header=header, form=self._form)
+            self._add(segment)
+        except BaseException:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        return segment
+
+    def _add(self, segment: Segment) -> None:
+        with self._changed:
+            self.segments.append(segment)
+            self.used_bytes += segment.taken_bytes
+        self._last_number = max(self._last_number, segment.number)
+
+    def _has_place(self, segment: Segment, num_bytes: int) -> bool:
+        return segment.size_bytes + num_bytes <= self.max_segment_bytes
+
+    def _growth(self, num_bytes: int) -> int:
+        segment = self._growing
+        if segment is None or not self._has_place(segment, num_bytes):
+            return occupied_bytes(SEGMENT_HEADER_BYTES + num_bytes)
+        return occupied_bytes(segment.size_bytes + num_bytes) - occupied_bytes(segment.size_bytes)
+
+    def _require_room(self, num_bytes: int) -> None:
+        if self.used_bytes + num_bytes > self.capacity_bytes:
+            raise DiskFailed(
+                f"no room in {self._directory}: {self.used_bytes} of {self.capacity_bytes} bytes are used,"
+                f" {num_bytes} more are needed"
+            )
+
+    def _close_idle(self) -> None:
+        is_over = self._is_closed and not self._is_written
+        if is_over:
+            self._retired += self.segments
+            self.segments = []
+        for segment in [retired for retired in self._retired if not retired.num_users]:
+            self._retired.remove(segment)
+            self.used_bytes -= segment.taken_bytes
+            segment.close()
+        self._changed.notify_all()
+        if is_over and not self._retired:
+            self._lock.close()
