@@ -69,7 +69,7 @@ def test_changed_tables_are_other_tables_or_corrupted(data: st.DataObject) -> No
     place = data.draw(st.integers(0, len(packed) - 1))
     packed[place] ^= data.draw(st.integers(1, 255))
     try:
-        tables = unpack_tables(packed, num_rows=20)
+        tables = unpack_tables(bytes(packed), num_rows=20)
     except CodecCorrupted:
         return
     assert tables.frequencies_NS.sum(axis=1).tolist() == [TOTAL_FREQUENCY] * len(tables.bounds_NS)
