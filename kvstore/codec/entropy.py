@@ -4,9 +4,9 @@ A row is one channel of one layer's keys or values, its symbols are quantised to
 its distribution. Tables come from the model's profile, or are pooled from the chunk itself and shipped with it
 (`pooled_tables.py`).
 
-Why not zstandard, which brings its own tables: it is larger. Bits per symbol, deltas of the demo model's keys and values
-(1024 rows of 230 tokens a chunk), 14,000 tokens of text that the tables had not seen; the entropy is that of each row
-over all of them:
+Why not zstandard, which brings its own tables: it is larger. Bits per symbol, deltas of the demo model's KV (1024 rows
+of 230 tokens a chunk) over 14,000 tokens of text that the tables had not seen; the entropy is that of each row over
+all of them:
 
     bin size   entropy   rANS, profile   rANS, pooled   zstd 1   zstd 3   packed bits
     0.25       4.15      4.16  +0.3 %    4.21           4.30     4.59     6
@@ -14,10 +14,9 @@ over all of them:
     1          2.21      2.22  +0.4 %    2.27           2.63     2.72     5
     2          1.32      1.32  +0.6 %    1.37           1.86     1.83     4
 
-Million symbols per second on one core (AMD EPYC, Zen 5): 340-510 encoded; decoded with up to 31, 63 and 255 symbols 510,
-500 and 310 with AVX-512, 300, 250 and 120 with AVX2. zstd 1 encodes 280-550 and decodes 1100-2300. At 10 Gbit/s a link
-brings 600 million symbols of 2 bits per second, so that what zstd is faster is hidden behind the link, and what it is
-larger never is.
+Million symbols per second on one core (AMD EPYC, Zen 5): 340-510 encoded; decoded 510 with up to 31 symbols, 500 with
+63 and 310 with 255 (AVX-512), or 300, 250 and 120 (AVX2). zstd 1: 280-550 encoded, 1100-2300 decoded. At 2 bits a
+symbol a core keeps up with a link of 1 Gbit/s; chunks are independent, so that more cores decode for a faster one.
 """
 
 from dataclasses import dataclass
