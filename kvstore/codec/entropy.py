@@ -12,7 +12,7 @@ all of them:
     0.25       4.15      4.16  +0.3 %    4.21           4.30     4.59     6
     0.5        3.16      3.17  +0.3 %    3.22           3.43     3.71     6
     1          2.21      2.22  +0.4 %    2.27           2.63     2.72     5
-    2          1.32      1.32  +0.6 %    1.37           1.86     1.83     4
+    2          1.32      1.32  +0.6 %    1.38           1.86     1.83     4
 
 Million symbols per second on one core (AMD EPYC, Zen 5): 340-510 encoded; decoded 510 with up to 31 symbols, 500 with
 63 and 310 with 255 (AVX-512), or 300, 250 and 120 (AVX2). zstd 1: 280-550 encoded, 1100-2300 decoded. At 2 bits a
