@@ -21,8 +21,6 @@ from kvstore.transfer import (
     BlockMemory,
     Outgoing,
     Sender,
-    receive_ticket,
-    refuse,
     staging_bytes,
 )
 from workers.handoff_wire import encode_handoff
@@ -190,23 +188,17 @@ class Exports:
         self._renew(export)
         return IssuedTicket(ticket=export.ticket, num_blocks=num_blocks)
 
-    async def serve(self, connection: Connection) -> None:
-        """Handles one connection of the data plane: a ticket comes, the request goes."""
-        try:
-            async with asyncio.timeout(self._limits.open_wait_s):
-                ticket = await receive_ticket(connection)
-        except (TransferError, TimeoutError) as error:
-            logger.warning("no ticket from %s: %s", connection.peer, error)
-            return
+    async def serve(self, connection: Connection, ticket: bytes) -> bool:
+        """Sends the ticket's request. False, at once, if the ticket is none of ours."""
         export = self._by_ticket.pop(ticket, None)
         if export is None:
-            await refuse(connection, "the ticket is unknown, used or void")
-            return
+            return False
         export.ticket = None
         try:
             await self._sender(export, connection).run(self._buffer(export))
         except TransferError as error:
             logger.info("hand-over of %s ended early: %s", export.request_id, error)
+        return True
 
     def _num_blocks(self, export: _Export, num_tokens: int) -> int:
         """Blocks that are full, or as full as they get."""

@@ -1,44 +1,67 @@
-"""The gRPC face of `Exports`: who may pull, and the status each refusal has."""
-
-from dataclasses import dataclass
+"""The gRPC face of all that can be pulled: who may, and the status each refusal has."""
 
 import grpc
 
-from kvstore.layout import KvLayout
-from protos import kv_pb2, kv_pb2_grpc, worker_pb2
+from protos import kv_pb2, kv_pb2_grpc
+from workers.agreement import SourceIdentity, check_epoch, check_model
+from workers.block_server import BlockService, Context
 from workers.exports import Exports, NoSuchExport
-from workers.handoff_wire import layout_to_wire
 from workers.request import RequestId
 
 # A pull without a deadline of its own waits no longer than this.
 MAX_PULL_WAIT_S = 30.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceIdentity:
-    """What a puller must mean and agree with to pull from this worker."""
-
-    epoch: int
-    model_fingerprint: bytes
-    layout: KvLayout
-    data_address: str  # as peers reach it
-
-
 class KvTransferService(kv_pb2_grpc.KvTransferServicer):
-    """Checks every message against the identity of this incarnation."""
+    """Checks every message against the identity of this incarnation.
 
-    def __init__(self, exports: Exports, *, identity: SourceIdentity) -> None:
-        self._exports = exports
+    `exports` is there where requests are computed, `blocks` where there are tiers below the device pages.
+    """
+
+    def __init__(
+        self, *, identity: SourceIdentity, exports: Exports | None = None, blocks: BlockService | None = None
+    ) -> None:
         self._identity = identity
+        self._exports = exports
+        self._blocks = blocks
 
-    async def Pull(
-        self,
-        request: kv_pb2.PullRequest,
-        context: grpc.aio.ServicerContext[kv_pb2.PullRequest, kv_pb2.PullReply],
-    ) -> kv_pb2.PullReply:
-        mismatch = self._mismatch(request)
-        if mismatch is not None:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, mismatch)
+    async def Pull(self, request: kv_pb2.PullRequest, context: Context) -> kv_pb2.PullReply:
+        disagreement = check_epoch(self._identity, request.source_epoch) or check_model(
+            self._identity, fingerprint=request.model_fingerprint, layout=request.layout
+        )
+        if self._blocks is not None:
+            await self._blocks.agree(disagreement, context)
+        elif disagreement is not None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, disagreement.text)
+        if request.block_keys:
+            return await (await self._tiers(context)).pull(request, context, identity=self._identity)
+        return await self._pull_request(request, context)
+
+    async def Release(self, request: kv_pb2.ReleaseRequest, context: Context) -> kv_pb2.ReleaseReply:
+        disagreement = check_epoch(self._identity, request.source_epoch)
+        if disagreement is not None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, disagreement.text)
+        if self._exports is not None:
+            self._exports.release(RequestId(request.request_id))
+        return kv_pb2.ReleaseReply()
+
+    async def Lookup(self, request: kv_pb2.LookupRequest, context: Context) -> kv_pb2.LookupReply:
+        return await (await self._tiers(context)).lookup(request, context, identity=self._identity)
+
+    async def Put(self, request: kv_pb2.PutRequest, context: Context) -> kv_pb2.PutReply:
+        return await (await self._tiers(context)).put(request, context, identity=self._identity)
+
+    async def DescribeTiers(
+        self, request: kv_pb2.DescribeTiersRequest, context: Context
+    ) -> kv_pb2.TiersDescription:
+        return await (await self._tiers(context)).describe(request, context)
+
+    async def Drop(self, request: kv_pb2.DropRequest, context: Context) -> kv_pb2.DropReply:
+        return await (await self._tiers(context)).drop(request, context, identity=self._identity)
+
+    async def _pull_request(self, request: kv_pb2.PullRequest, context: Context) -> kv_pb2.PullReply:
+        if self._exports is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "a store computes no requests; name blocks")
         try:
             issued = await self._exports.issue_ticket(
                 RequestId(request.request_id),
@@ -50,41 +73,12 @@ class KvTransferService(kv_pb2_grpc.KvTransferServicer):
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return kv_pb2.PullReply(
-            ticket=issued.ticket,
-            data_address=self._identity.data_address,
-            num_blocks=issued.num_blocks,
+            ticket=issued.ticket, data_address=self._identity.data_address, num_blocks=issued.num_blocks
         )
 
-    async def Release(
-        self,
-        request: kv_pb2.ReleaseRequest,
-        context: grpc.aio.ServicerContext[kv_pb2.ReleaseRequest, kv_pb2.ReleaseReply],
-    ) -> kv_pb2.ReleaseReply:
-        if request.source_epoch != self._identity.epoch:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self._epoch_text(request.source_epoch))
-        self._exports.release(RequestId(request.request_id))
-        return kv_pb2.ReleaseReply()
-
-    def _mismatch(self, request: kv_pb2.PullRequest) -> str | None:
-        ours = self._identity
-        if request.source_epoch != ours.epoch:
-            return self._epoch_text(request.source_epoch)
-        if request.model_fingerprint != ours.model_fingerprint:
-            return (
-                f"the puller's model is {request.model_fingerprint.hex()}, "
-                f"this worker serves {ours.model_fingerprint.hex()}"
+    async def _tiers(self, context: Context) -> BlockService:
+        if self._blocks is None:
+            await context.abort(
+                grpc.StatusCode.UNIMPLEMENTED, "this worker has no tiers: memory_tier_bytes is 0"
             )
-        layout = layout_to_wire(ours.layout)
-        if request.layout != layout:
-            return f"the puller's KV layout is {_line(request.layout)}, this worker's {_line(layout)}"
-        return None
-
-    def _epoch_text(self, epoch: int) -> str:
-        return f"the message is for epoch {epoch}, this worker is epoch {self._identity.epoch}"
-
-
-def _line(layout: worker_pb2.KvLayout) -> str:
-    return (
-        f"{layout.num_layers} layers of {layout.num_kv_heads} heads of {layout.head_dim}, "
-        f"{layout.dtype}, {layout.block_size_tokens} tokens a block"
-    )
+        return self._blocks

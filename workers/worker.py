@@ -14,12 +14,13 @@ from kvstore.addresses import Address, TcpAddress, parse_address
 from kvstore.listener import Listener
 from protos import worker_pb2
 from protos.kv_pb2_grpc import add_KvTransferServicer_to_server
+from workers.agreement import SourceIdentity
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.errors import CannotListen
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
-from workers.handoff_server import KvTransferService, SourceIdentity
+from workers.handoff_server import KvTransferService
 from workers.identity import Identity
 from workers.loop import RequestLoop
 from workers.membership import BlockReport, Membership
@@ -27,6 +28,7 @@ from workers.metrics import WorkerMetrics
 from workers.scheduler import SchedulerLimits
 from workers.server import WorkerService, make_server
 from workers.state import EngineState, StateLimits
+from workers.tickets import TicketDesk
 from workers.wire import description_to_wire
 
 # How long the requests of a worker that stops may take to end; they are aborted, so one step is enough.
@@ -90,7 +92,7 @@ class Worker:
         """
         async with contextlib.AsyncExitStack() as stack:  # ends in the reverse order
             listener = Listener(
-                self.exports.serve,
+                TicketDesk([self.exports]).serve,
                 max_connections=self._config.max_num_seqs,
                 idle_timeout_s=DATA_IDLE_TIMEOUT_S,
             )
@@ -103,7 +105,7 @@ class Worker:
             server, control_address = make_server(self._config.control_address, service=service)
             identity = self._identity(control_address, listener.address)
             add_KvTransferServicer_to_server(
-                KvTransferService(self.exports, identity=_source_identity(identity)), server
+                KvTransferService(identity=_source_identity(identity), exports=self.exports), server
             )
             loop_task = await stack.enter_async_context(_running(self.loop.run()))
             await server.start()

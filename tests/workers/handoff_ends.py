@@ -12,13 +12,15 @@ from kvstore.addresses import TcpAddress
 from kvstore.layout import KvLayout
 from kvstore.listener import Handler, Listener
 from protos import kv_pb2, kv_pb2_grpc
+from workers.agreement import SourceIdentity
 from workers.engine.kv_pool import KvPool
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
-from workers.handoff_server import KvTransferService, SourceIdentity
+from workers.handoff_server import KvTransferService
 from workers.request import Handoff, KvSource, PageId, Request, RequestId, SamplingParams, SessionId
 from workers.state import ExportProgress
 from workers.step import Pull
+from workers.tickets import TicketDesk
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype="bfloat16")
 FINGERPRINT = b"the model"
@@ -52,7 +54,9 @@ class Source:
             on_released=lambda request_id: self.ended.put_nowait(("released", request_id)),
             on_expired=lambda request_id: self.ended.put_nowait(("expired", request_id)),
         )
-        self.listener = Listener(self.exports.serve, max_connections=max_connections, idle_timeout_s=SOON_S)
+        self.listener = Listener(
+            TicketDesk([self.exports]).serve, max_connections=max_connections, idle_timeout_s=SOON_S
+        )
         self.server = grpc.aio.server()
         self.control_address = ""
 
@@ -64,7 +68,7 @@ class Source:
             layout=LAYOUT,
             data_address=str(self.listener.address),
         )
-        service = KvTransferService(self.exports, identity=identity)
+        service = KvTransferService(identity=identity, exports=self.exports)
         kv_pb2_grpc.add_KvTransferServicer_to_server(service, self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
