@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.cli import chat, down, status, up
+from control_plane.cli import cache, chat, down, status, up
 from control_plane.cli.failures import FAILED, say_error
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ def penstock(
 app.command(name="up")(up.up)
 app.command(name="status")(status.status)
 app.command(name="chat")(chat.chat)
+app.add_typer(cache.app, name="cache")
 app.command(name="down")(down.down)
 
 
