@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.blocks import BlockKey
+from kvstore.disk_backlog import DiskBacklog
 from kvstore.disk_io import Disk
 from kvstore.disk_reader import DiskReader, Read
-from kvstore.disk_writer import DiskWriter
 from kvstore.holdings import Holdings
 from kvstore.placement import stretches
 from kvstore.tiers.memory import MemoryTier
@@ -66,11 +66,11 @@ class PinnedBlocks(_Closing):
 class Reservation(_Closing):
     """Slots to be filled. Whoever still reads a slot commits it afterwards: it may be given away from then on."""
 
-    def __init__(self, memory: MemoryTier, *, slots: Sequence[int], writer: DiskWriter | None) -> None:
+    def __init__(self, memory: MemoryTier, *, slots: Sequence[int], backlog: DiskBacklog | None) -> None:
         self.slots = tuple(slots)
         self._memory = memory
         self._open = set(slots)
-        self._writer = writer
+        self._backlog = backlog
 
     def commit(self, run: BlockRun, *, slots: Sequence[int]) -> None:
         """These slots hold these blocks, exactly: they are held from now on and written to disk behind.
@@ -81,9 +81,9 @@ class Reservation(_Closing):
             raise ValueError(f"{len(run.keys)} blocks do not fit slots {list(slots)} of {sorted(self._open)}")
         self._open.difference_update(slots)
         is_new = self._memory.commit(run, slots)
-        if self._writer is not None:
+        if self._backlog is not None:
             for start, stop in stretches(is_new):
-                self._writer.offer(run.part(start, stop))
+                self._backlog.offer(run.part(start, stop))
 
     def close(self) -> None:
         """Frees what was not committed. Idempotent."""
@@ -96,7 +96,7 @@ class BlockStore:
         self._memory = memory
         self._disk = disk
         self._reader = None if disk is None else DiskReader(disk, memory, on_change=self._note_disk)
-        self._writer = None if disk is None else DiskWriter(disk, memory, on_change=self._note_disk)
+        self._backlog = None if disk is None else DiskBacklog(disk, memory, on_change=self._note_disk)
         self._num_lookup_blocks = 0
         self._note_disk()
 
@@ -144,19 +144,19 @@ class BlockStore:
         if len(slots) < num_blocks:  # idle blocks that pinned ones continue stay
             self._memory.free(slots)
             return None
-        return Reservation(self._memory, slots=slots, writer=self._writer)
+        return Reservation(self._memory, slots=slots, backlog=self._backlog)
 
     async def drop(self, root: BlockKey | None) -> int:
         """Forgets all blocks of a root, or just all, in every tier, and how many they were."""
         dropped = self._memory.drop(root)
-        if self._disk is None or self._reader is None or self._writer is None:
+        if self._disk is None or self._reader is None or self._backlog is None:
             return len(dropped)
         num_blocks = sum(key not in self._disk for key in dropped)
         self._reader.drop(root)
-        self._writer.drop(root)
+        self._backlog.drop(root)
         num_blocks += self._disk.drop(root)
         self._note_disk()
-        await self._writer.erase_dropped(timeout_s=ERASE_TIMEOUT_S)
+        await self._backlog.erase_dropped(timeout_s=ERASE_TIMEOUT_S)
         return num_blocks
 
     def describe(self, *, max_prefixes: int = 0) -> StoreDescription:
@@ -170,15 +170,17 @@ class BlockStore:
             tiers=tiers,
             prefixes=tuple(prefixes[:max_prefixes]),
             num_lookup_blocks=self._num_lookup_blocks,
-            num_waiting_writes=0 if self._writer is None else self._writer.num_waiting_blocks,
-            num_missed_writes=0 if self._writer is None else self._writer.num_missed_blocks,
+            num_waiting_writes=0 if self._backlog is None else self._backlog.num_waiting_blocks,
+            num_missed_writes=0 if self._backlog is None else self._backlog.num_missed_blocks,
         )
 
     async def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Writes what waits for the disk, within `timeout_s`."""
-        if self._disk is None or self._reader is None or self._writer is None:
+        if self._disk is None or self._reader is None or self._backlog is None:
             return
-        await asyncio.gather(self._reader.close(timeout_s=timeout_s), self._writer.close(timeout_s=timeout_s))
+        await asyncio.gather(
+            self._reader.close(timeout_s=timeout_s), self._backlog.close(timeout_s=timeout_s)
+        )
         self._disk.close()
 
     async def _pin_promoted(self, keys: Sequence[BlockKey], tiers: Sequence[Tier]) -> list[int]:

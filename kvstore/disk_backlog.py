@@ -21,7 +21,7 @@ MAX_BLOCKS_PER_WRITE = 128
 _logger = logging.getLogger(__name__)
 
 
-class DiskWriter:
+class DiskBacklog:
     def __init__(self, disk: Disk, memory: MemoryTier, *, on_change: Callable[[], None]) -> None:
         self._disk = disk
         self._memory = memory
