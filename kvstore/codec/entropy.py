@@ -28,6 +28,8 @@ import numpy.typing as npt
 from kvstore.codec import rans
 from kvstore.errors import CodecCorrupted
 
+# [rows, tokens], or [groups, tokens, channels], where row r is channel r % channels of group r // channels.
+Symbols = npt.NDArray[np.uint8]
 MAX_SYMBOLS = max(rans.WIDTHS) - 1
 TOTAL_FREQUENCY = 1 << rans.TOTAL_BITS
 
@@ -90,43 +92,53 @@ def fit_frequencies(counts_NS: npt.ArrayLike) -> npt.NDArray[np.uint16]:
     return fitted
 
 
-def count_symbols(symbols_RT: npt.NDArray[np.uint8], *, num_symbols: int) -> npt.NDArray[np.uint32]:
+def count_symbols(symbols: Symbols, *, num_symbols: int) -> npt.NDArray[np.uint32]:
     """[rows, symbols]: how often each is in each row."""
-    if symbols_RT.max(initial=0) >= num_symbols:
-        raise ValueError(f"symbol {symbols_RT.max()} of an alphabet of {num_symbols}")
-    counts = np.zeros((len(symbols_RT), num_symbols), np.uint32)
-    rans.count(np.ascontiguousarray(symbols_RT), counts)
+    if symbols.max(initial=0) >= num_symbols:
+        raise ValueError(f"symbol {symbols.max()} of an alphabet of {num_symbols}")
+    symbols_GTC = _by_channel(np.ascontiguousarray(symbols))
+    counts = np.zeros((_num_rows(symbols_GTC), num_symbols), np.uint32)
+    rans.count(symbols_GTC, counts)
     return counts
 
 
-def encode_symbols(symbols_RT: npt.NDArray[np.uint8], tables: SymbolTables) -> bytes:
-    """`symbols_RT` [rows, tokens]; each must have a code in the table of its row."""
-    if symbols_RT.ndim != 2 or len(symbols_RT) != tables.num_rows:
-        raise ValueError(f"tables are for {tables.num_rows} rows, got symbols of shape {symbols_RT.shape}")
-    if symbols_RT.max(initial=0) >= tables.num_symbols:
-        raise ValueError(f"symbol {symbols_RT.max()}, tables have {tables.num_symbols}")
-    words = np.empty(2 * rans.NUM_LANES + symbols_RT.size, np.uint16)
-    start = rans.encode(np.ascontiguousarray(symbols_RT), tables.bounds_NS, tables.table_of_row_R, words)
+def encode_symbols(symbols: Symbols, tables: SymbolTables) -> bytes:
+    """Each symbol must have a code in the table of its row."""
+    symbols_GTC = _by_channel(np.ascontiguousarray(symbols))
+    if _num_rows(symbols_GTC) != tables.num_rows:
+        raise ValueError(f"tables are for {tables.num_rows} rows, got symbols of shape {symbols.shape}")
+    if symbols.max(initial=0) >= tables.num_symbols:
+        raise ValueError(f"symbol {symbols.max()}, tables have {tables.num_symbols}")
+    words = np.empty(2 * rans.NUM_LANES + symbols.size, np.uint16)
+    start = rans.encode(symbols_GTC, tables.bounds_NS, tables.table_of_row_R, words)
     if start < 0:
         raise ValueError("a symbol has no code in the table of its row")
     return words[start:].tobytes()
 
 
-def decode_symbols(data: bytes | memoryview, tables: SymbolTables, *, out_RT: npt.NDArray[np.uint8]) -> None:
-    """Fills `out_RT` [rows, tokens], C-contiguous.
+def decode_symbols(data: bytes | memoryview, tables: SymbolTables, *, out: Symbols) -> None:
+    """Fills `out`, C-contiguous.
 
-    Raises CodecCorrupted unless `data` is a whole stream of that shape; `out_RT` then holds garbage.
+    Raises CodecCorrupted unless `data` is a whole stream of that shape; `out` then holds garbage.
     """
-    if out_RT.ndim != 2 or len(out_RT) != tables.num_rows:
-        raise ValueError(f"tables are for {tables.num_rows} rows, got room of shape {out_RT.shape}")
-    if not out_RT.flags.c_contiguous:
+    if not out.flags.c_contiguous:
         raise ValueError("the room for symbols must be C-contiguous")
+    out_GTC = _by_channel(out)
+    if _num_rows(out_GTC) != tables.num_rows:
+        raise ValueError(f"tables are for {tables.num_rows} rows, got room of shape {out.shape}")
     if len(data) % 2:
         raise CodecCorrupted(f"a symbol stream of {len(data)} bytes, must be even")
     num_words = len(data) // 2
-    words = np.zeros(num_words + out_RT.shape[1], np.uint16)
+    words = np.zeros(num_words + out_GTC.shape[1], np.uint16)
     words[:num_words] = np.frombuffer(data, np.uint16)
-    if not rans.decode(words, num_words, tables.bounds_NS, tables.table_of_row_R, out_RT):
-        raise CodecCorrupted(
-            f"a symbol stream of {len(data)} bytes does not end where {out_RT.size} symbols do"
-        )
+    if not rans.decode(words, num_words, tables.bounds_NS, tables.table_of_row_R, out_GTC):
+        raise CodecCorrupted(f"a symbol stream of {len(data)} bytes does not end where {out.size} symbols do")
+
+
+def _by_channel(symbols: Symbols) -> Symbols:
+    return symbols[:, :, None] if symbols.ndim == 2 else symbols
+
+
+def _num_rows(symbols_GTC: Symbols) -> int:
+    num_groups, _, num_channels = symbols_GTC.shape
+    return int(num_groups * num_channels)

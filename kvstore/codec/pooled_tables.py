@@ -15,7 +15,7 @@ it in the fewest bits, each table becomes the distribution of its rows.
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codec.entropy import SymbolTables, count_symbols, fit_frequencies
+from kvstore.codec.entropy import Symbols, SymbolTables, count_symbols, fit_frequencies
 from kvstore.errors import CodecCorrupted
 
 MAX_TABLES = 64
@@ -27,14 +27,14 @@ _HEAD_BYTES = 2
 _MAX_NUMBER_BYTES = 3
 
 
-def pool_tables(symbols_RT: npt.NDArray[np.uint8], *, num_symbols: int) -> SymbolTables:
+def pool_tables(symbols: Symbols, *, num_symbols: int) -> SymbolTables:
     """Fitted to these symbols, all less than `num_symbols`; every symbol has a code in every table."""
-    counts = count_symbols(symbols_RT, num_symbols=num_symbols).astype(np.float32)
-    num_tables = int(np.clip(symbols_RT.size // _SYMBOLS_PER_TABLE, 1, min(MAX_TABLES, len(counts))))
+    counts = count_symbols(symbols, num_symbols=num_symbols).astype(np.float32)
+    num_tables = int(np.clip(symbols.size // _SYMBOLS_PER_TABLE, 1, min(MAX_TABLES, len(counts))))
     # Rows start grouped by how far their symbols spread.
     numbers = np.arange(num_symbols, dtype=np.float32)
-    means = counts @ numbers / max(symbols_RT.shape[1], 1)
-    spreads = counts @ numbers**2 / max(symbols_RT.shape[1], 1) - means**2
+    means = counts @ numbers / max(symbols.shape[1], 1)
+    spreads = counts @ numbers**2 / max(symbols.shape[1], 1) - means**2
     table_of_row = np.empty(len(counts), np.int64)
     table_of_row[np.argsort(spreads)] = np.arange(len(counts)) * num_tables // max(len(counts), 1)
     for _ in range(_NUM_ROUNDS):

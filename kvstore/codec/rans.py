@@ -59,11 +59,11 @@ def _make_search(width: int) -> Any:
 def _make_row_decoder(width: int) -> Callable[..., Any]:
     search = _make_search(width)
 
-    @njit("uint64(uint16[::1], uint64, uint16[::1], uint32[::1], uint8[::1])", **_OPTIONS)
-    def decode_row(words: Any, place: Any, bounds: Any, states: Any, out: Any) -> Any:
+    @njit("uint64(uint16[::1], uint64, uint16[::1], uint32[::1], uint8[:])", **_OPTIONS)
+    def decode_row(words: Any, place: Any, bounds: Any, states: Any, out_T: Any) -> Any:
         """Returns where in `words` the next row begins. Unsigned indices, else each is tested for below 0."""
         address = np.uint64(bounds.ctypes.data)
-        for t in range(np.uint64(len(out))):
+        for t in range(np.uint64(len(out_T))):
             lane = t % np.uint64(NUM_LANES)
             x = states[lane]
             slot = x & np.uint32((1 << TOTAL_BITS) - 1)
@@ -73,11 +73,10 @@ def _make_row_decoder(width: int) -> Callable[..., Any]:
             x = size * (x >> np.uint32(TOTAL_BITS)) + (slot - offset)
             is_low = x < np.uint32(_LOW)
             longer = (x << np.uint32(16)) | np.uint32(words[place])
-            states[lane] = (
-                longer if is_low else x
-            )  # no branch: it would be mispredicted at each seventh symbol
+            # No branch: it would be mispredicted at each seventh symbol.
+            states[lane] = longer if is_low else x
             place += np.uint64(is_low)
-            out[t] = np.uint8(start)
+            out_T[t] = np.uint8(start)
         return place
 
     return decode_row
@@ -86,28 +85,30 @@ def _make_row_decoder(width: int) -> Callable[..., Any]:
 _decode_row_32, _decode_row_64, _decode_row_256 = (_make_row_decoder(width) for width in WIDTHS)
 
 
-@njit("void(uint8[:, ::1], uint32[:, ::1])", **_OPTIONS)
-def count(symbols_RT: Any, counts_RS: Any) -> Any:
+@njit("void(uint8[:, :, ::1], uint32[:, ::1])", **_OPTIONS)
+def count(symbols_GTC: Any, counts_RS: Any) -> Any:
     """Adds to `counts_RS` how often each symbol is in each row; all must be less than its width."""
-    for row in range(len(symbols_RT)):
-        counts = counts_RS[row]
-        for t in range(symbols_RT.shape[1]):
-            counts[symbols_RT[row, t]] += np.uint32(1)
+    num_groups, num_tokens, num_channels = symbols_GTC.shape
+    for group in range(num_groups):
+        for t in range(num_tokens):
+            for channel in range(num_channels):
+                counts_RS[group * num_channels + channel, symbols_GTC[group, t, channel]] += np.uint32(1)
 
 
-@njit("int64(uint8[:, ::1], uint16[:, ::1], uint32[::1], uint16[::1])", **_OPTIONS)
-def encode(symbols_RT: Any, bounds_NS: Any, table_of_row_R: Any, words: Any) -> Any:
+@njit("int64(uint8[:, :, ::1], uint16[:, ::1], uint32[::1], uint16[::1])", **_OPTIONS)
+def encode(symbols_GTC: Any, bounds_NS: Any, table_of_row_R: Any, words: Any) -> Any:
     """Fills `words` from its end; returns where the stream begins, or -1 at a symbol that has no code.
 
     `words` must have room for 2 * NUM_LANES and one a symbol.
     """
-    num_rows, num_tokens = symbols_RT.shape
+    num_tokens, num_channels = symbols_GTC.shape[1:]
     states = np.full(NUM_LANES, _LOW, np.uint32)
     place = len(words)
-    for row in range(num_rows - 1, -1, -1):
+    for row in range(len(table_of_row_R) - 1, -1, -1):
         bounds = bounds_NS[table_of_row_R[row]]
+        symbols_T = symbols_GTC[row // num_channels, :, row % num_channels]
         for t in range(num_tokens - 1, -1, -1):
-            symbol = np.int64(symbols_RT[row, t])
+            symbol = np.int64(symbols_T[t])
             start = np.uint32(bounds[symbol])
             size = np.uint32(bounds[symbol + 1]) - start
             if size == 0:
@@ -126,9 +127,9 @@ def encode(symbols_RT: Any, bounds_NS: Any, table_of_row_R: Any, words: Any) -> 
     return place
 
 
-@njit("boolean(uint16[::1], int64, uint16[:, ::1], uint32[::1], uint8[:, ::1])", **_OPTIONS)
-def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_RT: Any) -> Any:
-    """Fills `out_RT`; False if the stream is not whole (`out_RT` then holds garbage).
+@njit("boolean(uint16[::1], int64, uint16[:, ::1], uint32[::1], uint8[:, :, ::1])", **_OPTIONS)
+def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_GTC: Any) -> Any:
+    """Fills `out_GTC`; False if the stream is not whole (`out_GTC` then holds garbage).
 
     `words` is longer than the stream's `num_words` by the tokens of a row.
     """
@@ -138,14 +139,16 @@ def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_
     for lane in range(NUM_LANES):
         states[lane] = np.uint32(words[2 * lane]) | np.uint32(words[2 * lane + 1]) << np.uint32(16)
     place, width = np.uint64(2 * NUM_LANES), bounds_NS.shape[1]
-    for row in range(len(out_RT)):
-        bounds, out = bounds_NS[table_of_row_R[row]], out_RT[row]
+    num_channels = out_GTC.shape[2]
+    for row in range(len(table_of_row_R)):
+        bounds = bounds_NS[table_of_row_R[row]]
+        out_T = out_GTC[row // num_channels, :, row % num_channels]
         if width == 32:
-            place = _decode_row_32(words, place, bounds, states, out)
+            place = _decode_row_32(words, place, bounds, states, out_T)
         elif width == 64:
-            place = _decode_row_64(words, place, bounds, states, out)
+            place = _decode_row_64(words, place, bounds, states, out_T)
         else:
-            place = _decode_row_256(words, place, bounds, states, out)
+            place = _decode_row_256(words, place, bounds, states, out_T)
         if place > np.uint64(num_words):
             return False
     return place == np.uint64(num_words) and np.all(states == _LOW)

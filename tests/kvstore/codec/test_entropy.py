@@ -1,7 +1,6 @@
 import asyncio
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 from kvstore.codec.entropy import (
     MAX_SYMBOLS,
     TOTAL_FREQUENCY,
+    Symbols,
     SymbolTables,
     count_symbols,
     decode_symbols,
@@ -16,8 +16,6 @@ from kvstore.codec.entropy import (
     fit_frequencies,
 )
 from kvstore.errors import CodecCorrupted
-
-Symbols = npt.NDArray[np.uint8]
 
 
 def draw_symbols(*, num_rows: int, num_tokens: int, scale: float, num_symbols: int, seed: int = 0) -> Symbols:
@@ -52,7 +50,7 @@ def test_a_symbol_that_the_tables_never_saw_is_coded() -> None:
     tables = SymbolTables.from_frequencies(fit_frequencies(np.array([[1000] + [0] * 254])))
     symbols = np.arange(255, dtype=np.uint8)[None]
     decoded = np.empty_like(symbols)
-    decode_symbols(encode_symbols(symbols, tables), tables, out_RT=decoded)
+    decode_symbols(encode_symbols(symbols, tables), tables, out=decoded)
     np.testing.assert_array_equal(decoded, symbols)
 
 
@@ -61,9 +59,23 @@ def test_rows_share_tables() -> None:
     tables = SymbolTables.from_frequencies(frequencies, table_of_row_R=[1, 0, 1, 1])
     symbols = np.array([[2, 2, 1], [0, 0, 1], [2, 2, 2], [0, 2, 2]], np.uint8)
     decoded = np.empty_like(symbols)
-    decode_symbols(encode_symbols(symbols, tables), tables, out_RT=decoded)
+    decode_symbols(encode_symbols(symbols, tables), tables, out=decoded)
     np.testing.assert_array_equal(decoded, symbols)
     np.testing.assert_array_equal(tables.frequencies_NS, frequencies)
+
+
+def test_channels_last_is_the_same_stream() -> None:
+    rows = draw_symbols(num_rows=12, num_tokens=50, scale=2, num_symbols=31)
+    tables = fitted_tables(rows, num_symbols=31)
+    channels_last = np.ascontiguousarray(rows.reshape(3, 4, 50).transpose(0, 2, 1))
+    stream = encode_symbols(channels_last, tables)
+    assert stream == encode_symbols(rows, tables)
+    np.testing.assert_array_equal(
+        count_symbols(channels_last, num_symbols=31), count_symbols(rows, num_symbols=31)
+    )
+    decoded = np.empty_like(channels_last)
+    decode_symbols(stream, tables, out=decoded)
+    np.testing.assert_array_equal(decoded, channels_last)
 
 
 @given(data=st.binary(max_size=600), num_symbols=st.sampled_from([1, 31, 63, MAX_SYMBOLS]))
@@ -72,7 +84,7 @@ def test_any_bytes_decode_or_are_corrupted(data: bytes, num_symbols: int) -> Non
     tables = SymbolTables.from_frequencies(fit_frequencies(np.ones((5, num_symbols))))
     guarded = np.full((7, 40), 0xA5, np.uint8)
     try:
-        decode_symbols(data, tables, out_RT=guarded[1:6])
+        decode_symbols(data, tables, out=guarded[1:6])
     except CodecCorrupted:
         pass
     else:
@@ -92,7 +104,7 @@ def test_a_stream_that_lacks_or_gains_bytes_is_corrupted(data: st.DataObject) ->
     room = np.empty_like(symbols)
     for wrong in (stream[:cut], stream + b"\0\0", stream + b"\0"):
         with pytest.raises(CodecCorrupted):
-            decode_symbols(wrong, tables, out_RT=room)
+            decode_symbols(wrong, tables, out=room)
 
 
 @given(st.data())
@@ -120,7 +132,7 @@ def test_wrong_tables_and_symbols_are_refused() -> None:
     with pytest.raises(ValueError, match="1 rows"):
         encode_symbols(np.zeros((2, 1), np.uint8), tables)
     with pytest.raises(ValueError, match="C-contiguous"):
-        decode_symbols(bytes(128), tables, out_RT=np.zeros((1, 8), np.uint8)[:, ::2])
+        decode_symbols(bytes(128), tables, out=np.zeros((1, 8), np.uint8)[:, ::2])
 
 
 async def test_coding_in_a_thread_leaves_the_event_loop_free() -> None:
@@ -130,7 +142,7 @@ async def test_coding_in_a_thread_leaves_the_event_loop_free() -> None:
     room = np.empty_like(symbols)
 
     def code() -> None:
-        decode_symbols(encode_symbols(symbols, tables), tables, out_RT=room)
+        decode_symbols(encode_symbols(symbols, tables), tables, out=room)
 
     work = asyncio.create_task(asyncio.to_thread(code))
     turns = 0

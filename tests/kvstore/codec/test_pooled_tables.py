@@ -35,7 +35,7 @@ def test_symbols_survive_with_the_tables_they_bring_along(
 
     np.testing.assert_array_equal(shipped.frequencies_NS, tables.frequencies_NS)
     decoded = np.empty_like(symbols)
-    decode_symbols(data, shipped, out_RT=decoded)
+    decode_symbols(data, shipped, out=decoded)
     np.testing.assert_array_equal(decoded, symbols)
 
 

@@ -52,7 +52,7 @@ def test_a_stream_is_what_the_document_says(
 
     assert decode_by_the_book(data, frequencies.tolist(), num_tokens) == symbols.tolist()
     decoded = np.empty_like(symbols)
-    decode_symbols(data, tables, out_RT=decoded)
+    decode_symbols(data, tables, out=decoded)
     np.testing.assert_array_equal(decoded, symbols)
 
 
