@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, NewType
 
+from kvstore.blocks import FORMAT_VERSION
 from kvstore.layout import KvLayout
 
 WorkerId = NewType("WorkerId", str)
@@ -66,6 +67,7 @@ class Member:
     model: Model
     load: WorkerLoad = WorkerLoad()
     pid: int = 0
+    block_format: bytes = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if not self.worker_id:
@@ -78,3 +80,8 @@ class Member:
     @property
     def incarnation(self) -> Incarnation:
         return Incarnation(self.worker_id, self.epoch)
+
+    @property
+    def has_our_blocks(self) -> bool:
+        """Whether it names blocks as we do; else no key of its could ever match."""
+        return self.block_format == FORMAT_VERSION

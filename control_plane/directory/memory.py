@@ -5,13 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from control_plane.directory.block_index import BlockEvents, BlockIndex
+from control_plane.directory.block_events import BlockEvents
+from control_plane.directory.block_index import BlockIndex
 from control_plane.directory.errors import StaleEpoch, UnknownWorker
-from control_plane.directory.member import Incarnation, Member, WorkerId, WorkerLoad
+from control_plane.directory.member import Incarnation, Member, Role, WorkerId, WorkerLoad
 
 # Epochs are random, so "older" can only mean "seen before": so many are remembered, of so many workers.
 MAX_REMEMBERED_EPOCHS = 8
 MAX_REMEMBERED_WORKERS = 4096
+# 20 bytes each with up to 32 workers, taken as they are used.
+MAX_BLOCKS = 1 << 22
 
 
 class ChangeKind(Enum):
@@ -35,9 +38,7 @@ class MemoryDirectory:
     Listeners are called at once and in order, when the change is visible in `members` already.
     """
 
-    def __init__(
-        self, *, ttl_s: float, max_blocks_per_worker: int = 1 << 18, max_blocks: int = 1 << 20
-    ) -> None:
+    def __init__(self, *, ttl_s: float, max_blocks: int = MAX_BLOCKS) -> None:
         if ttl_s <= 0:
             raise ValueError(f"ttl_s must be positive, got {ttl_s}")
         self.ttl_s = ttl_s
@@ -46,7 +47,8 @@ class MemoryDirectory:
         self._postponed: set[WorkerId] = set()  # and not heard of since
         self._epochs: OrderedDict[WorkerId, list[int]] = OrderedDict()
         self._listeners: list[Listener] = []
-        self.blocks = BlockIndex(max_blocks_per_worker=max_blocks_per_worker, max_blocks=max_blocks)
+        self.blocks = BlockIndex(max_blocks=max_blocks)
+        self.num_format_mismatches = 0  # reports about blocks that carry names of another format
 
     def members(self) -> tuple[Member, ...]:
         return tuple(self._members.values())
@@ -54,11 +56,31 @@ class MemoryDirectory:
     def get(self, worker_id: WorkerId) -> Member | None:
         return self._members.get(worker_id)
 
+    def stores_for(self, worker_id: WorkerId) -> tuple[Member, ...]:
+        """The stores that hold blocks of this worker's model, or of any; a store itself offers blocks to nobody."""
+        member = self._members.get(worker_id)
+        if member is None or member.role is Role.STORE:
+            return ()
+        return tuple(
+            store
+            for store in self._members.values()
+            if store.role is Role.STORE and store.model.fingerprint in (b"", member.model.fingerprint)
+        )
+
+    def replaced_epochs(self, worker_id: WorkerId) -> tuple[int, ...]:
+        """Those that the last registered one took the place of, oldest first, as far as they are remembered."""
+        return tuple(self._epochs.get(worker_id, ())[:-1])
+
     def register(self, member: Member, *, now_s: float) -> None:
         """Takes the place of any other incarnation. Raises StaleEpoch if this one was replaced before."""
+        self._refuse_replaced(member.incarnation)
+        self.adopt(member, now_s=now_s)
+
+    def adopt(self, member: Member, *, now_s: float) -> None:
+        """As `register`, for a member of whom somebody else has made sure that it is the newest."""
         self._remember_epoch(member)
         current = self._members.get(member.worker_id)
-        if current is not None and current.epoch != member.epoch:
+        if current is not None and (current.epoch, current.role) != (member.epoch, member.role):
             self._leave(current)
             current = None
         self._members[member.worker_id] = member
@@ -79,7 +101,7 @@ class MemoryDirectory:
         member = replace(member, load=load)
         self._members[member.worker_id] = member
         self._heard(member.worker_id, now_s=now_s)
-        resend = blocks is not None and not self.blocks.apply(member.worker_id, blocks)
+        resend = blocks is not None and not self._apply(member, blocks)
         self._tell(ChangeKind.UPDATED, member)
         return resend
 
@@ -89,6 +111,18 @@ class MemoryDirectory:
         if member is not None:
             self._refuse_other_epoch(member, incarnation)
             self._leave(member)
+
+    def supersede(self, incarnation: Incarnation, *, epoch: int) -> None:
+        """Another incarnation is known elsewhere to have taken the place of this one, which leaves."""
+        member = self._members.get(incarnation.worker_id)
+        if member is not None and member.epoch == incarnation.epoch:
+            self._note_epoch(incarnation.worker_id, epoch)
+            self._leave(member)
+
+    def spare(self, worker_id: WorkerId, *, now_s: float) -> None:
+        """Counts as a sign of life of this member."""
+        if worker_id in self._members:
+            self._heard(worker_id, now_s=now_s)
 
     def expire(self, *, now_s: float) -> tuple[Member, ...]:
         """Removes those who have been silent for `ttl_s` and returns them."""
@@ -126,18 +160,31 @@ class MemoryDirectory:
         assert len(self._epochs) <= max(MAX_REMEMBERED_WORKERS, len(self._members)), "too many epochs"
         self.blocks.check()
 
+    def _apply(self, member: Member, blocks: BlockEvents) -> bool:
+        if not member.has_our_blocks:
+            self.num_format_mismatches += 1
+            return True  # it has nothing to send that would be of use
+        return self.blocks.apply(member.worker_id, blocks)
+
+    def _refuse_replaced(self, incarnation: Incarnation) -> None:
+        epochs = self._epochs.get(incarnation.worker_id, [])
+        if incarnation.epoch in epochs[:-1]:
+            raise StaleEpoch(f"{incarnation} was replaced by epoch {epochs[-1]}")
+
     def _remember_epoch(self, member: Member) -> None:
-        epochs = self._epochs.setdefault(member.worker_id, [])
-        if member.epoch in epochs[:-1]:
-            raise StaleEpoch(f"{member.incarnation} was replaced by epoch {epochs[-1]}")
-        if member.epoch not in epochs:
-            epochs.append(member.epoch)
-            del epochs[:-MAX_REMEMBERED_EPOCHS]
+        self._note_epoch(member.worker_id, member.epoch)
         self._epochs.move_to_end(member.worker_id)
         if len(self._epochs) > MAX_REMEMBERED_WORKERS:
             forgotten = next((known for known in self._epochs if known not in self._members), None)
             if forgotten is not None and forgotten != member.worker_id:
                 del self._epochs[forgotten]
+
+    def _note_epoch(self, worker_id: WorkerId, epoch: int) -> None:
+        epochs = self._epochs.setdefault(worker_id, [])
+        if epoch in epochs:
+            epochs.remove(epoch)
+        epochs.append(epoch)
+        del epochs[:-MAX_REMEMBERED_EPOCHS]
 
     def _refuse_other_epoch(self, member: Member, incarnation: Incarnation) -> None:
         if member.epoch != incarnation.epoch:

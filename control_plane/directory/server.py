@@ -4,14 +4,17 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc.aio import ServicerContext
 
 from control_plane.directory import wire
+from control_plane.directory.block_events import BlockEvents
 from control_plane.directory.errors import StaleEpoch, UnknownWorker
-from control_plane.directory.memory import Change, MemoryDirectory
+from control_plane.directory.member import Incarnation, Member, WorkerId, WorkerLoad
+from control_plane.directory.memory import Change, ChangeKind, Listener
+from kvstore.blocks import FORMAT_VERSION
 from protos import directory_pb2, directory_pb2_grpc
 
 # A watcher that lags so many changes behind is cut off; it watches again and starts from the present members.
@@ -22,6 +25,8 @@ EXPIRY_CHECKS_PER_TTL = 8
 # silent. What they have sent meanwhile waits in our sockets and is read within the second share.
 STALL_PER_TTL = 0.5
 READ_TIME_PER_TTL = 0.25
+# A heartbeat may bring 100,000 blocks; so many take the event loop for less than 1 ms.
+BLOCKS_AT_A_TIME = 512
 
 # Workers ping an idle connection every second; without these options gRPC takes that for an attack.
 SERVER_OPTIONS = (
@@ -41,12 +46,40 @@ _Context = ServicerContext[Any, Any]
 _log = logging.getLogger(__name__)
 
 
+class Directory(Protocol):
+    """Soft state about all workers: `memory.MemoryDirectory`, alone or shared with others by `redis_directory`.
+
+    No method waits, and all are called from one event loop; they raise as those of `MemoryDirectory` do.
+    """
+
+    @property
+    def ttl_s(self) -> float: ...
+
+    def members(self) -> tuple[Member, ...]: ...
+
+    def stores_for(self, worker_id: WorkerId) -> tuple[Member, ...]: ...
+
+    def register(self, member: Member, *, now_s: float) -> None: ...
+
+    def heartbeat(
+        self, incarnation: Incarnation, *, load: WorkerLoad, blocks: BlockEvents | None, now_s: float
+    ) -> bool: ...
+
+    def deregister(self, incarnation: Incarnation) -> None: ...
+
+    def expire(self, *, now_s: float) -> tuple[Member, ...]: ...
+
+    def postpone_expiry(self, *, until_s: float) -> None: ...
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]: ...
+
+
 class DirectoryServicer(directory_pb2_grpc.DirectoryServicer):
-    """Adapter of `MemoryDirectory`; the event loop that serves it is the only one that touches it."""
+    """Adapter of a `Directory`; the event loop that serves it is the only one that touches it."""
 
     def __init__(
         self,
-        directory: MemoryDirectory,
+        directory: Directory,
         *,
         heartbeat_s: float,
         now_s: Callable[[], float] = time.monotonic,
@@ -73,15 +106,21 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServicer):
     ) -> directory_pb2.HeartbeatReply:
         resend = False
         try:
-            resend = self._directory.heartbeat(
-                wire.read_incarnation(request),
-                load=wire.read_load(request.load),
-                blocks=wire.read_blocks(request),
-                now_s=self._now_s(),
-            )
+            blocks = wire.read_blocks(request)
+            for part in blocks.parts(BLOCKS_AT_A_TIME) if blocks is not None else (None,):
+                resend |= self._directory.heartbeat(
+                    wire.read_incarnation(request),
+                    load=wire.read_load(request.load),
+                    blocks=part,
+                    now_s=self._now_s(),
+                )
+                await asyncio.sleep(0)
         except (StaleEpoch, UnknownWorker, ValueError) as error:
             await _refuse(context, error)
-        return directory_pb2.HeartbeatReply(resend_blocks=resend)
+        stores = self._directory.stores_for(WorkerId(request.worker_id))
+        return directory_pb2.HeartbeatReply(
+            resend_blocks=resend, stores=[wire.write_store(store) for store in stores]
+        )
 
     async def Deregister(
         self,
@@ -138,7 +177,20 @@ class _BoundedChanges:
         return None if self._has_overflown else await self._queue.get()
 
 
-async def expire_silent(directory: MemoryDirectory, *, now_s: Callable[[], float] = time.monotonic) -> None:
+def warn_of_other_formats(change: Change) -> None:
+    """A listener: a worker whose blocks have other names computes everything itself, and somebody should know."""
+    member = change.member
+    if change.kind is ChangeKind.JOINED and not member.has_our_blocks:
+        fields = {
+            "worker_id": member.worker_id,
+            "epoch": member.epoch,
+            "block_format": member.block_format.decode(errors="replace"),
+            "expected": FORMAT_VERSION.decode(),
+        }
+        _log.warning("block_format_mismatch", extra={"fields": fields})
+
+
+async def expire_silent(directory: Directory, *, now_s: Callable[[], float] = time.monotonic) -> None:
     """Runs until cancelled."""
     interval_s = directory.ttl_s / EXPIRY_CHECKS_PER_TTL
     checked_s = now_s()

@@ -1,9 +1,8 @@
 """Protobuf messages of workers to our types and back, checked where they come in."""
 
-from control_plane.directory.block_index import BlockEvents
+from control_plane.directory.block_events import BlockEvents
 from control_plane.directory.member import Incarnation, Member, Model, Role, WorkerId, WorkerLoad
 from control_plane.directory.memory import Change, ChangeKind
-from kvstore.blocks import DIGEST_BYTES, BlockKey
 from kvstore.layout import KvLayout
 from protos import directory_pb2, worker_pb2
 
@@ -36,6 +35,7 @@ def read_member(message: worker_pb2.WorkerDescription) -> Member:
         model=_read_model(message.model),
         load=read_load(message.load),
         pid=message.pid,
+        block_format=message.block_format,
     )
 
 
@@ -80,16 +80,30 @@ def read_blocks(message: directory_pb2.HeartbeatRequest) -> BlockEvents | None:
     return BlockEvents(
         sequence=blocks.sequence,
         snapshot=blocks.snapshot,
-        stored=_split_digests("stored", blocks.stored),
-        removed=_split_digests("removed", blocks.removed),
+        stored=blocks.stored,
+        stored_tiers=blocks.stored_tiers,
+        removed=blocks.removed,
     )
 
 
-def _split_digests(name: str, digests: bytes) -> tuple[BlockKey, ...]:
-    if len(digests) % DIGEST_BYTES:
-        raise ValueError(f"{name} must hold digests of {DIGEST_BYTES} bytes, got {len(digests)} bytes")
-    return tuple(
-        BlockKey(digests[start : start + DIGEST_BYTES]) for start in range(0, len(digests), DIGEST_BYTES)
+def write_heartbeat(
+    incarnation: Incarnation, *, load: WorkerLoad, blocks: BlockEvents | None
+) -> directory_pb2.HeartbeatRequest:
+    message = directory_pb2.HeartbeatRequest(
+        worker_id=incarnation.worker_id, epoch=incarnation.epoch, load=_write_load(load)
+    )
+    if blocks is not None:
+        message.blocks.sequence = blocks.sequence
+        message.blocks.snapshot = blocks.snapshot
+        message.blocks.stored = blocks.stored
+        message.blocks.stored_tiers = blocks.stored_tiers
+        message.blocks.removed = blocks.removed
+    return message
+
+
+def write_store(member: Member) -> directory_pb2.StoreMember:
+    return directory_pb2.StoreMember(
+        worker_id=member.worker_id, epoch=member.epoch, control_address=member.control_address
     )
 
 
@@ -98,7 +112,7 @@ def write_change(change: Change) -> directory_pb2.WatchEvent:
 
 
 def write_member(member: Member) -> worker_pb2.WorkerDescription:
-    model, layout, load = member.model, member.model.layout, member.load
+    model, layout = member.model, member.model.layout
     return worker_pb2.WorkerDescription(
         worker_id=member.worker_id,
         epoch=member.epoch,
@@ -118,13 +132,18 @@ def write_member(member: Member) -> worker_pb2.WorkerDescription:
                 dtype=layout.dtype,
             ),
         ),
-        load=worker_pb2.WorkerLoad(
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            num_pages=load.num_pages,
-            num_free_pages=load.num_free_pages,
-            num_waiting_tokens=load.num_waiting_tokens,
-            num_leases=load.num_leases,
-        ),
+        load=_write_load(member.load),
         pid=member.pid,
+        block_format=member.block_format,
+    )
+
+
+def _write_load(load: WorkerLoad) -> worker_pb2.WorkerLoad:
+    return worker_pb2.WorkerLoad(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_pages=load.num_pages,
+        num_free_pages=load.num_free_pages,
+        num_waiting_tokens=load.num_waiting_tokens,
+        num_leases=load.num_leases,
     )

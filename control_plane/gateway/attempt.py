@@ -56,6 +56,11 @@ class Attempt:
         # One lazy timer per attempt: a new token moves the deadline without touching the timer.
         self._timer = self._loop.call_at(self._progress_s + timeout_s, self._on_timer)
 
+    @property
+    def computes(self) -> WorkerSession:
+        """Whose turn the prompt is; the decode worker's too if the prefill worker could not be reached."""
+        return self._prefill_session or self._decode_session
+
     def start(self) -> None:
         """Raises SessionClosed if the decode worker cannot be reached."""
         kv_source = None
@@ -65,6 +70,7 @@ class Attempt:
                 kv_source = self._prefill_session.member
             except SessionClosed:
                 self._prefill_session = None
+                self._assignment = self._assignment.without_holder(self.decode)
         self._decode_session.submit(
             wire.write_generate(self._assignment, kv_source=kv_source), sink=self._on_decode
         )

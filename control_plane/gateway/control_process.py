@@ -15,13 +15,18 @@ from prometheus_client import CollectorRegistry
 
 from control_plane.config import ClusterConfig, replica_port
 from control_plane.directory.memory import MemoryDirectory
-from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer, expire_silent
+from control_plane.directory.server import (
+    SERVER_OPTIONS,
+    DirectoryServicer,
+    expire_silent,
+    warn_of_other_formats,
+)
 from control_plane.gateway.app import create_app
 from control_plane.gateway.dispatch import DispatchSettings, PoolDispatcher
 from control_plane.gateway.grpc_server import add_services
 from control_plane.gateway.http_protocol import GatewayProtocol
 from control_plane.gateway.metrics import GatewayMetrics
-from control_plane.gateway.pool_metrics import add_pool_metrics
+from control_plane.gateway.pool_metrics import DirectoryMetrics, add_pool_metrics
 from control_plane.gateway.sessions import SessionPool, SessionSettings
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.tokenizer import load_tokenizer
@@ -65,11 +70,13 @@ async def serve(
     directory = MemoryDirectory(ttl_s=config.directory.ttl_s)
     sessions = SessionPool(SessionSettings(gateway_id=f"{socket.gethostname()}:{http_port}"))
     directory.subscribe(sessions.on_change)
+    directory.subscribe(warn_of_other_formats)
     dispatcher = PoolDispatcher(
         directory, sessions, policy=_policy(config), settings=_dispatch_settings(config)
     )
     metrics = GatewayMetrics(CollectorRegistry())
     add_pool_metrics(metrics.registry, dispatcher=dispatcher, sessions=sessions)
+    metrics.registry.register(DirectoryMetrics(directory))
     settings = GatewaySettings(
         model_path=config.model.path,
         max_body_bytes=gateway.max_body_bytes,

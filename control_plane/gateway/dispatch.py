@@ -11,8 +11,9 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from control_plane.directory.member import WorkerId
+from control_plane.directory.member import Role, WorkerId
 from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.overlap import Overlap
 from control_plane.errors import (
     GenerationFailed,
     GenerationTimeout,
@@ -28,11 +29,18 @@ from control_plane.gateway.logs import log_event
 from control_plane.gateway.progress import Progress
 from control_plane.gateway.sessions import SessionClosed, SessionPool
 from control_plane.gateway.token_merge import TokenMerge
-from control_plane.gateway.wire import Assignment, FailureCode, WorkerFailure
+from control_plane.gateway.wire import Assignment, FailureCode, KvHolder, WorkerFailure
 from control_plane.generation import Generation, TokenChunk
 from control_plane.routing.policy import RoutingPolicy
 from control_plane.routing.router import route
-from control_plane.routing.view import ClusterView, NoPlacement, Placement, RoutingRequest
+from control_plane.routing.view import (
+    ClusterView,
+    Holding,
+    NoPlacement,
+    Placement,
+    RoutingRequest,
+    WorkerView,
+)
 from kvstore.blocks import BLOCK_SIZE_TOKENS
 
 # Of an id in front of our own number; workers take at most 256 characters.
@@ -139,23 +147,44 @@ class PoolDispatcher:
                 raise self._nobody_error(run, placement) from None
 
     def _route(self, run: Progress) -> Placement | NoPlacement:
-        num_prompt_tokens = run.num_tokens
-        num_cached_tokens: dict[WorkerId, int] = {}
-        if len(self._directory.blocks):
-            for session in self._sessions.sessions():
-                member = session.member
-                keys = run.block_keys(member.model.fingerprint)
-                num_blocks = self._directory.blocks.num_leading_blocks(member.worker_id, keys)
-                num_cached_tokens[member.worker_id] = num_blocks * BLOCK_SIZE_TOKENS
         request = RoutingRequest(
-            num_prompt_tokens=num_prompt_tokens,
-            num_cached_tokens=num_cached_tokens,
+            num_prompt_tokens=run.num_tokens,
+            overlaps=self._overlaps(run),
             model_fingerprint=run.model_fingerprint,
             excluded=frozenset(run.excluded),
             can_hand_over=not run.merge.token_ids,
         )
-        view = ClusterView(tuple(session.view() for session in self._sessions.sessions()))
-        return route(request, view, self._policy)
+        return route(request, self._view(), self._policy)
+
+    def _overlaps(self, run: Progress) -> dict[WorkerId, Overlap]:
+        overlaps: dict[WorkerId, Overlap] = {}
+        if not self._directory.blocks.is_empty:
+            fingerprints = {session.member.model.fingerprint for session in self._sessions.sessions()}
+            for fingerprint in fingerprints:
+                overlaps.update(self._directory.blocks.overlaps(run.block_keys(fingerprint)))
+        return overlaps
+
+    def _view(self) -> ClusterView:
+        """Stores have no session, only their word; a request that finds one dead computes what it lacks."""
+        stores = (
+            WorkerView(
+                incarnation=member.incarnation,
+                role=member.role,
+                model_fingerprint=member.model.fingerprint,
+                load=member.load,
+            )
+            for member in self._directory.members()
+            if member.role is Role.STORE
+        )
+        return ClusterView((*(session.view() for session in self._sessions.sessions()), *stores))
+
+    def _kv_holders(self, holdings: Sequence[Holding]) -> tuple[KvHolder, ...]:
+        members = ((self._directory.get(holding.holder.worker_id), holding) for holding in holdings)
+        return tuple(
+            KvHolder(member=member, num_blocks=holding.num_blocks)
+            for member, holding in members
+            if member is not None
+        )
 
     def _submit(self, run: Progress, placement: Placement) -> Attempt:
         """Raises SessionClosed if the decode worker has just gone."""
@@ -170,6 +199,7 @@ class PoolDispatcher:
             generation=run.generation,
             output_token_ids=tuple(run.merge.token_ids),
             arrival_unix_s=run.arrival_unix_s,
+            kv_holders=self._kv_holders(placement.kv_holders),
         )
         run.attempt = Attempt(
             assignment, decode=decode, prefill=prefill, timeout_s=self._settings.request_timeout_s
@@ -182,9 +212,9 @@ class PoolDispatcher:
         # Tokens and all later attempts come from one model, or they would not be one text.
         run.model_fingerprint = decode.member.model.fingerprint
         num_pages = run.num_tokens // BLOCK_SIZE_TOKENS + 1
-        decode.note_pick(number, num_tokens=0 if prefill else run.num_tokens, num_pages=num_pages)
-        if prefill is not None:
-            prefill.note_pick(number, num_tokens=run.num_tokens, num_pages=num_pages)
+        for session in {decode, run.attempt.computes}:
+            num_tokens = placement.num_uncached_tokens if session is run.attempt.computes else 0
+            session.note_pick(number, num_tokens=num_tokens, num_pages=num_pages)
         return run.attempt
 
     def _somebody_connects(self, run: Progress) -> bool:

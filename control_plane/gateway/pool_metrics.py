@@ -1,10 +1,14 @@
 """What Prometheus sees of the worker pools, as the gateway sees them; read when it scrapes."""
 
+from collections.abc import Iterator
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from control_plane.directory.member import Role
+from control_plane.directory.memory import MemoryDirectory
 from control_plane.gateway.dispatch import PoolDispatcher
 from control_plane.gateway.sessions import SessionPool
 
@@ -26,6 +30,24 @@ def add_pool_metrics(
     )
     for role in Role:
         workers.labels(role.value).set_function(partial(_num_ready, sessions, role))
+
+
+class DirectoryMetrics(Collector):
+    """Of what this gateway knows about workers and their blocks."""
+
+    def __init__(self, directory: MemoryDirectory) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterator[Metric]:
+        blocks = self._directory.blocks
+        yield GaugeMetricFamily(
+            "penstock_directory_blocks", "Different KV blocks that routing knows of", value=blocks.num_blocks
+        )
+        yield CounterMetricFamily(
+            "penstock_block_format_mismatches",
+            "Reports of workers that name blocks in another format, which matches nothing",
+            value=self._directory.num_format_mismatches,
+        )
 
 
 def _num_ready(sessions: SessionPool, role: Role) -> int:

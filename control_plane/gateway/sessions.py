@@ -1,4 +1,4 @@
-"""One gRPC session per worker: opened when the worker joins the directory, closed when it leaves.
+"""One gRPC session per worker: opened when the worker joins the directory, closed when it leaves. Stores have none.
 
 A session carries all requests of this gateway on that worker. What the worker says about a request goes to
 the sink it was submitted with, without a task or a queue in between. A session that breaks tells all its
@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from control_plane.directory.member import Incarnation, Member, WorkerId
+from control_plane.directory.member import Incarnation, Member, Role, WorkerId
 from control_plane.directory.memory import Change, ChangeKind
 from control_plane.gateway import wire
 from control_plane.gateway.logs import log_event
@@ -254,7 +254,7 @@ def _why(connection: asyncio.Task[None]) -> str:
 
 
 class SessionPool:
-    """The sessions with all members of a directory, kept in step with it by `on_change`."""
+    """The sessions with all members of a directory that compute, kept in step with it by `on_change`."""
 
     def __init__(self, settings: SessionSettings) -> None:
         self._settings = settings
@@ -265,7 +265,7 @@ class SessionPool:
 
     def on_change(self, change: Change) -> None:
         """A listener for `MemoryDirectory.subscribe`."""
-        if self._is_closed:
+        if self._is_closed or change.member.role is Role.STORE:
             return
         member = change.member
         match change.kind:

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from control_plane.directory.member import Member
+from control_plane.directory.member import Incarnation, Member
 from control_plane.generation import FinishReason, Generation, SamplingOptions, TokenLogprobs, WorkerEvent
 from protos import worker_pb2
 
@@ -114,30 +114,56 @@ def write_abort(request_id: str) -> worker_pb2.SessionRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KvHolder:
+    member: Member
+    num_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """One attempt at a generation, as all its workers get it. `output_token_ids` exist already."""
+    """One attempt at a generation. `output_token_ids` exist already.
+
+    `kv_holders` are for the worker that computes the prompt: the others get it from that one.
+    """
 
     request_id: str
     generation: Generation
     output_token_ids: tuple[int, ...] = ()
     arrival_unix_s: float
+    kv_holders: tuple[KvHolder, ...] = ()
+
+    def without_holder(self, incarnation: Incarnation) -> "Assignment":
+        kept = tuple(holder for holder in self.kv_holders if holder.member.incarnation != incarnation)
+        return replace(self, kv_holders=kept)
 
 
 def write_prefill(assignment: Assignment) -> worker_pb2.SessionRequest:
     submit = _write_submit(assignment)
     submit.purpose = worker_pb2.Submit.PREFILL_ONLY
+    submit.kv_holders.extend(map(_write_holder, assignment.kv_holders))
     return worker_pb2.SessionRequest(submit=submit)
 
 
 def write_generate(assignment: Assignment, *, kv_source: Member | None) -> worker_pb2.SessionRequest:
-    """`kv_source`: the worker that prefills the same assignment."""
+    """`kv_source`: the worker that prefills the same assignment; None: this one computes the prompt itself."""
     submit = _write_submit(assignment)
-    if kv_source is not None:
+    if kv_source is None:
+        submit.kv_holders.extend(map(_write_holder, assignment.kv_holders))
+    else:
         submit.kv_source.worker_id = kv_source.worker_id
         submit.kv_source.epoch = kv_source.epoch
         submit.kv_source.control_address = kv_source.control_address
         submit.kv_source.request_id = assignment.request_id
     return worker_pb2.SessionRequest(submit=submit)
+
+
+def _write_holder(holder: KvHolder) -> worker_pb2.KvHolder:
+    return worker_pb2.KvHolder(
+        worker_id=holder.member.worker_id,
+        epoch=holder.member.epoch,
+        control_address=holder.member.control_address,
+        num_blocks=holder.num_blocks,
+    )
 
 
 def _write_submit(assignment: Assignment) -> worker_pb2.Submit:

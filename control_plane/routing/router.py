@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from control_plane.directory.member import Incarnation, Role
 from control_plane.routing.filters import FILTERS, not_overloaded
+from control_plane.routing.holders import choose_holders
 from control_plane.routing.policy import RoutingPolicy
 from control_plane.routing.scorers import SCORERS
 from control_plane.routing.view import ClusterView, NoPlacement, Placement, RoutingRequest, WorkerView
@@ -13,20 +14,29 @@ def route(request: RoutingRequest, view: ClusterView, policy: RoutingPolicy) -> 
     """Who serves `request`. The same arguments always give the same answer.
 
     The decode worker comes first. It computes the prompt itself when what it has not cached is shorter than
-    the threshold, or when nobody is there to do it.
+    the threshold, or when nobody is there to do it. Cached is what is in any tier of its own: those blocks would
+    have to be loaded or pulled by it in any case. What others hold does not count: a prefill worker can fetch
+    that as well, and compute the rest without disturbing what the decode worker generates.
     """
     decoders = _usable((worker for worker in view.workers if worker.role.can_decode), request, policy)
     if isinstance(decoders, NoPlacement):
         return decoders
     decode = _pick(decoders, request, policy)
-    return Placement(decode=decode.incarnation, prefill=_prefill_for(decode, request, view, policy))
+    prefill = _prefill_for(decode, request, view, policy)
+    computes = prefill or decode.incarnation
+    return Placement(
+        decode=decode.incarnation,
+        prefill=prefill,
+        kv_holders=choose_holders(computes, request, view),
+        num_uncached_tokens=request.num_prompt_tokens - request.num_cached_tokens(computes.worker_id),
+    )
 
 
 def _prefill_for(
     decode: WorkerView, request: RoutingRequest, view: ClusterView, policy: RoutingPolicy
 ) -> Incarnation | None:
-    num_cached = request.num_cached_tokens.get(decode.incarnation.worker_id, 0)
-    if not request.can_hand_over or request.num_prompt_tokens - num_cached < policy.prefill_threshold_tokens:
+    num_uncached = request.num_prompt_tokens - request.num_cached_tokens(decode.incarnation.worker_id)
+    if not request.can_hand_over or num_uncached < policy.prefill_threshold_tokens:
         return None
     candidates = [
         worker

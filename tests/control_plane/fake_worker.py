@@ -12,6 +12,7 @@ import grpc
 
 from control_plane.directory.member import Member
 from control_plane.directory.wire import read_member
+from kvstore.blocks import FORMAT_VERSION
 from protos import worker_pb2
 
 WAIT_S = 10.0
@@ -53,6 +54,7 @@ class FakeWorker:
             epoch=epoch,
             role=role,
             data_address="tcp://127.0.0.1:1",
+            block_format=FORMAT_VERSION,
             model=worker_pb2.ModelDescription(
                 name="fake",
                 fingerprint=fingerprint,

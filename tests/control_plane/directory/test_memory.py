@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from control_plane.directory import memory
-from control_plane.directory.block_index import BlockEvents
+from control_plane.directory.block_events import BlockEvents
 from control_plane.directory.errors import StaleEpoch, UnknownWorker
 from control_plane.directory.member import Incarnation, Member, Model, Role, WorkerId, WorkerLoad
 from control_plane.directory.memory import Change, ChangeKind, MemoryDirectory
@@ -33,7 +33,7 @@ def member(worker_id: str = "w", *, epoch: int = 1) -> Member:
 
 class Scene:
     def __init__(self) -> None:
-        self.directory = MemoryDirectory(ttl_s=2.0, max_blocks_per_worker=10, max_blocks=20)
+        self.directory = MemoryDirectory(ttl_s=2.0, max_blocks=32)
         self.changes: list[Change] = []
         self.directory.subscribe(self.changes.append)
 
@@ -84,10 +84,10 @@ def test_a_heartbeat_of_nobody_is_told_to_register(scene: Scene) -> None:
 
 def test_a_new_epoch_takes_the_place_of_the_old_one(scene: Scene) -> None:
     scene.directory.register(member(epoch=9), now_s=0.0)
-    scene.beat(member(epoch=9), now_s=0.0, blocks=BlockEvents(sequence=1, stored=(KEY,)))
+    scene.beat(member(epoch=9), now_s=0.0, blocks=BlockEvents(sequence=1, stored=KEY))
     scene.directory.register(member(epoch=4), now_s=0.1)
     assert scene.kinds()[-2:] == [("left", "w", 9), ("joined", "w", 4)]
-    assert scene.directory.blocks.num_leading_blocks(WorkerId("w"), (KEY,)) == 0
+    assert scene.directory.blocks.overlaps((KEY,)) == {}
     scene.directory.check()
 
 
@@ -120,10 +120,10 @@ def test_a_worker_that_was_only_frozen_may_come_back(scene: Scene) -> None:
 
 def test_registering_again_is_no_second_join_and_keeps_the_blocks(scene: Scene) -> None:
     scene.directory.register(member(), now_s=0.0)
-    scene.beat(member(), now_s=0.0, blocks=BlockEvents(sequence=1, stored=(KEY,)))
+    scene.beat(member(), now_s=0.0, blocks=BlockEvents(sequence=1, stored=KEY))
     scene.directory.register(member(), now_s=1.0)
     assert scene.kinds()[-1][0] == "updated"
-    assert scene.directory.blocks.num_leading_blocks(WorkerId("w"), (KEY,)) == 1
+    assert WorkerId("w") in scene.directory.blocks.overlaps((KEY,))
 
 
 def test_deregistering_twice_is_no_error(scene: Scene) -> None:
@@ -136,8 +136,8 @@ def test_deregistering_twice_is_no_error(scene: Scene) -> None:
 
 def test_a_gap_in_the_block_events_asks_for_them_again(scene: Scene) -> None:
     scene.directory.register(member(), now_s=0.0)
-    assert scene.beat(member(), now_s=0.0, blocks=BlockEvents(sequence=5, stored=(KEY,))) is True
-    snapshot = BlockEvents(sequence=6, snapshot=True, stored=(KEY,))
+    assert scene.beat(member(), now_s=0.0, blocks=BlockEvents(sequence=5, stored=KEY)) is True
+    snapshot = BlockEvents(sequence=6, snapshot=True, stored=KEY)
     assert scene.beat(member(), now_s=0.1, blocks=snapshot) is False
 
 

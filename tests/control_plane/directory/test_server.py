@@ -132,7 +132,9 @@ async def test_a_heartbeat_that_does_not_fit_is_refused_with_the_reason(
 
 async def test_a_worker_of_no_role_cannot_register(service: Service) -> None:
     description = FakeWorker("w", role=worker_pb2.ROLE_UNSPECIFIED).description
-    with pytest.raises(grpc.aio.AioRpcError, match="role of 'w' must be prefill, decode or mixed") as failure:
+    with pytest.raises(
+        grpc.aio.AioRpcError, match="role of 'w' must be prefill, decode, mixed or store"
+    ) as failure:
         await service.stub.Register(directory_pb2.RegisterRequest(worker=description), timeout=TIMEOUT_S)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 

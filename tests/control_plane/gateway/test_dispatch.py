@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from control_plane.directory.block_index import BlockEvents
+from control_plane.directory.block_events import BlockEvents
 from control_plane.directory.member import WorkerLoad
 from control_plane.errors import (
     GenerationFailed,
@@ -105,7 +105,7 @@ async def test_a_prompt_that_is_cached_where_it_decodes_is_not_handed_over(clust
     prefill = await cluster.start(FakeWorker("p", role=PREFILL))
     generation = make_generation(num_prompt_tokens=LONG, cache_salt="tenant")
     root = root_key(model_fingerprint=warm.description.model.fingerprint, cache_salt="tenant")
-    stored = tuple(chain_keys(root, generation.prompt_token_ids))
+    stored = b"".join(chain_keys(root, generation.prompt_token_ids))
     blocks = BlockEvents(sequence=1, stored=stored)
     load = WorkerLoad(num_pages=1024, num_free_pages=1024)
     cluster.directory.heartbeat(warm.member.incarnation, load=load, blocks=blocks, now_s=0.0)
@@ -121,7 +121,7 @@ async def test_the_last_prompt_token_is_computed_even_if_its_block_is_cached(clu
     prefill = await cluster.start(FakeWorker("p", role=PREFILL))
     generation = make_generation(num_prompt_tokens=64)
     root = root_key(model_fingerprint=worker.description.model.fingerprint)
-    blocks = BlockEvents(sequence=1, stored=tuple(chain_keys(root, generation.prompt_token_ids)))
+    blocks = BlockEvents(sequence=1, stored=b"".join(chain_keys(root, generation.prompt_token_ids)))
     cluster.directory.heartbeat(worker.member.incarnation, load=WorkerLoad(), blocks=blocks, now_s=0.0)
     await collect(cluster.dispatcher(prefill_threshold_tokens=16), generation)
     assert len(prefill.submits) == 1  # the last block counts as 16 tokens to compute

@@ -4,10 +4,12 @@ from dataclasses import replace
 import pytest
 
 from control_plane.directory.member import Incarnation, Role, WorkerId, WorkerLoad
+from control_plane.directory.overlap import Overlap
 from control_plane.routing.policy import RoutingPolicy
 from control_plane.routing.router import route
 from control_plane.routing.scorers import SCORERS
 from control_plane.routing.view import ClusterView, NoPlacement, Placement, RoutingRequest, WorkerView
+from kvstore.blocks import BLOCK_SIZE_TOKENS
 
 POLICY = RoutingPolicy(prefill_threshold_tokens=64, max_waiting=10, weights=dict.fromkeys(SCORERS, 1.0))
 MODEL = b"model-a"
@@ -37,8 +39,11 @@ def name(worker_id: str, *, epoch: int = 1) -> Incarnation:
 def request(
     num_prompt_tokens: int = 1000, *, cached: Mapping[str, int] | None = None, **fields: object
 ) -> RoutingRequest:
-    num_cached = {WorkerId(worker_id): count for worker_id, count in (cached or {}).items()}
-    return RoutingRequest(num_prompt_tokens=num_prompt_tokens, num_cached_tokens=num_cached, **fields)
+    overlaps = {
+        WorkerId(worker_id): Overlap(num_device_blocks=num_tokens // BLOCK_SIZE_TOKENS)
+        for worker_id, num_tokens in (cached or {}).items()
+    }
+    return RoutingRequest(num_prompt_tokens=num_prompt_tokens, **{"overlaps": overlaps, **fields})
 
 
 def place(asked: RoutingRequest, *workers: WorkerView, policy: RoutingPolicy = POLICY) -> Placement:
@@ -47,9 +52,13 @@ def place(asked: RoutingRequest, *workers: WorkerView, policy: RoutingPolicy = P
     return placement
 
 
+def who(placement: Placement) -> tuple[str, str | None]:
+    return placement.decode.worker_id, placement.prefill.worker_id if placement.prefill else None
+
+
 def test_a_long_prompt_is_prefilled_by_a_prefill_worker() -> None:
     placement = place(request(64), worker("d"), worker("p", Role.PREFILL))
-    assert placement == Placement(decode=name("d"), prefill=name("p"))
+    assert placement == Placement(decode=name("d"), prefill=name("p"), num_uncached_tokens=64)
 
 
 def test_a_short_prompt_is_computed_where_it_decodes() -> None:
@@ -68,7 +77,7 @@ def test_a_request_with_output_is_not_handed_over() -> None:
 
 
 def test_without_a_prefill_worker_the_decode_worker_computes_the_prompt() -> None:
-    assert place(request(), worker("d")) == Placement(decode=name("d"))
+    assert who(place(request(), worker("d"))) == ("d", None)
 
 
 def test_a_prefill_worker_that_cannot_serve_is_as_good_as_none() -> None:
@@ -85,7 +94,7 @@ def test_a_prefill_worker_that_cannot_serve_is_as_good_as_none() -> None:
 
 
 def test_a_mixed_worker_serves_alone() -> None:
-    assert place(request(), worker("m", Role.MIXED)) == Placement(decode=name("m"))
+    assert who(place(request(), worker("m", Role.MIXED))) == ("m", None)
 
 
 def test_mixed_workers_do_not_hand_over_to_each_other() -> None:
@@ -95,7 +104,7 @@ def test_mixed_workers_do_not_hand_over_to_each_other() -> None:
 
 def test_a_mixed_worker_prefills_for_a_decode_worker_if_nobody_else_does() -> None:
     busy = worker("m", Role.MIXED, num_free_pages=0)
-    assert place(request(), worker("d"), busy) == Placement(decode=name("d"), prefill=name("m"))
+    assert who(place(request(), worker("d"), busy)) == ("d", "m")
     assert place(request(), worker("d"), busy, worker("p", Role.PREFILL)).prefill == name("p")
 
 
