@@ -97,6 +97,11 @@ class DiskTier:
         """How many blocks from the first key on are held."""
         return self._index.longest_prefix(keys)
 
+    def run(self, keys: Sequence[BlockKey]) -> BlockRun | None:
+        """The leading ones of these consecutive blocks that are held, with their place in the chain."""
+        with self._changing:
+            return self._index.run(keys)
+
     def write(self, run: BlockRun, blocks: Sequence[Block]) -> None:
         """Appends those blocks of the run (block_bytes each) that are not held. Raises DiskFailed: not all of them
         are held now; while the tier pauses after a failure, that comes without touching the disk."""

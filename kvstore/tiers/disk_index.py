@@ -37,6 +37,11 @@ class DiskIndex:
         """How many blocks from the first key on are held. Needs no lock."""
         return next((n for n, key in enumerate(keys) if key not in self._placed), len(keys))
 
+    def run(self, keys: Sequence[BlockKey]) -> BlockRun | None:
+        """The leading ones of these that are held, with their place in the chain."""
+        num_held = self.longest_prefix(keys)
+        return self._residency.run(keys[:num_held]) if num_held else None
+
     def use(self, keys: Sequence[BlockKey], *, now_s: float) -> list[Placed]:
         """Where the longest run of blocks from the first key on lies; they count as used."""
         used = keys[: self.longest_prefix(keys)]
