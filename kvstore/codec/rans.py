@@ -59,7 +59,8 @@ def _make_search(width: int) -> Any:
 def _make_row_decoder(width: int) -> Callable[..., Any]:
     search = _make_search(width)
 
-    @njit("uint64(uint16[::1], uint64, uint16[::1], uint32[::1], uint8[:])", **_OPTIONS)
+    # Neither a signature nor a cache, which closures would miss: compiled and cached as a part of `decode`.
+    @njit(nogil=True, error_model="numpy")
     def decode_row(words: Any, place: Any, bounds: Any, states: Any, out_T: Any) -> Any:
         """Returns where in `words` the next row begins. Unsigned indices, else each is tested for below 0."""
         address = np.uint64(bounds.ctypes.data)
