@@ -64,6 +64,14 @@ def test_rows_share_tables() -> None:
     np.testing.assert_array_equal(tables.frequencies_NS, frequencies)
 
 
+def test_a_stream_may_begin_at_any_byte() -> None:
+    symbols = draw_symbols(num_rows=5, num_tokens=50, scale=2, num_symbols=31)
+    tables = fitted_tables(symbols, num_symbols=31)
+    decoded = np.empty_like(symbols)
+    decode_symbols(memoryview(b"-" + encode_symbols(symbols, tables))[1:], tables, out=decoded)
+    np.testing.assert_array_equal(decoded, symbols)
+
+
 def test_channels_last_is_the_same_stream() -> None:
     rows = draw_symbols(num_rows=12, num_tokens=50, scale=2, num_symbols=31)
     tables = fitted_tables(rows, num_symbols=31)
