@@ -1,34 +1,22 @@
 """Executes step plans: batch, model, sampling. Composed here; decides nothing and remembers no request's progress."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from kvstore.layout import KvLayout
 from workers.engine.batch import BatchBuilder
 from workers.engine.kv_pool import KvPool
 from workers.engine.sampler import Sampler
 from workers.engine.stop_strings import StopStrings
 from workers.model.checkpoint import Checkpoint
-from workers.model.config import ModelConfig, load_config, load_eos_token_ids
+from workers.model.config import load_config
+from workers.model.info import ModelInfo, load_model_info
 from workers.model.transformer import Transformer
 from workers.model.weights import load_weights
 from workers.request import RequestId
 from workers.step import StepPlan, StepResult
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelInfo:
-    """What others must know of the model. Equal fingerprints promise equal KV for equal tokens."""
-
-    fingerprint: bytes
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: frozenset[int]
-    layout: KvLayout
 
 
 class Engine:
@@ -95,13 +83,9 @@ def load_engine(
     """
     torch.set_num_threads(num_threads)
     config = load_config(model_path)
-    length = config.max_positions if max_model_len is None else max_model_len
-    if not 1 <= length <= config.max_positions:
-        raise ValueError(
-            f"max_model_len must be between 1 and the model's {config.max_positions}, got {length}"
-        )
     checkpoint = Checkpoint(model_path)
-    layout = kv_layout(config, dtype=dtype)
+    model = load_model_info(model_path, checkpoint, dtype=dtype, max_model_len=max_model_len)
+    layout = model.layout
     if num_pages is None:
         num_pages = kv_cache_bytes // layout.block_bytes
         if num_pages < 1:
@@ -109,34 +93,13 @@ def load_engine(
                 f"kv_cache_bytes {kv_cache_bytes} is less than one page of {layout.block_bytes} bytes"
             )
     weights = load_weights(checkpoint, config, dtype=getattr(torch, dtype), on_progress=on_progress)
-    model = ModelInfo(
-        fingerprint=_fingerprint(config, checkpoint, dtype=dtype),
-        vocab_size=config.vocab_size,
-        max_model_len=length,
-        eos_token_ids=load_eos_token_ids(model_path),
-        layout=layout,
-    )
     kv_pool = KvPool(layout, num_pages=num_pages)
     return Engine(
         model,
-        transformer=Transformer(config, weights, pages_LP2GBC=kv_pool.pages_LP2GBC, max_model_len=length),
+        transformer=Transformer(
+            config, weights, pages_LP2GBC=kv_pool.pages_LP2GBC, max_model_len=model.max_model_len
+        ),
         kv_pool=kv_pool,
         sampler=Sampler(eos_token_ids=model.eos_token_ids, vocab_size=model.vocab_size),
         stop_strings=StopStrings(model_path / "tokenizer.json"),
     )
-
-
-def kv_layout(config: ModelConfig, *, dtype: str) -> KvLayout:
-    """The KV of a model, computed in `dtype`."""
-    return KvLayout(
-        num_layers=len(config.layers), num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype
-    )
-
-
-def _fingerprint(config: ModelConfig, checkpoint: Checkpoint, *, dtype: str) -> bytes:
-    """32 bytes over all that KV depends on: the meaning of the config, every weight, and the dtype computed in."""
-    digest = hashlib.sha256(b"penstock-model-1")
-    for part in (repr(config).encode(), dtype.encode(), checkpoint.digest()):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.digest()

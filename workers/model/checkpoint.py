@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kvstore.codec.profile import PROFILE_FILE
 from workers.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -55,7 +56,8 @@ class Checkpoint:
 def _weight_files(model_path: Path) -> list[Path]:
     index = model_path / _INDEX
     if not index.exists():
-        files = sorted(model_path.glob("*.safetensors"))
+        # The profile is of the KV that these weights compute; it is none of them.
+        files = sorted(file for file in model_path.glob("*.safetensors") if file.name != PROFILE_FILE)
         if not files:
             raise CheckpointError(
                 f"{model_path} holds no *.safetensors file; other formats are not supported"

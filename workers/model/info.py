@@ -1,0 +1,55 @@
+"""What others must know of a model, found without loading its weights."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.layout import KvLayout
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig, load_config, load_eos_token_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """Equal fingerprints promise equal KV for equal tokens."""
+
+    fingerprint: bytes
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    layout: KvLayout
+
+
+def load_model_info(
+    model_path: Path, checkpoint: Checkpoint, *, dtype: str, max_model_len: int | None
+) -> ModelInfo:
+    """Reads the config and hashes the weights. Raises `CheckpointError`, or `ValueError` for the length."""
+    config = load_config(model_path)
+    length = config.max_positions if max_model_len is None else max_model_len
+    if not 1 <= length <= config.max_positions:
+        raise ValueError(
+            f"max_model_len must be between 1 and the model's {config.max_positions}, got {length}"
+        )
+    return ModelInfo(
+        fingerprint=_fingerprint(config, checkpoint, dtype=dtype),
+        vocab_size=config.vocab_size,
+        max_model_len=length,
+        eos_token_ids=load_eos_token_ids(model_path),
+        layout=kv_layout(config, dtype=dtype),
+    )
+
+
+def kv_layout(config: ModelConfig, *, dtype: str) -> KvLayout:
+    """The KV of a model, computed in `dtype`."""
+    return KvLayout(
+        num_layers=len(config.layers), num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype
+    )
+
+
+def _fingerprint(config: ModelConfig, checkpoint: Checkpoint, *, dtype: str) -> bytes:
+    """32 bytes over all that KV depends on: the meaning of the config, every weight, and the dtype computed in."""
+    digest = hashlib.sha256(b"penstock-model-1")
+    for part in (repr(config).encode(), dtype.encode(), checkpoint.digest()):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
