@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 _SOURCE_HOST, _PULLER_HOST, _NETWORK_BITS = "10.213.17.1", "10.213.17.2", 30
+_DEVICE = "kv"
 _RELAY_HOST = "127.0.0.2"
 _BUCKET_S = 0.001  # of sending at once; a smaller bucket cannot keep up with the timer's ticks
 _LEAST_BUCKET_BYTES = 32 * 1024
@@ -64,7 +65,7 @@ class NamespaceLink:
         bucket_bytes = max(_LEAST_BUCKET_BYTES, int(mbit_s * 1e6 / 8 * _BUCKET_S))
         for namespace in self.namespaces:
             _run(
-                "tc", "-n", namespace, "qdisc", "replace", "dev", "link", "root", "tbf",
+                "tc", "-n", namespace, "qdisc", "replace", "dev", _DEVICE, "root", "tbf",
                 "rate", f"{mbit_s:g}mbit", "burst", str(bucket_bytes), "latency", f"{_QUEUE_MS}ms",
             )  # fmt: skip
 
@@ -89,12 +90,11 @@ def _namespaces() -> Iterator[NamespaceLink]:
         for name in (source, puller):
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
-        _run(
-            "ip", "-n", source, "link", "add", "link", "type", "veth", "peer", "name", "link", "netns", puller
-        )
+        ends = ("name", _DEVICE, "type", "veth", "peer", "name", _DEVICE, "netns", puller)
+        _run("ip", "-n", source, "link", "add", *ends)
         for name, host in ((source, _SOURCE_HOST), (puller, _PULLER_HOST)):
-            _run("ip", "-n", name, "addr", "add", f"{host}/{_NETWORK_BITS}", "dev", "link")
-            _run("ip", "-n", name, "link", "set", "link", "up")
+            _run("ip", "-n", name, "addr", "add", f"{host}/{_NETWORK_BITS}", "dev", _DEVICE)
+            _run("ip", "-n", name, "link", "set", _DEVICE, "up")
         in_namespace = ("ip", "netns", "exec")
         yield NamespaceLink(
             namespaces=(source, puller),
