@@ -1,7 +1,7 @@
 """Talks to a worker directly, past the gateway: what remains is what the gateway adds."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -50,13 +50,19 @@ class DirectSession:
         await self._stream.write(worker_pb2.SessionRequest(hello=hello))
         await self._stream.read()
 
-    async def time_to_first_token(self, prompt: list[int], *, request_id: str) -> float:
+    async def time_to_first_token(
+        self, prompt: list[int], *, request_id: str, kv_holders: Sequence[worker_pb2.KvHolder] = ()
+    ) -> float:
         """Seconds from the submission of a one-token request to its token."""
         sampling = worker_pb2.SamplingParams(
             max_tokens=1, ignore_eos=True, top_p=1.0, repetition_penalty=1.0, temperature=0.0
         )
         submit = worker_pb2.Submit(
-            request_id=request_id, prompt_token_ids=prompt, sampling=sampling, arrival_unix_s=time.time()
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            arrival_unix_s=time.time(),
+            kv_holders=kv_holders,
         )
         started_s = time.perf_counter()
         await self._stream.write(worker_pb2.SessionRequest(submit=submit))
