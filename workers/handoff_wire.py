@@ -31,6 +31,7 @@ def encode_handoff(handoff: Handoff) -> bytes:
         finish_reason=FINISH_TO_WIRE[handoff.finish_reason],
         stop_string=handoff.stop_string or "",
         num_cached_tokens=handoff.num_cached_tokens,
+        num_exact_tokens=handoff.num_exact_tokens,
         timeline=stamps_to_wire(handoff.timeline),
     )
     return state.SerializeToString()
@@ -57,6 +58,7 @@ def decode_handoff(data: bytes) -> Handoff:
         finish_reason=_FINISH_FROM_WIRE[state.finish_reason],
         stop_string=state.stop_string or None,
         num_cached_tokens=state.num_cached_tokens,
+        num_exact_tokens=state.num_exact_tokens if state.HasField("num_exact_tokens") else None,
         timeline=tuple(Stamp(event.name, event.unix_s) for event in state.timeline),
     )
 

@@ -193,14 +193,9 @@ class RequestLoop:
         self._settled.set()
 
     async def _step(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> None:
-        began_s = time.time()
-        if plan.pulls:
-            # Their pages are disjoint from those of the rows, so they may be recorded ahead of them.
-            nothing = StepResult(sampled={})
-            self._state.apply(StepPlan(pulls=plan.pulls), nothing, began_s=began_s, now_s=began_s)
-            for pull in plan.pulls:
-                self._start_pull(pull)
-            plan = replace(plan, pulls=())
+        self._state.begin(plan, now_s=time.time())
+        for pull in plan.pulls:
+            self._start_pull(pull)
         self._step_number += 1
         started_s = time.monotonic()
         try:
@@ -210,8 +205,7 @@ class RequestLoop:
             self._fail_rows(plan, error)
             return
         self._num_failed_steps = 0
-        now_s = time.time()
-        outputs = self._state.apply(plan, result, began_s=began_s, now_s=now_s)
+        outputs = self._state.apply(plan, result, now_s=time.time())
         self._metrics.step_done(plan, step_s=time.monotonic() - started_s)
         for progress in self._state.export_progress():
             self._exports.progress(progress)
@@ -232,10 +226,10 @@ class RequestLoop:
         return await loop.run_in_executor(engine_thread, execute)
 
     def _fail_rows(self, plan: StepPlan, error: Exception) -> None:
-        """The rows of the plan are where they were; they end here. What they may have overwritten is forgotten."""
+        """The rows of the plan are where they were; they end here."""
         self._num_failed_steps += 1
         self._metrics.step_failed()
-        self._state.step_failed(plan, now_s=time.time())
+        self._state.step_failed(plan)
         failure = EngineFailed(f"step {self._step_number} failed: {type(error).__name__}: {error}")
         for row in plan.rows:
             self._end(row.request.request_id, failure=failure)

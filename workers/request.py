@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
-from kvstore.blocks import BlockKey
+from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
 from workers.errors import WorkerError
 from workers.timeline import Stamp, Timeline
 
@@ -117,6 +117,16 @@ class KvHolder:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
+class LoadRegion:
+    """Blocks [first_block, end_block) of a request, which are loaded and not computed; see workers.loads."""
+
+    first_block: int  # computing stops here
+    end_block: int
+    placed_block: int  # blocks from here on are in the request's pages
+    first_lossy_block: int  # of these; end_block if they are exact
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
 class Request:
     """A request on this worker. `num_computed_tokens` chases `num_tokens`; there is no other notion of phase.
 
@@ -135,7 +145,12 @@ class Request:
     kv_holders: tuple[KvHolder, ...] = ()  # hints, best first
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0  # what will be computed when the step that executes has ended
     num_cached_tokens: int = 0
+    num_exact_tokens: int | None = (
+        None  # KV from here on may differ from what the model computes; None: all is exact
+    )
+    loads: list[LoadRegion] = field(default_factory=list)  # in token order
     page_ids: tuple[PageId, ...] = ()
     status: Status = Status.WAITING
     block_keys: list[BlockKey] = field(default_factory=list)  # of the full blocks of known tokens, in order
@@ -148,6 +163,22 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def computable_tokens(self, num_computed_tokens: int) -> int:
+        """How far the request may be computed from `num_computed_tokens` on: to its end or to the next load."""
+        for region in self.loads:
+            if region.end_block * BLOCK_SIZE_TOKENS > num_computed_tokens:
+                return max(region.first_block * BLOCK_SIZE_TOKENS, num_computed_tokens)
+        return self.num_tokens
+
+    def is_exact_to(self, num_tokens: int) -> bool:
+        """Whether the KV of the first `num_tokens` tokens is exactly what the model computes."""
+        return self.num_exact_tokens is None or num_tokens <= self.num_exact_tokens
+
+    def lose_exactness(self, num_exact_tokens: int) -> None:
+        """From `num_exact_tokens` on, if not from earlier, the KV is not exactly what the model computes."""
+        if self.is_exact_to(num_exact_tokens + 1):
+            self.num_exact_tokens = num_exact_tokens
 
     def token_range(self, start: int, stop: int) -> list[int]:
         """Tokens start..stop-1 of prompt and output together."""
@@ -176,6 +207,7 @@ class Handoff:
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
     num_cached_tokens: int = 0
+    num_exact_tokens: int | None = None  # as in Request
     timeline: tuple[Stamp, ...] = ()  # so far
 
 

@@ -13,6 +13,8 @@ urgent ones does keep others waiting. Pages are handed out by rank, and these ru
 - A decode that lacks a page takes those of the lowest-ranked running request below it, which waits again and
   is recomputed. If there is none it keeps its pages and sits out the step: the highest-ranked one always goes
   on, unless pulls and held requests own what it needs, and those end without us.
+- A request that loads blocks is computed up to them and then has no row until they are in its pages; whoever loads
+  them gives up in the end.
 - Requests computed for another worker are never preempted: it may be reading their pages.
 - Beside running requests, an admission leaves one free page for each of them, or it would soon be preempted
   again.
@@ -105,9 +107,10 @@ class _Draft:
         for request in self._view.running:
             if self._budget_tokens == 0:
                 return
-            num_left = request.num_tokens - request.num_computed_tokens
-            if num_left > 1 and request.request_id not in self.preempted:
-                self._add_row(request, request.num_computed_tokens, request.page_ids)
+            num_computed = request.num_computed_tokens
+            is_prompt = request.num_tokens - num_computed > 1 and request.request_id not in self.preempted
+            if is_prompt and request.computable_tokens(num_computed) > num_computed:
+                self._add_row(request, num_computed, request.page_ids)
 
     def admit(self) -> None:
         limits, view = self._limits, self._view
@@ -118,7 +121,8 @@ class _Draft:
                 return
             pulls = request.kv_source is not None
             # These two lack a turn, not pages: others may overtake them without taking what they wait for.
-            if (num_pulling >= limits.max_num_pulls) if pulls else (self._budget_tokens == 0):
+            lacks_budget = self._budget_tokens == 0 and not request.loads
+            if (num_pulling >= limits.max_num_pulls) if pulls else lacks_budget:
                 continue
             if not self._admit_one(request):
                 return
@@ -137,9 +141,11 @@ class _Draft:
         if request.kv_source is not None:
             self.pulls.append(Pull(request=request, page_ids=page_ids, first_block=len(cached)))
         else:
-            admission = Admission(request_id=request.request_id, cached_page_ids=tuple(cached))
+            admission = Admission(request_id=request.request_id, page_ids=page_ids, first_block=len(cached))
             self.admissions.append(admission)
-            self._add_row(request, admission.num_cached_tokens, page_ids)
+            num_computed = admission.num_cached_tokens
+            if self._budget_tokens and request.computable_tokens(num_computed) > num_computed:
+                self._add_row(request, num_computed, page_ids)
         return True
 
     def _preempt_below(self, rank: int) -> None:
@@ -152,7 +158,7 @@ class _Draft:
                     return
 
     def _add_row(self, request: Request, num_computed_tokens: int, page_ids: tuple[PageId, ...]) -> None:
-        num_left = request.num_tokens - num_computed_tokens
+        num_left = request.computable_tokens(num_computed_tokens) - num_computed_tokens
         num_new_tokens = min(num_left, self._budget_tokens)
         self._budget_tokens -= num_new_tokens
         self.rows.append(
@@ -161,7 +167,7 @@ class _Draft:
                 num_computed_tokens=num_computed_tokens,
                 num_new_tokens=num_new_tokens,
                 page_ids=page_ids,
-                samples=num_new_tokens == num_left,
+                samples=num_computed_tokens + num_new_tokens == request.num_tokens,
             )
         )
 

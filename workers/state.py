@@ -1,13 +1,14 @@
-"""All requests of a worker and the pages they own: the only place where either changes, and only between
-steps.
+"""All requests of a worker and the pages they own: the only place where either changes.
 
     waiting ──plan──▶ running ──▶ finished           plan = schedule(state.view(), limits)
-       │  ▲              │  └───▶ held ─▶ finished   result = engine.execute(plan)
-       │  └──preempted───┘  (PREFILL_ONLY)           outputs = state.apply(plan, result, ...)
-       └──plan──▶ pulling ──ended──▶ running
+       │  ▲              │  └───▶ held ─▶ finished   state.begin(plan, ...)
+       │  └──preempted───┘  (PREFILL_ONLY)           result = engine.execute(plan)
+       └──plan──▶ pulling ──ended──▶ running         outputs = state.apply(plan, result, ...)
 
-Pure: no clock, no I/O. The caller passes the time (seconds since the Unix epoch) and never calls while a step
-executes.
+`begin` gives all pages of the plan to its requests, so that the books are right while the step executes. Meanwhile
+pages may be pinned and loads be claimed; requests come, go and jump over what was loaded between steps only.
+
+Pure: no clock, no I/O. The caller passes the time (seconds since the Unix epoch).
 """
 
 from bisect import bisect_left, insort
@@ -17,19 +18,23 @@ from dataclasses import dataclass
 from itertools import chain
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey, chain_keys, child_key, root_key
-from workers import timeline
+from kvstore.placement import stretches
+from kvstore.tiers.tier import BlockRun
+from workers import loads, timeline
 from workers.errors import InvalidRequest, QueueFull
-from workers.pages import PagePool, num_pages_for
+from workers.invariants import prove_request
+from workers.outputs import end_output, finish_reason, logprobs_of, new_tokens_output
+from workers.pages import CachedBlock, PagePool
 from workers.request import (
     FinishReason,
     Handoff,
+    LoadRegion,
     PageId,
     Purpose,
     Request,
     RequestId,
     RequestOutput,
     Status,
-    TokenLogprobs,
 )
 from workers.scheduler import SchedulerView
 from workers.step import SampledToken, ScheduledRequest, StepPlan, StepResult
@@ -83,6 +88,14 @@ class ExportProgress:
     handoff: Handoff | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputedRun:
+    """Full blocks that became cached because they were computed here, or pulled, exactly; and their pages."""
+
+    run: BlockRun
+    page_ids: tuple[PageId, ...]
+
+
 class EngineState:
     """See the module. Methods that end a request return its last output."""
 
@@ -94,6 +107,7 @@ class EngineState:
         self._running: list[Request] = []  # by rank
         self._pulling: dict[RequestId, Request] = {}
         self._handoffs: dict[RequestId, Handoff] = {}  # of held requests
+        self._computed_runs: list[ComputedRun] = []
 
     @property
     def max_request_tokens(self) -> int:
@@ -139,7 +153,7 @@ class EngineState:
             return None
         if request.status is Status.PULLING:
             request.status = Status.DOOMED
-            return _ended(request, FinishReason.ABORT, now_s=now_s)
+            return end_output(request, FinishReason.ABORT, now_s=now_s)
         return self._finish(request, FinishReason.ABORT, now_s=now_s)
 
     def release(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
@@ -166,9 +180,11 @@ class EngineState:
         request.timeline.take_over(handoff.timeline)
         request.timeline.stamp(timeline.PULL_DONE, now_s)
         request.num_cached_tokens = max(request.num_cached_tokens, handoff.num_cached_tokens)
+        if handoff.num_exact_tokens is not None:
+            request.lose_exactness(handoff.num_exact_tokens)
         self._run_pulled(request)
-        self._cache_computed_blocks(request, handoff.num_computed_tokens)
-        return self._append(request, tokens, now_s=now_s, finish_reason=handoff.finish_reason)
+        self._compute(request, handoff.num_computed_tokens)
+        return self._append(request, tokens, now_s=now_s, reason=handoff.finish_reason)
 
     def pull_failed(self, request_id: RequestId, *, now_s: float) -> None:
         """The pull has ended and writes no more: the prompt is computed here, in the reserved pages."""
@@ -181,32 +197,114 @@ class EngineState:
 
     # A step.
 
-    def apply(
-        self, plan: StepPlan, result: StepResult, *, began_s: float, now_s: float
-    ) -> tuple[RequestOutput, ...]:
-        """Records what a step from `began_s` to `now_s` did. The plan is `schedule(self.view(), ...)` of this state."""
+    def begin(self, plan: StepPlan, *, now_s: float) -> None:
+        """The step begins. The plan is `schedule(self.view(), ...)` of this state; its pages are its requests' now."""
         for request_id in plan.preempted:
-            self._preempt(self._requests[request_id], now_s=began_s)
+            self._preempt(self._requests[request_id], now_s=now_s)
         for admission in plan.admissions:
-            self._admit(
-                self._requests[admission.request_id], admission.cached_page_ids, Status.RUNNING, now_s=began_s
-            )
+            request = self._requests[admission.request_id]
+            self._admit(request, admission.page_ids, admission.first_block, now_s=now_s)
+            request.status = Status.RUNNING
+            insort(self._running, request, key=_rank)
         for pull in plan.pulls:
-            cached = pull.page_ids[: pull.first_block]
-            self._admit(pull.request, cached, Status.PULLING, now_s=began_s)
-            self._extend_pages(pull.request, pull.page_ids)
+            self._admit(pull.request, pull.page_ids, pull.first_block, now_s=now_s)
+            pull.request.timeline.stamp(timeline.PULL_STARTED, now_s)
+            pull.request.status = Status.PULLING
+            self._pulling[pull.request.request_id] = pull.request
+        for row in plan.rows:
+            self._pages.take(row.page_ids[len(row.request.page_ids) :])
+            row.request.page_ids = row.page_ids
+            row.request.num_scheduled_tokens = row.num_computed_tokens + row.num_new_tokens
+
+    def apply(self, plan: StepPlan, result: StepResult, *, now_s: float) -> tuple[RequestOutput, ...]:
+        """Records what the rows of a step that began have computed by `now_s`."""
         outputs = (self._apply_row(row, result, now_s=now_s) for row in plan.rows)
         return tuple(output for output in outputs if output is not None)
 
-    def step_failed(self, plan: StepPlan, *, now_s: float) -> None:
-        """Instead of `apply`, if the step broke off: nobody goes on from what it may have overwritten.
-
-        Its requests are where they were; the caller decides whether they end. Pulls of the plan are not recorded.
-        """
-        for request_id in plan.preempted:
-            self._preempt(self._requests[request_id], now_s=now_s)
+    def step_failed(self, plan: StepPlan) -> None:
+        """Instead of `apply`, if the step broke off: its rows are where they were. Whether they end is the caller's."""
         for row in plan.rows:
-            self._pages.spoil(row.page_ids[row.num_computed_tokens // BLOCK_SIZE_TOKENS :])
+            row.request.num_scheduled_tokens = row.request.num_computed_tokens
+
+    # Loads, see workers.loads. The first two of these are safe while a step executes.
+
+    def open_load(
+        self, request_id: RequestId, *, first_block: int, end_block: int, now_s: float
+    ) -> LoadRegion | None:
+        """Claims blocks of a request to be loaded; None if none of them can be, or the request is not here."""
+        request = self._requests.get(request_id)
+        if request is None or request.status not in (Status.WAITING, Status.RUNNING):
+            return None
+        if request.kv_source is not None:
+            return None  # its prompt comes as a whole
+        region = loads.open_region(request, first_block=first_block, end_block=end_block)
+        if region is not None:
+            request.timeline.stamp_once(timeline.LOAD_STARTED, now_s)
+        return region
+
+    def move_load(self, request_id: RequestId, region: LoadRegion, first_block: int) -> None:
+        """What is to be loaded begins there, as near as may be; at `end_block`: nothing more is."""
+        request = self._loading(request_id, region)
+        if request is not None:
+            loads.move_region(request, region, first_block)
+
+    def place(
+        self, request_id: RequestId, region: LoadRegion, first_block: int, *, is_exact: bool, now_s: float
+    ) -> None:
+        """Blocks from `first_block` up to those placed before are in the pages: the request goes on from the last."""
+        request = self._loading(request_id, region)
+        if request is not None and request.status is Status.RUNNING:
+            loads.place_blocks(region, first_block, is_exact=is_exact)
+            self._jump(request, now_s=now_s)
+
+    def load_failed(self, request_id: RequestId, region: LoadRegion, *, now_s: float) -> None:
+        """No more blocks come: what is not in pages is computed."""
+        request = self._loading(request_id, region)
+        if request is not None and region.first_block < region.placed_block:
+            request.timeline.stamp(timeline.LOAD_FAILED, now_s)
+            loads.move_region(request, region, region.placed_block)
+
+    def pages_to_fill(
+        self, request_id: RequestId, region: LoadRegion, first_block: int
+    ) -> tuple[PageId, ...]:
+        """Of the blocks from `first_block` up to those placed already, as far as they are still to be loaded."""
+        request = self._loading(request_id, region)
+        if request is None or request.status is not Status.RUNNING:
+            return ()
+        return request.page_ids[max(first_block, region.first_block) : region.placed_block]
+
+    def stalled(self) -> tuple[Request, ...]:
+        """Running requests that can go on only once blocks have come."""
+        return tuple(
+            r
+            for r in self._running
+            if r.loads and r.computable_tokens(r.num_computed_tokens) == r.num_computed_tokens
+        )
+
+    # Pages that others copy; safe while a step executes.
+
+    def pin_pages(self, page_ids: Sequence[PageId]) -> None:
+        self._pages.pin(page_ids)
+
+    def unpin_pages(self, page_ids: Sequence[PageId]) -> None:
+        self._pages.unpin(page_ids)
+
+    @property
+    def num_pinned_pages(self) -> int:
+        return self._pages.num_pinned
+
+    def num_cached_blocks(self, keys: Sequence[BlockKey]) -> int:
+        """Of these blocks, from the first on, so many are in pages."""
+        return len(self._pages.longest_cached_prefix(keys, len(keys)))
+
+    def drop(self, root: BlockKey | None) -> int:
+        """Forgets cached blocks that nobody uses, of one root or all, and says how many."""
+        return self._pages.drop(root)
+
+    def take_computed_runs(self) -> tuple[ComputedRun, ...]:
+        """Those since the last call; their pages hold them until the next step begins."""
+        runs, self._computed_runs = tuple(self._computed_runs), []
+        return runs
 
     def export_progress(self) -> tuple[ExportProgress, ...]:
         """Of every PREFILL_ONLY request that owns pages."""
@@ -250,7 +348,7 @@ class EngineState:
         for request in self._requests.values():
             by_status[request.status].add(request.request_id)
             users.update(request.page_ids)
-            _prove(request)
+            prove_request(request)
         self._pages.check(users)
         assert by_status[Status.WAITING] == {r.request_id for r in self._waiting}
         assert by_status[Status.RUNNING] == {r.request_id for r in self._running}
@@ -264,25 +362,29 @@ class EngineState:
     def _root_key(self, request: Request) -> BlockKey:
         return root_key(model_fingerprint=self._limits.model_fingerprint, cache_salt=request.cache_salt)
 
-    def _admit(self, request: Request, cached: tuple[PageId, ...], status: Status, *, now_s: float) -> None:
+    def _admit(
+        self, request: Request, page_ids: tuple[PageId, ...], num_cached: int, *, now_s: float
+    ) -> None:
         _remove(self._waiting, request)
+        cached = page_ids[:num_cached]
         self._pages.share(cached)
-        request.page_ids = cached
-        request.num_computed_tokens = len(cached) * BLOCK_SIZE_TOKENS
-        request.status = status
+        self._pages.take(page_ids[num_cached:])
+        request.page_ids = page_ids
+        request.num_computed_tokens = request.num_scheduled_tokens = num_cached * BLOCK_SIZE_TOKENS
+        num_exact = self._pages.num_exact(cached)
+        if num_exact < num_cached:
+            request.lose_exactness(num_exact * BLOCK_SIZE_TOKENS)
+        loads.begin_after(request, num_cached)
         if request.timeline.stamp_once(timeline.SCHEDULED, now_s):
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-        if status is Status.PULLING:
-            request.timeline.stamp(timeline.PULL_STARTED, now_s)
-            self._pulling[request.request_id] = request
-        else:
-            insort(self._running, request, key=_rank)
 
     def _preempt(self, request: Request, *, now_s: float) -> None:
         _remove(self._running, request)
         self._pages.release(request.page_ids)
         request.page_ids = ()
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_scheduled_tokens = 0
+        request.num_exact_tokens = None
+        request.loads.clear()
         request.status = Status.WAITING
         request.timeline.stamp(timeline.PREEMPTED, now_s)
         insort(self._waiting, request, key=_rank)
@@ -293,32 +395,66 @@ class EngineState:
         request.status = Status.RUNNING
         insort(self._running, request, key=_rank)
 
-    def _extend_pages(self, request: Request, page_ids: tuple[PageId, ...]) -> None:
-        self._pages.take(page_ids[len(request.page_ids) :])
-        request.page_ids = page_ids
-
     def _apply_row(self, row: ScheduledRequest, result: StepResult, *, now_s: float) -> RequestOutput | None:
         request = row.request
-        if len(row.page_ids) > len(request.page_ids):
-            self._extend_pages(request, row.page_ids)
-        self._cache_computed_blocks(request, row.num_computed_tokens + row.num_new_tokens)
+        self._compute(request, row.num_computed_tokens + row.num_new_tokens)
         if not request.output_token_ids:
             request.timeline.stamp_once(timeline.FIRST_CHUNK, now_s)
-        if not row.samples:
-            return None
-        return self._append(request, (result.sampled[request.request_id],), now_s=now_s)
+        if row.samples:
+            return self._append(request, (result.sampled[request.request_id],), now_s=now_s)
+        self._jump(request, now_s=now_s)
+        return None
 
-    def _cache_computed_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Advances the request; blocks that became full of computed tokens can be shared from now on."""
-        keys = request.block_keys
+    def _compute(self, request: Request, num_computed_tokens: int) -> None:
+        """Advances the request over tokens that were computed, or pulled, since."""
+        first_block = request.num_computed_tokens // BLOCK_SIZE_TOKENS
+        new = self._cache_blocks(request, num_computed_tokens)
+        for start, stop in stretches(new):
+            self._computed_runs.append(self._run_of(request, first_block + start, first_block + stop))
+
+    def _jump(self, request: Request, *, now_s: float) -> None:
+        """Goes on behind the blocks that were loaded, if the request has come to them."""
+        while (region := loads.arrived_region(request)) is not None:
+            request.loads.remove(region)
+            if region.first_lossy_block < region.end_block:
+                request.lose_exactness(region.first_lossy_block * BLOCK_SIZE_TOKENS)
+            num_loaded = (region.end_block - region.first_block) * BLOCK_SIZE_TOKENS
+            self._cache_blocks(request, region.end_block * BLOCK_SIZE_TOKENS)
+            if request.timeline.first_s(timeline.PREEMPTED) is None:
+                num_cached = request.num_cached_tokens + num_loaded
+                request.num_cached_tokens = min(num_cached, request.num_prompt_tokens)
+            if not request.loads:
+                request.timeline.stamp(timeline.LOAD_DONE, now_s)
+
+    def _cache_blocks(self, request: Request, num_computed_tokens: int) -> list[bool]:
+        """Blocks that became full can be shared from now on; says which of them are new here, and exact."""
+        keys, root, new = request.block_keys, self._root_key(request), []
         first_block = request.num_computed_tokens // BLOCK_SIZE_TOKENS
         for block in range(first_block, num_computed_tokens // BLOCK_SIZE_TOKENS):
+            start, stop = block * BLOCK_SIZE_TOKENS, (block + 1) * BLOCK_SIZE_TOKENS
             if block == len(keys):
-                parent = keys[-1] if keys else self._root_key(request)
-                start = block * BLOCK_SIZE_TOKENS
-                keys.append(child_key(parent, request.token_range(start, start + BLOCK_SIZE_TOKENS)))
-            self._pages.cache(request.page_ids[block], keys[block])
+                keys.append(child_key(keys[-1] if keys else root, request.token_range(start, stop)))
+            is_exact = request.is_exact_to(stop)
+            cached = CachedBlock(keys[block], root, is_exact)
+            new.append(self._pages.cache(request.page_ids[block], cached) and is_exact)
         request.num_computed_tokens = num_computed_tokens
+        request.num_scheduled_tokens = num_computed_tokens
+        return new
+
+    def _run_of(self, request: Request, first_block: int, end_block: int) -> ComputedRun:
+        root, keys = self._root_key(request), request.block_keys
+        run = BlockRun(
+            root=root,
+            parent=keys[first_block - 1] if first_block else root,
+            first_position=first_block,
+            keys=tuple(keys[first_block:end_block]),
+        )
+        return ComputedRun(run=run, page_ids=request.page_ids[first_block:end_block])
+
+    def _loading(self, request_id: RequestId, region: LoadRegion) -> Request | None:
+        """The request, if it is here and still loads this region."""
+        request = self._requests.get(request_id)
+        return request if request is not None and region in request.loads else None
 
     def _append(
         self,
@@ -326,69 +462,45 @@ class EngineState:
         tokens: Sequence[SampledToken],
         *,
         now_s: float,
-        finish_reason: FinishReason | None = None,
+        reason: FinishReason | None = None,
     ) -> RequestOutput | None:
         """New tokens at the end of the output, and perhaps the end of the request. None: the puller tells them."""
-        first_token_number = len(request.output_token_ids)
         request.output_token_ids.extend(token.token_id for token in tokens)
         request.timeline.stamp_once(timeline.PREFILL_DONE, now_s)
         is_first = request.timeline.stamp_once(timeline.FIRST_TOKEN, now_s)
-        finish_reason = finish_reason or self._finish_reason(request, tokens[-1])
-        logprobs = tuple(token.logprobs for token in tokens if token.logprobs is not None)
+        reason = reason or finish_reason(
+            request,
+            tokens[-1],
+            eos_token_ids=self._limits.eos_token_ids,
+            max_tokens=self.max_request_tokens,
+        )
         if request.purpose is Purpose.PREFILL_ONLY:
-            self._hold(request, logprobs, finish_reason, tokens[-1].stop_string)
-            if finish_reason is FinishReason.STOP:
+            self._hold(request, tokens, reason)
+            if reason is FinishReason.STOP:
                 return None  # a token that ends the text is none of it; without the end nobody could know
-            finish_reason = None
-        elif finish_reason is not None:
+            reason = None
+        elif reason is not None:
             request.timeline.stamp(timeline.FINISHED, now_s)
             self._drop(request)
-        return RequestOutput(
-            request_id=request.request_id,
-            session_id=request.session_id,
-            first_token_number=first_token_number,
-            token_ids=tuple(token.token_id for token in tokens),
-            logprobs=logprobs,
-            finish_reason=finish_reason,
-            stop_string=None if finish_reason is None else tokens[-1].stop_string,
-            num_cached_tokens=request.num_cached_tokens,
-            timeline=tuple(request.timeline.stamps) if is_first or finish_reason is not None else (),
-        )
+        return new_tokens_output(request, tokens, is_first=is_first, reason=reason)
 
-    def _finish_reason(self, request: Request, last: SampledToken) -> FinishReason | None:
-        sampling, num_output_tokens = request.sampling, len(request.output_token_ids)
-        if num_output_tokens > sampling.min_tokens and (
-            last.stop_string is not None
-            or last.token_id in sampling.stop_token_ids
-            or (last.token_id in self._limits.eos_token_ids and not sampling.ignore_eos)
-        ):
-            return FinishReason.STOP
-        if num_output_tokens >= sampling.max_tokens or request.num_tokens >= self.max_request_tokens:
-            return FinishReason.LENGTH
-        return None
-
-    def _hold(
-        self,
-        request: Request,
-        logprobs: tuple[TokenLogprobs, ...],
-        finish_reason: FinishReason | None,
-        stop_string: str | None,
-    ) -> None:
+    def _hold(self, request: Request, tokens: Sequence[SampledToken], reason: FinishReason | None) -> None:
         _remove(self._running, request)
         request.status = Status.HELD
         self._handoffs[request.request_id] = Handoff(
             num_computed_tokens=request.num_computed_tokens,
             output_token_ids=tuple(request.output_token_ids),
-            logprobs=logprobs,
-            finish_reason=finish_reason,
-            stop_string=stop_string,
+            logprobs=logprobs_of(tokens),
+            finish_reason=reason,
+            stop_string=tokens[-1].stop_string,
             num_cached_tokens=request.num_cached_tokens,
+            num_exact_tokens=request.num_exact_tokens,
             timeline=tuple(request.timeline.stamps),
         )
 
-    def _finish(self, request: Request, finish_reason: FinishReason, *, now_s: float) -> RequestOutput:
+    def _finish(self, request: Request, reason: FinishReason, *, now_s: float) -> RequestOutput:
         self._drop(request)
-        return _ended(request, finish_reason, now_s=now_s)
+        return end_output(request, reason, now_s=now_s)
 
     def _drop(self, request: Request) -> None:
         """Forgets a request in any status. Its full blocks stay cached."""
@@ -404,6 +516,7 @@ class EngineState:
         del self._requests[request.request_id]
         self._pages.release(request.page_ids)
         request.page_ids = ()
+        request.loads.clear()
 
 
 def _rank(request: Request) -> tuple[int, float, str]:
@@ -413,7 +526,7 @@ def _rank(request: Request) -> tuple[int, float, str]:
 
 
 def _num_prompt_tokens_left(request: Request) -> int:
-    num_left = request.num_tokens - request.num_computed_tokens
+    num_left = request.num_tokens - request.num_computed_tokens - loads.num_loaded_tokens(request)
     return num_left if num_left > 1 else 0  # one token is a decode
 
 
@@ -421,34 +534,3 @@ def _remove(ranked: list[Request], request: Request) -> None:
     position = bisect_left(ranked, _rank(request), key=_rank)
     assert ranked[position] is request, f"request {request.request_id!r} is not where its rank says"
     del ranked[position]
-
-
-def _ended(request: Request, finish_reason: FinishReason, *, now_s: float) -> RequestOutput:
-    request.timeline.stamp(timeline.FINISHED, now_s)
-    return RequestOutput(
-        request_id=request.request_id,
-        session_id=request.session_id,
-        first_token_number=len(request.output_token_ids),
-        finish_reason=finish_reason,
-        num_cached_tokens=request.num_cached_tokens,
-        timeline=tuple(request.timeline.stamps),
-    )
-
-
-def _prove(request: Request) -> None:
-    num_pages, num_computed = len(request.page_ids), request.num_computed_tokens
-    assert num_computed <= num_pages * BLOCK_SIZE_TOKENS, "computed tokens have no page"
-    assert len(set(request.page_ids)) == num_pages, "a page holds two blocks of one request"
-    assert len(request.block_keys) <= request.num_tokens // BLOCK_SIZE_TOKENS
-    match request.status:
-        case Status.WAITING:
-            assert num_pages == 0
-            assert num_computed == 0
-        case Status.RUNNING:
-            assert num_computed < request.num_tokens
-            # All known tokens have pages, but for the one that a decode step is about to compute.
-            assert num_pages >= num_pages_for(request.num_tokens - 1)
-        case Status.PULLING | Status.DOOMED:
-            assert num_pages == num_pages_for(request.num_tokens)
-        case Status.HELD:
-            assert num_computed == request.num_tokens - 1

@@ -20,14 +20,15 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """A waiting request that starts (or resumes) now, with the cached pages it begins on."""
+    """A waiting request that starts (or resumes) now. It has no row if all that it could begin with is loaded."""
 
     request_id: RequestId
-    cached_page_ids: tuple[PageId, ...]
+    page_ids: tuple[PageId, ...]  # of all its tokens, in token order
+    first_block: int  # blocks before it are cached
 
     @property
     def num_cached_tokens(self) -> int:
-        return len(self.cached_page_ids) * BLOCK_SIZE_TOKENS
+        return self.first_block * BLOCK_SIZE_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +42,9 @@ class Pull:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """All that one step does. Applied to the state in this order: preemptions, admissions, pulls, rows.
+    """All that one step does. The state records it in this order: preemptions, admissions, pulls, rows.
 
-    Every admission has a row. New pages in `pulls` and `rows` may hold blocks that nobody uses; taking them
-    evicts those.
+    New pages in it may hold blocks that nobody uses; taking them evicts those.
     """
 
     rows: tuple[ScheduledRequest, ...] = ()
@@ -54,8 +54,8 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing to do until something happens outside: a submission, the end of a pull, a release."""
-        return not (self.rows or self.pulls or self.preempted)
+        """Nothing to do until something happens outside: a submission, the end of a pull or a load, a release."""
+        return not (self.rows or self.admissions or self.pulls or self.preempted)
 
 
 @dataclass(frozen=True, slots=True)

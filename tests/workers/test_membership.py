@@ -150,7 +150,8 @@ def _compute(state: EngineState, name: str, prompt: list[int]) -> list[BlockKey]
     state.add(request, now_s=1.0)
     limits = SchedulerLimits(max_num_batched_tokens=512, max_num_seqs=4, max_num_pulls=1)
     plan = schedule(state.view(), limits)
-    state.apply(plan, StepResult(sampled={request.request_id: SampledToken(5)}), began_s=2.0, now_s=2.0)
+    state.begin(plan, now_s=2.0)
+    state.apply(plan, StepResult(sampled={request.request_id: SampledToken(5)}), now_s=2.0)
     return list(chain_keys(root_key(model_fingerprint=FINGERPRINT), prompt))
 
 

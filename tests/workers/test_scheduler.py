@@ -74,7 +74,8 @@ def step(
 ) -> tuple[StepPlan, tuple[RequestOutput, ...]]:
     plan = schedule(state.view(), limits)
     sampled = {row.request.request_id: SampledToken(token_id) for row in plan.rows if row.samples}
-    outputs = state.apply(plan, StepResult(sampled=sampled), began_s=0.0, now_s=0.0)
+    state.begin(plan, now_s=0.0)
+    outputs = state.apply(plan, StepResult(sampled=sampled), now_s=0.0)
     state.check()
     return plan, outputs
 

@@ -79,7 +79,8 @@ def step(
     token = SampledToken(sampled) if isinstance(sampled, int) else sampled
     plan = schedule(state.view(), LIMITS)
     result = StepResult(sampled={row.request.request_id: token for row in plan.rows if row.samples})
-    outputs = state.apply(plan, result, began_s=now_s - step_s, now_s=now_s)
+    state.begin(plan, now_s=now_s - step_s)
+    outputs = state.apply(plan, result, now_s=now_s)
     state.check()
     return outputs
 
@@ -260,7 +261,8 @@ def test_blocks_that_a_broken_off_step_may_have_overwritten_are_not_cached_any_m
     state.take_block_events()
     state.add(new_request("second", prompt=[9] * 40), now_s=0.0)
     plan = schedule(state.view(), LIMITS)
-    state.step_failed(plan, now_s=0.0)
+    state.begin(plan, now_s=0.0)
+    state.step_failed(plan)
     state.check()
     # One page was free; the other two held the last blocks of the first request.
     keys = tuple(chain_keys(root_key(model_fingerprint=b"model"), prompt))
@@ -277,7 +279,8 @@ def test_a_request_preempted_by_a_broken_off_step_is_recomputed() -> None:
     while not plan.preempted:
         step(state)
         plan = schedule(state.view(), LIMITS)
-    state.step_failed(plan, now_s=0.0)
+    state.begin(plan, now_s=0.0)
+    state.step_failed(plan)
     state.check()
     assert plan.preempted == ("r1",)
     assert [request.request_id for request in state.view().waiting] == ["r1"]
