@@ -36,7 +36,6 @@ class DiskBacklog:
         self._idle.set()
         self.num_waiting_blocks = 0
         self.num_missed_blocks = 0
-        self.num_errors = 0
 
     def offer(self, run: BlockRun) -> None:
         """Blocks of which memory holds the bytes. Those that are on disk already are not written again."""
@@ -81,10 +80,17 @@ class DiskBacklog:
             return
         self.num_waiting_blocks += len(run.keys)
         before = self._waiting.get(run.parent)
-        if before is not None and len(before.keys) + len(run.keys) <= self._max_blocks:
+        if before is not None and self._fit_one_write(before, run):
             del self._waiting[run.parent]
             run = before.extended(run.keys)
         self._waiting[run.keys[-1]] = run
+
+    def _fit_one_write(self, before: BlockRun, run: BlockRun) -> bool:
+        return (
+            before.root == run.root
+            and before.first_position + len(before.keys) == run.first_position
+            and len(before.keys) + len(run.keys) <= self._max_blocks
+        )
 
     def _write_next(self) -> None:
         while self._writing is None and self._waiting:
@@ -123,7 +129,6 @@ class DiskBacklog:
         error = None if done.cancelled() else done.exception()
         if error is None:
             return False
-        self.num_errors += 1
         _logger.warning("writing to the disk tier failed: %s", error)
         return True
 

@@ -64,7 +64,9 @@ class IoThread:
         return None if self._num_jobs >= self._max_jobs else self._enqueue(job)
 
     async def close(self, *, timeout_s: float) -> None:
-        """Ends once its jobs are done; left behind, and said so, if they are not within `timeout_s`."""
+        """Ends once its jobs are done; left behind, and said so, if they are not within `timeout_s`. Idempotent."""
+        if self._max_jobs == 0:
+            return
         self._max_jobs = 0
         last = self._enqueue(lambda: None)
         self._jobs.put(None)

@@ -15,8 +15,6 @@ from kvstore.disk_io import Disk, IoThread
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.tier import BlockRun
 
-# Past it the disk counts as hung, and is not asked again until it answers.
-READ_TIMEOUT_S = 5.0
 MAX_READS = 32
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ class DiskReader:
         memory: MemoryTier,
         *,
         on_change: Callable[[], None],
-        timeout_s: float = READ_TIMEOUT_S,
+        timeout_s: float,
     ) -> None:
         self._disk = disk
         self._memory = memory

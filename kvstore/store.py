@@ -6,7 +6,7 @@ fills, hangs or vanishes is counted, and memory goes on alone.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -22,8 +22,8 @@ from kvstore.placement import stretches
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.tier import BlockRun, HeldPrefix, Tier, TierStats
 
-CLOSE_TIMEOUT_S = 5.0
-ERASE_TIMEOUT_S = 5.0
+# Past it the disk counts as hung, and is not asked again until it answers.
+DISK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +92,16 @@ class Reservation(_Closing):
 
 
 class BlockStore:
-    def __init__(self, memory: MemoryTier, *, disk: Disk | None) -> None:
+    def __init__(
+        self, memory: MemoryTier, *, disk: Disk | None, disk_timeout_s: float = DISK_TIMEOUT_S
+    ) -> None:
         self._memory = memory
         self._disk = disk
-        self._reader = None if disk is None else DiskReader(disk, memory, on_change=self._note_disk)
-        self._backlog = None if disk is None else DiskBacklog(disk, memory, on_change=self._note_disk)
+        self._disk_timeout_s = disk_timeout_s
+        self._reader = self._backlog = None
+        if disk is not None:
+            self._reader = DiskReader(disk, memory, on_change=self._note_disk, timeout_s=disk_timeout_s)
+            self._backlog = DiskBacklog(disk, memory, on_change=self._note_disk)
         self._num_lookup_blocks = 0
         self._note_disk()
 
@@ -156,14 +161,19 @@ class BlockStore:
         self._backlog.drop(root)
         num_blocks += self._disk.drop(root)
         self._note_disk()
-        await self._backlog.erase_dropped(timeout_s=ERASE_TIMEOUT_S)
+        await self._backlog.erase_dropped(timeout_s=self._disk_timeout_s)
         return num_blocks
+
+    def check(self) -> None:
+        self._memory.check()
+        self.holdings.check()
 
     def describe(self, *, max_prefixes: int = 0) -> StoreDescription:
         tiers = {Tier.MEMORY: self._memory.stats()}
         prefixes = [(Tier.MEMORY, prefix) for prefix in self._memory.prefixes(max_prefixes)]
-        if self._disk is not None:
-            tiers[Tier.DISK] = self._disk.stats()
+        if self._disk is not None and self._reader is not None:
+            stats = self._disk.stats()
+            tiers[Tier.DISK] = replace(stats, num_errors=stats.num_errors + self._reader.num_errors)
             prefixes += [(Tier.DISK, prefix) for prefix in self._disk.prefixes(max_prefixes)]
         prefixes.sort(key=lambda found: found[1].age_s, reverse=True)
         return StoreDescription(
@@ -174,7 +184,7 @@ class BlockStore:
             num_missed_writes=0 if self._backlog is None else self._backlog.num_missed_blocks,
         )
 
-    async def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    async def close(self, *, timeout_s: float = DISK_TIMEOUT_S) -> None:
         """Writes what waits for the disk, within `timeout_s`."""
         if self._disk is None or self._reader is None or self._backlog is None:
             return
