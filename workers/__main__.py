@@ -4,7 +4,7 @@
 
 Every flag is a field of `WorkerConfig`. Logs are JSON lines on stderr; the events `loading_kernels`, `loading`,
 `ready` (with the addresses) and `stopped` are for whoever started the process. It ends with 0 after SIGTERM or SIGINT,
-with 2 for a configuration, an address or a checkpoint that cannot be used, with 1 after a crash.
+with 2 for a configuration, an address, a checkpoint or a disk tier that cannot be used, with 1 after a crash.
 """
 
 import argparse
@@ -18,17 +18,15 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import uvloop
 
-from workers.config import WorkerConfig, setting_help
+from kvstore.errors import TierUnusable
+from workers.config import Role, WorkerConfig, setting_help
 from workers.errors import CannotListen, CheckpointError
 from workers.identity import Identity
 from workers.logs import log_event, start_logging
-
-if typing.TYPE_CHECKING:
-    from workers.engine.engine import Engine
 
 EXIT_CRASHED, EXIT_REFUSED = 1, 2
 
@@ -47,14 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     try:
-        engine = _load(config)
+        serve = _load_store(config) if config.role is Role.STORE else _load_worker(config)
     except (CheckpointError, ValueError, OSError) as error:
         return _refuse(error)
     try:
         # A step of few tokens takes a millisecond: uvloop saves a tenth of what the loop adds to it.
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config, engine))
-    except CannotListen as error:
+            runner.run(_until_stopped(serve))
+    except (CannotListen, TierUnusable) as error:
         return _refuse(error)
     except Exception:
         _logger.exception("crashed")
@@ -68,16 +66,21 @@ def _refuse(error: Exception) -> int:
     return EXIT_REFUSED
 
 
-def _load(config: WorkerConfig) -> "Engine":
+class _Serve(Protocol):
+    """A worker's life, once its event loop runs."""
+
+    async def __call__(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None: ...
+
+
+def _load_worker(config: WorkerConfig) -> _Serve:
     _use_cores(config)
-    if not config.model_path.is_dir():
-        raise CheckpointError(f"there is no directory {config.model_path}")
+    _check_model_path(config)
     log_event(_logger, "loading_kernels")  # compiles them where no compiled ones are at hand
     # Imported here: OpenMP and numba read their environment when they are loaded.
     from workers.engine.engine import load_engine
 
     log_event(_logger, "loading", model_path=config.model_path)
-    return load_engine(
+    engine = load_engine(
         model_path=config.model_path,
         dtype=config.dtype,
         num_pages=config.num_pages,
@@ -86,6 +89,27 @@ def _load(config: WorkerConfig) -> "Engine":
         num_threads=config.num_threads,
         on_progress=_progress_teller(),
     )
+
+    async def serve(*, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
+        from workers.worker import Worker
+
+        await Worker(config, engine).serve(stop=stop, on_ready=on_ready)
+
+    return serve
+
+
+def _load_store(config: WorkerConfig) -> _Serve:
+    _use_cores(config)
+    _check_model_path(config)
+    from workers.store_worker import StoreWorker, load_store_model
+
+    log_event(_logger, "loading", model_path=config.model_path)
+    return StoreWorker(config, load_store_model(config)).serve
+
+
+def _check_model_path(config: WorkerConfig) -> None:
+    if not config.model_path.is_dir():
+        raise CheckpointError(f"there is no directory {config.model_path}")
 
 
 def _progress_teller() -> Callable[[float], None]:
@@ -101,14 +125,12 @@ def _progress_teller() -> Callable[[float], None]:
     return tell
 
 
-async def _serve(config: WorkerConfig, engine: "Engine") -> None:
-    from workers.worker import Worker
-
+async def _until_stopped(serve: _Serve) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await Worker(config, engine).serve(stop=stop, on_ready=_say_ready)
+    await serve(stop=stop, on_ready=_say_ready)
 
 
 def _say_ready(identity: Identity) -> None:

@@ -1,6 +1,6 @@
 """The verbs of the KV store over gRPC: pulls by key, lookups, offers, what the tiers hold, and forgetting it."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ class DevicePages:
     """The engine's part of what a worker holds; a store has none."""
 
     stats: Callable[[], TierStats]
-    drop: Callable[[BlockKey | None], Awaitable[int]]  # blocks that nobody uses, and how many they were
+    drop: Callable[[BlockKey | None], int]  # blocks that nobody uses; how many they were
 
 
 class BlockService:
@@ -117,7 +117,7 @@ class BlockService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         num_blocks = await self._store.drop(root)
         if self._device is not None:
-            num_blocks += await self._device.drop(root)
+            num_blocks += self._device.drop(root)
         return kv_pb2.DropReply(num_blocks=num_blocks)
 
     async def agree(self, disagreement: Disagreement | None, context: Context) -> None:

@@ -60,7 +60,9 @@ class WorkerConfig:
     control_address: Annotated[str, "gRPC, host:port (port 0: any free one) or unix:/path"] = "127.0.0.1:0"
     data_address: Annotated[str, "KV data plane, tcp://host:port or unix:///path"] = "tcp://127.0.0.1:0"
     advertise_host: Annotated[str, "host that others reach us by, where we listen on 0.0.0.0"] = ""
-    directory: Annotated[str, "gRPC target of the directory; default: register nowhere"] = ""
+    directory: Annotated[
+        str, "gRPC targets that serve the directory, as a:1,b:2; default: register nowhere"
+    ] = ""
     lease_s: Annotated[float, "how long computed KV is kept without progress of its puller"] = 30.0
     pull_timeout_s: Annotated[float, "deadline of one pull; past it the prompt is computed here"] = 60.0
     memory_tier_bytes: Annotated[int, "CPU memory for KV blocks beside the device pages; 0: no tiers"] = (
@@ -110,6 +112,10 @@ class WorkerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least"
                 f" max_num_seqs ({self.max_num_seqs})"
             )
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        return tuple(target.strip() for target in self.directory.split(",") if target.strip())
 
 
 def _at_least_one(name: str, value: int | None) -> None:

@@ -1,29 +1,32 @@
 """Keeps this worker known to the directory: registers, heartbeats with load and block events, says goodbye.
 
 The directory is soft state. Whenever it was away, restarted or lost count, the worker registers anew and
-sends all it holds; no failure of the directory ever disturbs the requests in flight.
+sends all it holds; no failure of the directory ever disturbs the requests in flight. Where several processes serve
+one directory, a worker talks to one of them and to the next as soon as that one is away.
 """
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import grpc
 
-from kvstore.blocks import BlockKey
+from kvstore.holdings import HoldingChanges, Holdings
+from kvstore.tiers.tier import Tier
 from protos import directory_pb2, directory_pb2_grpc, worker_pb2
 from workers.grpc_options import CHANNEL_OPTIONS
 from workers.logs import log_event
-from workers.state import EngineState
+from workers.offers import StoreAddress
+from workers.state import BlockEvents
 
 RPC_TIMEOUT_S = 1.0
 GOODBYE_TIMEOUT_S = 0.5
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
+# Another process may serve the directory: it is asked at once, but not by all workers in the same moment.
+FAIL_OVER_S = 0.05
 # What one heartbeat carries at most: 2 MiB, half of what gRPC accepts. The rest goes with the next one.
 MAX_KEYS_PER_HEARTBEAT = 2**17
 
@@ -31,85 +34,85 @@ _logger = logging.getLogger(__name__)
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PendingBlocks:
-    """Block events of one heartbeat. `snapshot`: void what was known before."""
-
-    snapshot: bool = False
-    stored: tuple[BlockKey, ...] = ()
-    removed: tuple[BlockKey, ...] = ()
-
-
 class BlockReport:
     """What the directory has yet to hear about our blocks, in portions that fit into a heartbeat."""
 
-    def __init__(self, state: EngineState) -> None:
-        self._state = state
-        self._changes: dict[BlockKey, bool] = {}
-        self._restart = True
+    def __init__(self, holdings: Holdings, *, take_device_events: Callable[[], BlockEvents] | None) -> None:
+        self._holdings = holdings
+        self._take_device_events = take_device_events  # None: there are no device pages
 
     def restart(self) -> None:
         """The next `take` starts over with everything that is held."""
-        self._restart = True
+        self._holdings.restart()
 
-    def take(self, *, max_keys: int) -> PendingBlocks:
+    def take(self, *, max_keys: int) -> HoldingChanges:
         """The next changes, oldest first, which are forgotten here."""
-        snapshot, self._restart = self._restart, False
-        if snapshot:
-            self._changes = dict.fromkeys(self._state.take_block_snapshot(), True)
-        else:
-            events = self._state.take_block_events()
-            self._changes.update(dict.fromkeys(events.removed, False))
-            self._changes.update(dict.fromkeys(events.stored, True))
-        taken = list(itertools.islice(self._changes.items(), max_keys))
-        for key, _ in taken:
-            del self._changes[key]
-        return PendingBlocks(
-            snapshot=snapshot,
-            stored=tuple(key for key, is_stored in taken if is_stored),
-            removed=tuple(key for key, is_stored in taken if not is_stored),
-        )
+        if self._take_device_events is not None:
+            events = self._take_device_events()
+            self._holdings.note(Tier.DEVICE, stored=events.stored, removed=events.removed)
+        return self._holdings.take_changes(max_keys)
 
 
 class Membership:
-    """`run` for as long as the worker lives; cancelled, it deregisters on its way out."""
+    """`run` for as long as the worker lives; cancelled, it deregisters on its way out.
+
+    `directories` are gRPC targets that serve one directory. `on_stores` hears with every heartbeat which stores are
+    there.
+    """
 
     def __init__(
         self,
-        directory: str,
+        directories: Sequence[str],
         *,
         describe: Callable[[], worker_pb2.WorkerDescription],
         blocks: BlockReport,
+        on_stores: Callable[[Sequence[StoreAddress]], None],
     ) -> None:
-        self._directory = directory
+        self._directories = directories
         self._describe = describe
         self._blocks = blocks
+        self._on_stores = on_stores
+        self._current = 0
         self._sequence = 0
         self._is_known = False
 
     async def run(self) -> None:
-        async with grpc.aio.insecure_channel(self._directory, options=CHANNEL_OPTIONS) as channel:
-            stub = directory_pb2_grpc.DirectoryStub(channel)
+        async with contextlib.AsyncExitStack() as stack:
+            stubs = [
+                directory_pb2_grpc.DirectoryStub(
+                    await stack.enter_async_context(
+                        grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+                    )
+                )
+                for target in self._directories
+            ]
             try:
-                await self._stay_registered(stub)
+                await self._stay_registered(stubs)
             finally:
                 # Even if we do not know that we are known: a registration may have been under way.
-                await self._say_goodbye(stub)
+                await self._say_goodbye(stubs[self._current])
 
-    async def _stay_registered(self, stub: "directory_pb2_grpc.DirectoryAsyncStub") -> None:
-        retry_s = FIRST_RETRY_S
+    async def _stay_registered(self, stubs: "Sequence[directory_pb2_grpc.DirectoryAsyncStub]") -> None:
+        retry_s, num_away = FIRST_RETRY_S, 0
         while True:
+            stub = stubs[self._current]
             try:
                 reply = await stub.Register(
                     directory_pb2.RegisterRequest(worker=self._describe()), timeout=RPC_TIMEOUT_S
                 )
                 self._is_known = True
-                retry_s = FIRST_RETRY_S
-                log_event(_logger, "registered", directory=self._directory)
+                retry_s, num_away = FIRST_RETRY_S, 0
+                log_event(_logger, "registered", directory=self._directories[self._current])
                 await self._heartbeat(stub, every_s=reply.heartbeat_s)
             except grpc.aio.AioRpcError as error:
                 self._log_failure(error)
                 self._is_known = False
+                if error.code() in _AWAY:
+                    self._current = (self._current + 1) % len(stubs)
+                    num_away += 1
+            if 0 < num_away < len(stubs):
+                await asyncio.sleep(random.uniform(0.0, FAIL_OVER_S))
+                continue
             # Jitter, so that many workers do not fall upon a directory that has just come back.
             await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
             retry_s = min(2 * retry_s, LAST_RETRY_S)
@@ -121,7 +124,7 @@ class Membership:
             _logger,
             "directory_lost" if self._is_known else "directory_away" if is_away else "directory_refused",
             level=logging.DEBUG if is_away and not self._is_known else logging.WARNING,
-            directory=self._directory,
+            directory=self._directories[self._current],
             status=error.code().name,
             detail=error.details(),
         )
@@ -143,6 +146,7 @@ class Membership:
                         sequence=self._sequence,
                         snapshot=pending.snapshot,
                         stored=b"".join(pending.stored),
+                        stored_tiers=bytes(pending.tiers),
                         removed=b"".join(pending.removed),
                     ),
                 ),
@@ -150,6 +154,7 @@ class Membership:
             )
             if reply.resend_blocks:
                 self._blocks.restart()
+            self._on_stores([_store_from_wire(store) for store in reply.stores])
             await asyncio.sleep(every_s)
 
     async def _say_goodbye(self, stub: "directory_pb2_grpc.DirectoryAsyncStub") -> None:
@@ -160,3 +165,9 @@ class Membership:
                 directory_pb2.DeregisterRequest(worker_id=worker.worker_id, epoch=worker.epoch),
                 timeout=GOODBYE_TIMEOUT_S,
             )
+
+
+def _store_from_wire(message: directory_pb2.StoreMember) -> StoreAddress:
+    return StoreAddress(
+        worker_id=message.worker_id, epoch=message.epoch, control_address=message.control_address
+    )

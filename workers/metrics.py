@@ -4,6 +4,8 @@ Names that other stacks route by are vLLM's; our own are `penstock_*`. Fed by th
 read by the HTTP server's thread.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -69,13 +71,6 @@ class WorkerMetrics:
             "penstock_step_tokens", "Tokens computed in steps, prompts included"
         )
 
-    def serve(self, port: int) -> None:
-        """On all addresses, in a thread of its own, until the process ends. Raises CannotListen."""
-        try:
-            start_http_server(port, registry=self.registry)
-        except OSError as error:
-            raise CannotListen(f"cannot serve metrics on port {port}: {error}") from error
-
     def set_load(self, load: Load) -> None:
         self._num_running.set(load.num_running)
         self._num_waiting.set(load.num_waiting)
@@ -139,3 +134,18 @@ class WorkerMetrics:
     ) -> Histogram:
         histogram = Histogram(name, explanation, ("model_name",), buckets=buckets_s, registry=self.registry)
         return histogram.labels(self._model_name)
+
+
+@contextlib.contextmanager
+def serve_metrics(registry: CollectorRegistry, port: int) -> Iterator[None]:
+    """On all addresses, in a thread of its own. Raises CannotListen."""
+    try:
+        server, thread = start_http_server(port, registry=registry)
+    except OSError as error:
+        raise CannotListen(f"cannot serve metrics on port {port}: {error}") from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -147,7 +147,7 @@ async def _until_overflow(outbox: Outbox) -> None:
     )
 
 
-def make_server(address: str, *, service: WorkerService) -> tuple[grpc.aio.Server, str]:
+def make_server(address: str, *, service: worker_pb2_grpc.WorkerServicer) -> tuple[grpc.aio.Server, str]:
     """A server, not yet started, and the address it is bound to, with the port the system chose.
 
     Further services may be added before the start. Raises CannotListen.

@@ -6,12 +6,14 @@ What a message alone can show to be wrong is refused here.
 import math
 from collections.abc import Iterable
 
+from kvstore.blocks import FORMAT_VERSION
 from protos import worker_pb2
 from workers.config import Role
 from workers.errors import InvalidRequest, QueueFull, WorkerError
 from workers.handoff_wire import FINISH_TO_WIRE, layout_to_wire, logprobs_to_wire, stamps_to_wire
 from workers.identity import Identity
 from workers.request import (
+    KvHolder,
     KvSource,
     Purpose,
     Request,
@@ -23,6 +25,7 @@ from workers.request import (
 from workers.state import Load
 
 MAX_REQUEST_ID_CHARS = 256
+MAX_KV_HOLDERS = 16
 
 _ROLES = {
     Role.PREFILL: worker_pb2.ROLE_PREFILL,
@@ -63,6 +66,7 @@ def request_from_wire(message: worker_pb2.Submit, *, session_id: SessionId, now_
         cache_salt=message.cache_salt,
         purpose=_PURPOSES[message.purpose],
         kv_source=_kv_source_from_wire(message) if message.HasField("kv_source") else None,
+        kv_holders=_kv_holders_from_wire(message),
         output_token_ids=list(message.output_token_ids),
     )
 
@@ -102,6 +106,20 @@ def _kv_source_from_wire(message: worker_pb2.Submit) -> KvSource:
     )
 
 
+def _kv_holders_from_wire(message: worker_pb2.Submit) -> tuple[KvHolder, ...]:
+    """Hints: those that say nothing are passed over, and so are more than anybody could try."""
+    return tuple(
+        KvHolder(
+            worker_id=holder.worker_id,
+            epoch=holder.epoch,
+            control_address=holder.control_address,
+            num_blocks=holder.num_blocks,
+        )
+        for holder in message.kv_holders[:MAX_KV_HOLDERS]
+        if holder.control_address and holder.num_blocks
+    )
+
+
 def description_to_wire(identity: Identity, load: Load) -> worker_pb2.WorkerDescription:
     return worker_pb2.WorkerDescription(
         worker_id=identity.worker_id,
@@ -125,6 +143,7 @@ def description_to_wire(identity: Identity, load: Load) -> worker_pb2.WorkerDesc
             num_leases=load.num_leases,
         ),
         pid=identity.pid,
+        block_format=FORMAT_VERSION,
     )
 
 

@@ -1,39 +1,43 @@
-"""One worker, wired by hand: the loop, the engine, the hand-over, the server and the membership."""
+"""One worker that computes, wired by hand: loop, engine, hand-over, tiers, server and membership."""
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 
-from kvstore.addresses import Address, TcpAddress, parse_address
-from kvstore.listener import Listener
+from kvstore.addresses import Address
+from kvstore.holdings import Holdings
+from kvstore.tiers.tier import TierStats
 from protos import worker_pb2
 from protos.kv_pb2_grpc import add_KvTransferServicer_to_server
-from workers.agreement import SourceIdentity
+from workers.block_server import BlockService, DevicePages
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
-from workers.errors import CannotListen
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
 from workers.handoff_server import KvTransferService
 from workers.identity import Identity
 from workers.loop import RequestLoop
 from workers.membership import BlockReport, Membership
-from workers.metrics import WorkerMetrics
+from workers.metrics import WorkerMetrics, serve_metrics
+from workers.offers import Offers
+from workers.planes import listening, make_identity, running, source_identity
+from workers.request import KvHolder
 from workers.scheduler import SchedulerLimits
 from workers.server import WorkerService, make_server
 from workers.state import EngineState, StateLimits
-from workers.tickets import TicketDesk
+from workers.tickets import TicketIssuer
+from workers.tiers import Tiers, open_tiers
 from workers.wire import description_to_wire
 
 # How long the requests of a worker that stops may take to end; they are aborted, so one step is enough.
 SETTLE_TIMEOUT_S = 1.0
-DATA_IDLE_TIMEOUT_S = 5.0
+# Pulls of blocks by key, beside the hand-overs of all requests that run.
+MAX_BLOCK_PULLS = 64
 
 
 class Worker:
@@ -44,6 +48,9 @@ class Worker:
         self._config = config
         self._engine = engine
         self._epoch = secrets.randbits(63)
+        self._holdings = Holdings()
+        self._offers = Offers(model_fingerprint=model.fingerprint, layout=model.layout)
+        self.tiers: Tiers | None = None  # from `serve` on, unless memory_tier_bytes is 0
         self.state = EngineState(
             StateLimits(
                 num_pages=memory.num_pages,
@@ -88,31 +95,39 @@ class Worker:
     async def serve(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
         """Serves until `stop` is set, then aborts what is there and leaves nothing behind.
 
-        Raises `CannotListen` before it is ready, `EngineFailed` if the engine fails step after step.
+        Raises `CannotListen` and `TierUnusable` before it is ready, `EngineFailed` if the engine fails step after step.
         """
+        config = self._config
         async with contextlib.AsyncExitStack() as stack:  # ends in the reverse order
-            listener = Listener(
-                TicketDesk([self.exports]).serve,
-                max_connections=self._config.max_num_seqs,
-                idle_timeout_s=DATA_IDLE_TIMEOUT_S,
+            issuers: list[TicketIssuer] = [self.exports]
+            if config.memory_tier_bytes:
+                self.tiers = await stack.enter_async_context(
+                    open_tiers(
+                        config,
+                        self._engine.model,
+                        holdings=self._holdings,
+                        registry=self.metrics.registry,
+                    )
+                )
+                issuers.append(self.tiers.exports)
+            data_address = await stack.enter_async_context(
+                listening(config, issuers, max_connections=config.max_num_seqs + MAX_BLOCK_PULLS)
             )
-            await _listen(listener, self._config.data_address)
-            stack.push_async_callback(listener.close)
             stack.push_async_callback(self.puller.close)
             service = WorkerService(self.loop, describe=lambda: self._describe(identity), now_s=time.time)
-            if self._config.metrics_port is not None:
-                self.metrics.serve(self._config.metrics_port)
-            server, control_address = make_server(self._config.control_address, service=service)
-            identity = self._identity(control_address, listener.address)
-            add_KvTransferServicer_to_server(
-                KvTransferService(identity=_source_identity(identity), exports=self.exports), server
-            )
-            loop_task = await stack.enter_async_context(_running(self.loop.run()))
+            if config.metrics_port is not None:
+                stack.enter_context(serve_metrics(self.metrics.registry, config.metrics_port))
+            server, control_address = make_server(config.control_address, service=service)
+            identity = self._identity(control_address, data_address)
+            add_KvTransferServicer_to_server(self._transfers(identity), server)
+            loop_task = await stack.enter_async_context(running(self.loop.run()))
             await server.start()
             stack.push_async_callback(self._end_all, server, loop_task)
-            tasks = {loop_task, await stack.enter_async_context(_running(stop.wait()))}
-            if self._config.directory:
-                tasks.add(await stack.enter_async_context(_running(self._membership(identity).run())))
+            tasks = {loop_task, await stack.enter_async_context(running(stop.wait()))}
+            if self.tiers is not None:
+                tasks.add(await stack.enter_async_context(running(self._offers.run(_holder(identity)))))
+            if config.directories:
+                tasks.add(await stack.enter_async_context(running(self._membership(identity).run())))
             on_ready(identity)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -128,60 +143,57 @@ class Worker:
         )
         settled.cancel()
 
+    def _transfers(self, identity: Identity) -> KvTransferService:
+        blocks = None
+        if self.tiers is not None:
+            blocks = BlockService(
+                self.tiers.store,
+                exports=self.tiers.exports,
+                metrics=self.tiers.metrics,
+                device=DevicePages(stats=self._device_stats, drop=self.state.drop),
+            )
+        return KvTransferService(identity=source_identity(identity), exports=self.exports, blocks=blocks)
+
     def _membership(self, identity: Identity) -> Membership:
         return Membership(
-            self._config.directory,
+            self._config.directories,
             describe=lambda: self._describe(identity),
-            blocks=BlockReport(self.state),
+            blocks=BlockReport(self._holdings, take_device_events=self.state.take_block_events),
+            on_stores=self._offers.set_stores,
         )
 
     def _describe(self, identity: Identity) -> worker_pb2.WorkerDescription:
         return description_to_wire(identity, self.state.load())
 
+    def _device_stats(self) -> TierStats:
+        load, block_bytes = self.state.load(), self._engine.model.layout.block_bytes
+        num_used = load.num_pages - load.num_free_pages
+        return TierStats(
+            num_blocks=num_used,
+            capacity_blocks=load.num_pages,
+            used_bytes=num_used * block_bytes,
+            capacity_bytes=load.num_pages * block_bytes,
+            num_hit_blocks=0,
+            num_stored_blocks=0,
+            num_evicted_blocks=0,
+            num_errors=0,
+        )
+
     def _identity(self, control_address: str, data_address: Address) -> Identity:
-        config, model = self._config, self._engine.model
-        if config.advertise_host:
-            if not control_address.startswith("unix:"):
-                control_address = f"{config.advertise_host}:{control_address.rpartition(':')[2]}"
-            if isinstance(data_address, TcpAddress):
-                data_address = TcpAddress(host=config.advertise_host, port=data_address.port)
-        return Identity(
-            worker_id=config.worker_id,
+        return make_identity(
+            self._config,
+            replace(self._engine.model, max_model_len=self.state.max_request_tokens),
             epoch=self._epoch,
-            role=config.role,
-            pid=os.getpid(),
             control_address=control_address,
-            data_address=str(data_address),
-            model_name=config.model_name,
-            fingerprint=model.fingerprint,
-            max_model_len=self.state.max_request_tokens,
-            vocab_size=model.vocab_size,
-            layout=model.layout,
+            data_address=data_address,
         )
 
 
-async def _listen(listener: Listener, address: str) -> None:
-    try:
-        await listener.start(parse_address(address))
-    except OSError as error:
-        raise CannotListen(f"cannot listen on {address}: {error}") from error
-
-
-def _source_identity(identity: Identity) -> SourceIdentity:
-    return SourceIdentity(
+def _holder(identity: Identity) -> KvHolder:
+    """As a store finds this worker."""
+    return KvHolder(
+        worker_id=identity.worker_id,
         epoch=identity.epoch,
-        model_fingerprint=identity.fingerprint,
-        layout=identity.layout,
-        data_address=identity.data_address,
+        control_address=identity.control_address,
+        num_blocks=0,
     )
-
-
-@contextlib.asynccontextmanager
-async def _running(work: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
-    """A task that is cancelled, and awaited, at the end. What it raises is for who looks at it while it is there."""
-    task = asyncio.create_task(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.wait({task})

@@ -6,8 +6,11 @@ import grpc
 import pytest
 
 from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.overlap import NO_OVERLAP
 from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer
 from kvstore.blocks import BlockKey, chain_keys, root_key
+from kvstore.holdings import Holdings
+from kvstore.tiers.tier import Tier
 from protos import directory_pb2_grpc
 from workers.config import Role
 from workers.membership import BlockReport
@@ -71,7 +74,7 @@ async def test_a_worker_registers_and_reports_its_load_and_its_blocks(
     await (await session.submit("r", PROMPT, max_tokens=2, ignore_eos=True)).wait()
     keys = list(chain_keys(root_key(model_fingerprint=running.identity.fingerprint), PROMPT))
     await directory.until(
-        lambda: directory.memory.blocks.num_leading_blocks(member.worker_id, keys) == len(keys) == 5
+        lambda: directory.memory.blocks.overlaps(keys).get(member.worker_id, NO_OVERLAP).num_blocks == 5
     )
 
 
@@ -88,7 +91,7 @@ async def test_a_directory_that_comes_back_empty_learns_everything_again(
     running = await start_worker(directory=directory.address)
     session = await open_session(running)
     await (await session.submit("r1", PROMPT, max_tokens=2, ignore_eos=True)).wait()
-    await directory.until(lambda: len(directory.memory.blocks) == 5)
+    await directory.until(lambda: directory.memory.blocks.num_blocks == 5)
     await directory.stop()
     # Requests do not notice.
     assert (
@@ -96,7 +99,7 @@ async def test_a_directory_that_comes_back_empty_learns_everything_again(
         == 2
     )
     await directory.start()
-    await directory.until(lambda: len(directory.memory.blocks) == 7)
+    await directory.until(lambda: directory.memory.blocks.num_blocks == 7)
     assert directory.memory.members()[0].epoch == running.identity.epoch
 
 
@@ -130,6 +133,18 @@ async def test_a_worker_whose_place_was_taken_says_so(
     assert member.epoch == second.identity.epoch
 
 
+async def test_a_worker_fails_over_to_the_next_process_of_the_directory(
+    directory: Directory, start_worker: Fixture
+) -> None:
+    other = Directory()
+    await other.start()
+    await start_worker(directory=f"{directory.address},{other.address}")
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    await directory.stop()
+    await other.until(lambda: len(other.memory.members()) == 1)
+    await other.stop()
+
+
 # The report alone.
 
 
@@ -155,9 +170,13 @@ def _compute(state: EngineState, name: str, prompt: list[int]) -> list[BlockKey]
     return list(chain_keys(root_key(model_fingerprint=FINGERPRINT), prompt))
 
 
+def _report(state: EngineState) -> BlockReport:
+    return BlockReport(Holdings(), take_device_events=state.take_block_events)
+
+
 def test_the_first_report_is_a_snapshot_and_the_next_ones_are_changes() -> None:
     state = _state(num_pages=100)
-    report = BlockReport(state)
+    report = _report(state)
     first = _compute(state, "r1", PROMPT)
     taken = report.take(max_keys=100)
     assert taken.snapshot
@@ -171,7 +190,7 @@ def test_the_first_report_is_a_snapshot_and_the_next_ones_are_changes() -> None:
 
 def test_evicted_blocks_are_reported_as_removed() -> None:
     state = _state(num_pages=6)
-    report = BlockReport(state)
+    report = _report(state)
     first = _compute(state, "r1", PROMPT)
     report.take(max_keys=100)
     second = _compute(state, "r2", [9] * 80)
@@ -183,7 +202,7 @@ def test_evicted_blocks_are_reported_as_removed() -> None:
 
 def test_a_restart_sends_everything_again() -> None:
     state = _state(num_pages=100)
-    report = BlockReport(state)
+    report = _report(state)
     first = _compute(state, "r1", PROMPT)
     report.take(max_keys=100)
     second = _compute(state, "r2", [9] * 32)
@@ -196,7 +215,7 @@ def test_a_restart_sends_everything_again() -> None:
 
 def test_a_report_too_long_for_one_heartbeat_goes_on_with_the_next() -> None:
     state = _state(num_pages=100)
-    report = BlockReport(state)
+    report = _report(state)
     keys = _compute(state, "r1", PROMPT)
     portions = [report.take(max_keys=2) for _ in range(4)]
     assert [portion.snapshot for portion in portions] == [True, False, False, False]
@@ -206,7 +225,7 @@ def test_a_report_too_long_for_one_heartbeat_goes_on_with_the_next() -> None:
 
 def test_blocks_evicted_before_they_were_reported_are_never_reported_as_held() -> None:
     state = _state(num_pages=6)
-    report = BlockReport(state)
+    report = _report(state)
     _compute(state, "r1", PROMPT)
     portions = [report.take(max_keys=1)]
     second = _compute(state, "r2", [9] * 80)
@@ -216,3 +235,17 @@ def test_blocks_evicted_before_they_were_reported_are_never_reported_as_held() -
         held = (held | set(portion.stored)) - set(portion.removed)
     assert held == set(state.take_block_snapshot())
     assert set(second) <= held
+
+
+def test_a_block_is_reported_with_the_fastest_tier_that_holds_it() -> None:
+    state, holdings = _state(num_pages=6), Holdings()
+    report = BlockReport(holdings, take_device_events=state.take_block_events)
+    first = _compute(state, "r1", PROMPT)
+    assert report.take(max_keys=100).tiers == (Tier.DEVICE,) * 5
+    holdings.note(Tier.MEMORY, stored=first)
+    assert report.take(max_keys=100).stored == ()  # nothing that makes a difference
+    _compute(state, "r2", [9] * 80)
+    taken = report.take(max_keys=100)
+    tiers = dict(zip(taken.stored, taken.tiers, strict=True))
+    assert [tier for key, tier in tiers.items() if key in first] == [Tier.MEMORY] * 4
+    assert taken.removed == ()

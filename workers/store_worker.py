@@ -1,0 +1,132 @@
+"""A worker of the role store: memory and disk for the KV of others, and no engine.
+
+Computing workers offer it what they computed (`Put`); it pulls what it does not hold, and others pull from it. It has
+the model's config and weights only to know which model's KV it holds: it never loads them.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from prometheus_client import CollectorRegistry
+
+from kvstore.holdings import Holdings
+from kvstore.tiers.tier import Tier
+from protos import worker_pb2, worker_pb2_grpc
+from protos.kv_pb2_grpc import add_KvTransferServicer_to_server
+from workers.block_server import BlockService
+from workers.config import WorkerConfig
+from workers.handoff_server import KvTransferService
+from workers.identity import Identity
+from workers.membership import BlockReport, Membership
+from workers.metrics import serve_metrics
+from workers.model.checkpoint import Checkpoint
+from workers.model.info import ModelInfo, load_model_info
+from workers.offer_intake import OfferIntake
+from workers.planes import listening, make_identity, running, source_identity
+from workers.server import make_server
+from workers.state import Load
+from workers.tiers import Tiers, open_tiers
+from workers.wire import description_to_wire
+
+MAX_CONNECTIONS = 128
+MAX_OFFERS = 4
+
+
+class StoreWorker:
+    """`serve` is its life."""
+
+    def __init__(self, config: WorkerConfig, model: ModelInfo) -> None:
+        self.registry = CollectorRegistry()
+        self._config = config
+        self._model = model
+        self._epoch = secrets.randbits(63)
+        self._holdings = Holdings()
+
+    async def serve(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
+        """Serves until `stop` is set and leaves nothing behind. Raises CannotListen and TierUnusable before that."""
+        config = self._config
+        async with contextlib.AsyncExitStack() as stack:  # ends in the reverse order
+            tiers = await stack.enter_async_context(
+                open_tiers(config, self._model, holdings=self._holdings, registry=self.registry)
+            )
+            intake = OfferIntake(tiers.store, fetcher=tiers.fetcher, max_offers=MAX_OFFERS)
+            stack.callback(intake.close)
+            data_address = await stack.enter_async_context(
+                listening(config, [tiers.exports], max_connections=MAX_CONNECTIONS)
+            )
+            if config.metrics_port is not None:
+                stack.enter_context(serve_metrics(self.registry, config.metrics_port))
+            service = StoreService(lambda: self._describe(identity, tiers))
+            server, control_address = make_server(config.control_address, service=service)
+            identity = make_identity(
+                config,
+                self._model,
+                epoch=self._epoch,
+                control_address=control_address,
+                data_address=data_address,
+            )
+            blocks = BlockService(tiers.store, exports=tiers.exports, metrics=tiers.metrics, intake=intake)
+            add_KvTransferServicer_to_server(
+                KvTransferService(identity=source_identity(identity), blocks=blocks), server
+            )
+            await server.start()
+            stack.push_async_callback(server.stop, None)
+            tasks = {await stack.enter_async_context(running(stop.wait()))}
+            if config.directories:
+                tasks.add(await stack.enter_async_context(running(self._membership(identity, tiers).run())))
+            on_ready(identity)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    def _membership(self, identity: Identity, tiers: Tiers) -> Membership:
+        return Membership(
+            self._config.directories,
+            describe=lambda: self._describe(identity, tiers),
+            blocks=BlockReport(self._holdings, take_device_events=None),
+            on_stores=lambda stores: None,
+        )
+
+    def _describe(self, identity: Identity, tiers: Tiers) -> worker_pb2.WorkerDescription:
+        memory = tiers.store.describe().tiers[Tier.MEMORY]
+        load = Load(
+            num_running=0,
+            num_waiting=0,
+            num_pages=memory.capacity_blocks,
+            num_free_pages=memory.capacity_blocks - memory.num_blocks,
+            num_waiting_tokens=0,
+            num_leases=0,
+        )
+        return description_to_wire(identity, load)
+
+
+class StoreService(worker_pb2_grpc.WorkerServicer):
+    """Says what this is, and that it computes nothing."""
+
+    def __init__(self, describe: Callable[[], worker_pb2.WorkerDescription]) -> None:
+        self._describe = describe
+
+    async def Describe(
+        self, request: worker_pb2.DescribeRequest, context: Any
+    ) -> worker_pb2.WorkerDescription:
+        return self._describe()
+
+    async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"{self._describe().worker_id} is a store: it keeps KV and computes nothing",
+        )
+
+
+def load_store_model(config: WorkerConfig) -> ModelInfo:
+    """Which model's KV this store keeps. Raises CheckpointError, ValueError."""
+    return load_model_info(
+        config.model_path,
+        Checkpoint(config.model_path),
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+    )

@@ -1,0 +1,115 @@
+"""Everything of a worker below its device pages, wired by hand: the store, and what brings blocks in and out of it."""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.codec.codec import KvCodec
+from kvstore.codec.profile import PROFILE_FILE, KvProfile, load_profile
+from kvstore.errors import ProfileMismatch, TierUnusable
+from kvstore.holdings import Holdings
+from kvstore.layout import KvLayout
+from kvstore.store import BlockStore
+from kvstore.tiers.disk import DiskSettings, DiskTier
+from kvstore.tiers.memory import MemoryTier
+from kvstore.tiers.seal import resolve_key
+from workers.arena import allocate_arena
+from workers.block_exports import BlockExports
+from workers.config import WorkerConfig
+from workers.fetch import BlockFetcher, FetchTimeouts
+from workers.kv_metrics import KvMetrics
+from workers.logs import log_event
+from workers.model.info import ModelInfo
+
+TELL_EVERY_S = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiers:
+    """The parts that a worker and a store have in common. Their users wire the rest."""
+
+    store: BlockStore
+    codec: KvCodec
+    exports: BlockExports
+    fetcher: BlockFetcher
+    metrics: KvMetrics
+
+
+@contextlib.asynccontextmanager
+async def open_tiers(
+    config: WorkerConfig, model: ModelInfo, *, holdings: Holdings, registry: CollectorRegistry
+) -> AsyncIterator[Tiers]:
+    """Closed, what is in memory was written to disk as far as time allows.
+
+    Raises TierUnusable for a disk that cannot be had: an operator who asked for one must not find out by its absence.
+    """
+    metrics = KvMetrics(registry, model_name=config.model_name)
+    codec = KvCodec(model.layout, profile=_profile(config.model_path, model, metrics))
+    store = BlockStore(
+        MemoryTier(
+            allocate_arena(config.memory_tier_bytes),
+            block_bytes=model.layout.block_bytes,
+            policy=config.tier_policy,
+            holdings=holdings,
+        ),
+        disk=None if config.disk_tier_path is None else _disk(config, model, config.disk_tier_path),
+    )
+    exports = BlockExports(store, codec=codec)
+    fetcher = BlockFetcher(
+        model_fingerprint=model.fingerprint,
+        layout=model.layout,
+        profile_id=codec.profile_id,
+        timeouts=FetchTimeouts(total_s=config.pull_timeout_s),
+    )
+    tell = asyncio.create_task(_tell(store, metrics))
+    try:
+        yield Tiers(store=store, codec=codec, exports=exports, fetcher=fetcher, metrics=metrics)
+    finally:
+        tell.cancel()
+        await asyncio.wait({tell})
+        await fetcher.close()
+        exports.close()
+        await store.close()
+
+
+async def _tell(store: BlockStore, metrics: KvMetrics) -> None:
+    while True:
+        metrics.set_tiers(store.describe().tiers)
+        await asyncio.sleep(TELL_EVERY_S)
+
+
+def _disk(config: WorkerConfig, model: ModelInfo, directory: Path) -> DiskTier:
+    try:
+        settings = DiskSettings(
+            block_bytes=model.layout.block_bytes,
+            capacity_bytes=config.disk_tier_bytes,
+            namespace=_namespace(model.fingerprint, model.layout),
+            policy=config.tier_policy,
+            key=resolve_key(config.disk_tier_key) if config.disk_tier_key else None,
+        )
+    except ValueError as error:
+        raise TierUnusable(str(error)) from error
+    return DiskTier.open(directory, settings=settings)
+
+
+def _namespace(fingerprint: bytes, layout: KvLayout) -> bytes:
+    return hashlib.sha256(fingerprint + repr(layout).encode()).digest()
+
+
+def _profile(model_path: Path, model: ModelInfo, metrics: KvMetrics) -> KvProfile | None:
+    """None too for a profile of another model: chunks then bring their own tables, which costs bytes and no request."""
+    path = model_path / PROFILE_FILE
+    try:
+        return load_profile(path, fingerprint=model.fingerprint, layout=model.layout)
+    except ProfileMismatch as error:
+        metrics.mismatch("profile")
+        log_event(_logger, "profile_of_another_model", level=logging.WARNING, path=path, detail=str(error))
+        return None
