@@ -7,12 +7,13 @@ from kvstore.tiers.record import MAX_RECORD_BLOCKS
 from kvstore.tiers.seal import KEY_BYTES
 from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES
 from kvstore.tiers.segment_files import record_bytes, segment_bytes
-from kvstore.tiers.segment_header import SegmentFormat
+from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat
 
 # The part of the capacity that live blocks may fill: with more, segments are fuller when they are emptied, and
 # more is moved for every byte won; with less, disk is wasted.
 MAX_LIVE_SHARE = 0.75
-# A tier has at least so many segments: two are kept free, to grow and to move blocks to.
+# One grows, one is for moving blocks to, one for what files take beside their records.
+NUM_FREE_SEGMENTS = 3
 MIN_SEGMENTS = 8
 
 
@@ -61,9 +62,7 @@ class DiskSettings:
 
     @property
     def num_slots(self) -> int:
-        """Blocks that are held at most, if each has a record of its own."""
-        live_bytes = min(
-            int(MAX_LIVE_SHARE * self.capacity_bytes),
-            self.capacity_bytes - self.spare_bytes - 2 * self.segment_bytes,
-        )
-        return max(1, live_bytes // record_bytes(1, self.form))
+        """Blocks that are held at most: as many as have room if each has a record of its own."""
+        num_segments = self.capacity_bytes // self.segment_bytes
+        per_segment = (self.segment_bytes - SEGMENT_HEADER_BYTES) // record_bytes(1, self.form)
+        return int(per_segment * min(MAX_LIVE_SHARE * num_segments, num_segments - NUM_FREE_SEGMENTS))

@@ -14,6 +14,8 @@ from kvstore.tiers.tier import BlockRun
 
 # A segment that somebody reads gives its space back this late; then another one is emptied.
 USERS_TIMEOUT_S = 1.0
+# Of a segment that is fuller nothing moves for room: ten bytes would be written to win one.
+MAX_MOVED_SHARE = 0.9
 
 
 class DiskWriter:
@@ -52,13 +54,15 @@ class DiskWriter:
                 segment = self._index.emptiest(self._files.full_segments())
             if segment is None:
                 raise DiskFailed(f"no segment can be emptied for {num_bytes} bytes")
-            self.empty(segment)
+            self.empty(segment, max_live_share=MAX_MOVED_SHARE)
 
-    def empty(self, segment: Segment) -> None:
-        """Deletes a segment; blocks in it that are still wanted move, or leave where there is no room to move."""
+    def empty(self, segment: Segment, *, max_live_share: float) -> None:
+        """Deletes a segment. Blocks in it that are still wanted move; or leave, where there is no room to move or
+        nothing to be won by it."""
         with self._changing:
             live = self._index.live_in(segment)
-        if self._files.fits(segment.size_bytes, spare_bytes=2 * FILE_SYSTEM_BLOCK_BYTES):
+        has_room = self._files.fits(segment.size_bytes, spare_bytes=2 * FILE_SYSTEM_BLOCK_BYTES)
+        if has_room and len(live) * segment.stored_bytes <= max_live_share * segment.size_bytes:
             for start, stop in _records(live, self._settings.max_record_blocks):
                 self._move(live[start:stop])
         with self._changing:
@@ -71,7 +75,7 @@ class DiskWriter:
         self._files.stop_growing()
         for segment in segments:
             if segment in self._files.segments:
-                self.empty(segment)
+                self.empty(segment, max_live_share=1.0)
 
     def _store(self, run: BlockRun, blocks: Sequence[memoryview], *, now_s: float) -> bool:
         """Whether there were slots for all of them."""

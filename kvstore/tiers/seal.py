@@ -74,7 +74,8 @@ def resolve_key(reference: str) -> bytes:
     """The key that `env:NAME` or `file:PATH` refers to. ValueError without ever showing what is there."""
     kind, _, where = reference.partition(":")
     if kind not in _SOURCES or not where:
-        raise ValueError(f"the key of a disk tier is given as env:NAME or file:PATH, got {reference!r}")
+        # Not the value: it may be the key itself.
+        raise ValueError("the key of a disk tier is given as env:NAME or file:PATH, got neither")
     text = _SOURCES[kind](where).strip()
     if not _HEX_KEY.fullmatch(text):
         raise ValueError(f"{reference} must hold {KEY_BYTES} bytes in hex ({2 * KEY_BYTES} digits)")

@@ -75,6 +75,11 @@ class Segment:
         """Whether somebody else deleted the file; what it holds can still be read."""
         return os.fstat(self._fd).st_nlink == 0
 
+    @property
+    def has_torn_end(self) -> bool:
+        """Whether a failed append left something behind."""
+        return os.fstat(self._fd).st_size != self.size_bytes
+
     def append(self, record: RecordHeader, stored: Sequence[memoryview]) -> int:
         """Writes one record and returns where its first block lies.
 

@@ -11,7 +11,7 @@ from kvstore.errors import DiskFailed
 from kvstore.tiers.directory_lock import FILE_MODE, DirectoryLock
 from kvstore.tiers.record import RecordHeader, header_bytes
 from kvstore.tiers.recovery import FoundOther, FoundSegment, segment_path
-from kvstore.tiers.segment import Segment, occupied_bytes
+from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES, Segment, occupied_bytes
 from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat, new_segment_header
 
 # So many segments make up a tier, until they would be larger than the second figure.
@@ -29,7 +29,8 @@ def segment_bytes(capacity_bytes: int, form: SegmentFormat) -> int:
     """How far a segment grows."""
     smallest = occupied_bytes(SEGMENT_HEADER_BYTES + record_bytes(1, form))
     largest = max(LARGEST_SEGMENT_BYTES, capacity_bytes // MAX_SEGMENTS)
-    return max(smallest, min(capacity_bytes // SEGMENTS_PER_TIER, largest))
+    wanted = min(capacity_bytes // SEGMENTS_PER_TIER, largest)
+    return max(smallest, wanted // FILE_SYSTEM_BLOCK_BYTES * FILE_SYSTEM_BLOCK_BYTES)
 
 
 class SegmentFiles:
@@ -49,6 +50,7 @@ class SegmentFiles:
         self._others: list[FoundOther] = []
         self._growing: Segment | None = None
         self._last_number = 0
+        self._num_closing = 0
         self._is_written = False
         self._is_closed = False
         self._changed = threading.Condition()
@@ -76,7 +78,7 @@ class SegmentFiles:
         with self._changed:
             for segment in segments:
                 segment.num_users -= 1
-            self._close_idle()
+        self._close_idle()
 
     def fits(self, num_bytes: int, *, spare_bytes: int = 0) -> bool:
         """Whether a record of this size can be appended, in a new file if need be, and so much is left then."""
@@ -115,7 +117,12 @@ class SegmentFiles:
         try:
             return segment.append(record, stored)
         except OSError:
-            self._growing = None  # what is left behind in the file may be in the way
+            if segment.has_torn_end:
+                self._growing = None
+            else:
+                with self._changed:
+                    segment.taken_bytes -= growth
+                    self.used_bytes -= growth
             raise
 
     def retire(self, segment: Segment) -> None:
@@ -125,7 +132,7 @@ class SegmentFiles:
         with self._changed:
             self.segments.remove(segment)
             self._retired.append(segment)
-            self._close_idle()
+        self._close_idle()
 
     def remove_other(self) -> bool:
         """Deletes one file that is not ours; False if there is none. Raises OSError."""
@@ -139,7 +146,7 @@ class SegmentFiles:
     def wait_for_users(self, timeout_s: float) -> None:
         """Until what was retired has given its space back."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._retired, timeout_s)
+            self._changed.wait_for(lambda: not (self._retired or self._num_closing), timeout_s)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -153,13 +160,13 @@ class SegmentFiles:
         finally:
             with self._changed:
                 self._is_written = False
-                self._close_idle()
+            self._close_idle()
 
     def close(self) -> None:
         """Idempotent. What is used now is closed by its last user, who gives up the lock too."""
         with self._changed:
             self._is_closed = True
-            self._close_idle()
+        self._close_idle()
 
     def _create(self) -> Segment:
         self._lock.renew()
@@ -201,14 +208,18 @@ class SegmentFiles:
             )
 
     def _close_idle(self) -> None:
-        is_over = self._is_closed and not self._is_written
-        if is_over:
-            self._retired += self.segments
-            self.segments = []
-        for segment in [retired for retired in self._retired if not retired.num_users]:
-            self._retired.remove(segment)
-            self.used_bytes -= segment.taken_bytes
-            segment.close()
-        self._changed.notify_all()
-        if is_over and not self._retired:
-            self._lock.close()
+        with self._changed:
+            if self._is_closed and not self._is_written:
+                self._retired += self.segments
+                self.segments = []
+            idle = [segment for segment in self._retired if not segment.num_users]
+            self._retired = [segment for segment in self._retired if segment.num_users]
+            self._num_closing += len(idle)
+        for segment in idle:
+            segment.close()  # frees the space of a deleted file, which takes milliseconds
+        with self._changed:
+            self._num_closing -= len(idle)
+            self.used_bytes -= sum(segment.taken_bytes for segment in idle)
+            if self._is_closed and not (self.segments or self._retired or self._num_closing):
+                self._lock.close()
+            self._changed.notify_all()

@@ -1,0 +1,359 @@
+"""The disk tier on a disk that is full, read-only, gone, slow or lies, and after a process that died."""
+
+import contextlib
+import itertools
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.blocks import BlockKey, root_key
+from kvstore.errors import DiskFailed, TierUnusable
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.tier import BlockRun
+
+if TYPE_CHECKING:
+    from conftest import Disk
+
+SOON_S = 5.0
+
+
+@contextlib.contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    """The process may use so much of a resource."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, *arguments: str) -> Iterator[None]:
+    """Something is mounted there. Skips where the system allows no mount."""
+    command = ["mount", *arguments, str(directory)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"nothing can be mounted here: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def fails_then_pauses(disk: "Disk", tier: DiskTier) -> None:
+    """A write fails, the next ones do without trying, and what was there is served."""
+    num_errors = tier.stats().num_errors
+    chain = disk.chain(6)
+    with pytest.raises(DiskFailed, match="cannot write"):
+        tier.write(chain.run, list(chain.blocks))
+    assert tier.stats().num_errors == num_errors + 1
+    assert tier.stats().is_paused
+    with pytest.raises(DiskFailed, match="not written for another"):
+        tier.write(chain.run, list(chain.blocks))
+    assert tier.stats().num_errors == num_errors + 1
+    tier.check()
+
+
+def test_a_full_disk_stops_writes_until_it_has_room(disk: "Disk") -> None:
+    disk.directory.mkdir()
+    with mounted(disk.directory, "-t", "tmpfs", "-o", "size=40k", "tmpfs"):
+        tier, chain = disk.open(), disk.chain(3)
+        disk.write(tier, chain)
+        ballast = disk.directory / "ballast"
+        ballast.write_bytes(bytes(16 * 1024))
+        fails_then_pauses(disk, tier)
+        assert disk.read(tier, chain) == 3
+        ballast.unlink()
+        disk.now_s += 2
+        disk.write(tier, disk.chain(1))
+        assert not tier.stats().is_paused
+        tier.close()
+
+
+def test_a_write_that_ends_in_the_middle_leaves_nothing_behind(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(3)
+    disk.write(tier, chain.part(0, 1))
+    (path,) = disk.segments()
+    size_bytes = path.stat().st_size
+    with limited(resource.RLIMIT_FSIZE, size_bytes + 2000):  # what exceeds it fails like a full disk
+        fails_then_pauses(disk, tier)
+    assert path.stat().st_size == size_bytes
+    disk.now_s += 2
+    disk.write(tier, chain)
+    assert disk.read(tier, chain) == 3
+    tier.close()
+    assert disk.open().stats().num_damaged == 0
+
+
+def test_a_disk_that_becomes_read_only_is_still_read(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(3)
+    disk.write(tier, chain)
+    with mounted(disk.directory, "--bind", "-o", "ro", str(disk.directory)):
+        fails_then_pauses(disk, tier)
+        assert disk.read(tier, chain) == 3
+    disk.now_s += 2
+    disk.write(tier, disk.chain(3))
+    assert not tier.stats().is_paused
+
+
+def test_a_disk_that_is_read_only_from_the_start_is_refused(disk: "Disk") -> None:
+    disk.directory.mkdir()
+    with (
+        mounted(disk.directory, "--bind", "-o", "ro", str(disk.directory)),
+        pytest.raises(TierUnusable, match="Read-only file system"),
+    ):
+        disk.open()
+
+
+def test_a_directory_that_is_removed_is_made_again(disk: "Disk") -> None:
+    tier, before, after = disk.open(), disk.chain(4), disk.chain(4)
+    disk.write(tier, before)
+    shutil.rmtree(disk.directory)
+    assert disk.read(tier, before) == 4
+    tier.write(after.run, list(after.blocks))
+    assert disk.read(tier, before) == disk.read(tier, after) == 4
+    assert len(disk.segments()) == 2
+    with pytest.raises(TierUnusable, match="in use"):
+        disk.open()
+    tier.close()
+    tier = disk.open()
+    assert (disk.read(tier, before), disk.read(tier, after)) == (0, 4)
+
+
+def test_a_disk_that_is_gone_is_missed_by_nobody_but_writers(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(4)
+    disk.write(tier, chain)
+    shutil.rmtree(disk.directory.parent)
+    fails_then_pauses(disk, tier)
+    assert disk.read(tier, chain) == 4
+    tier.close()
+    disk.directory.parent.mkdir()
+
+
+def test_without_file_descriptors_nothing_new_is_begun(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(4)
+    disk.write(tier, chain)
+    num_open = len(os.listdir("/proc/self/fd"))
+    spare = [os.dup(0) for _ in range(8)]
+    with limited(resource.RLIMIT_NOFILE, 3):
+        fails_then_pauses(disk, tier)
+        assert disk.read(tier, chain) == 4
+    for fd in spare:
+        os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == num_open
+    disk.now_s += 2
+    disk.write(tier, disk.chain(4))
+
+
+def test_pauses_grow_while_the_disk_stays_away(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(1)
+    shutil.rmtree(disk.directory.parent)
+    tried_s = []
+    for _ in range(30):
+        disk.now_s += 1
+        num_errors = tier.stats().num_errors
+        with pytest.raises(DiskFailed):
+            tier.write(chain.run, list(chain.blocks))
+        if tier.stats().num_errors > num_errors:
+            tried_s.append(disk.now_s)
+    assert [after - before for before, after in itertools.pairwise(tried_s)] == [1, 2, 4, 8]
+    tier.close()
+    disk.directory.parent.mkdir()
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 4]))
+
+
+@pytest.mark.parametrize("key", [None, bytes(32)], ids=["plain", "sealed"])
+def test_a_flipped_bit_ends_a_run_and_costs_one_block(disk: "Disk", key: bytes | None) -> None:
+    tier, chain = disk.open(key=key), disk.chain(3)
+    disk.write(tier, chain)
+    (path,) = disk.segments()
+    flip(path, path.stat().st_size - disk.settings.block_bytes - 300)  # in the second of three
+    assert disk.read(tier, chain) == 1
+    assert chain.run.keys[1] not in tier
+    assert tier.take_changes()[1] == [chain.run.keys[1]]
+    stats = tier.stats()
+    assert (stats.num_corrupted_blocks, stats.num_errors) == (1, 1)
+    assert disk.read(tier, chain.part(2, 3)) == 1
+    disk.write(tier, chain)
+    assert disk.read(tier, chain) == 3
+    tier.close()
+    assert disk.read(disk.open(key=key), chain) == 3
+
+
+def test_a_truncated_file_costs_what_was_cut_off(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(3)
+    disk.write(tier, chain)
+    (path,) = disk.segments()
+    os.truncate(path, path.stat().st_size - 100)
+    assert disk.read(tier, chain) == 2
+    assert tier.longest_prefix(chain.run.keys) == 2
+
+
+def test_blocks_that_cannot_be_read_do_not_move(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(3)
+    disk.write(tier, disk.chain(1, salt="a"))
+    disk.write(tier, chain)
+    flip(disk.segments()[0], 4096 + 3000)
+    disk.write(tier, disk.chain(3))
+    tier.drop(root_key(model_fingerprint=b"model", cache_salt="a"))
+    tier.erase_dropped()
+    tier.check()
+    assert tier.stats().num_corrupted_blocks == 1
+    assert [disk.read(tier, chain.part(n, n + 1)) for n in range(3)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("lost_bytes", [1, 4096, 5000, 8400])
+def test_a_torn_tail_is_cut_off(disk: "Disk", lost_bytes: int) -> None:
+    tier, chain = disk.open(), disk.chain(2)
+    disk.write(tier, chain.part(0, 1))
+    (path,) = disk.segments()
+    whole_bytes = path.stat().st_size
+    disk.write(tier, chain)
+    tier.close()
+    os.truncate(path, max(whole_bytes, path.stat().st_size - lost_bytes))
+    tier = disk.open()
+    assert path.stat().st_size == whole_bytes
+    disk.check_size(tier)
+    assert disk.read(tier, chain) == 1
+    disk.write(tier, chain)
+    assert disk.read(tier, chain) == 2
+
+
+def test_a_corrupted_record_costs_only_itself(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(3)
+    sizes = []
+    for start in range(3):
+        disk.write(tier, chain.part(start, start + 1))
+        sizes.append(disk.segments()[0].stat().st_size)
+    tier.close()
+    flip(disk.segments()[0], sizes[0] + 30)  # in the header of the second
+    tier = disk.open()
+    assert tier.stats().num_damaged == 1
+    assert disk.read(tier, chain) == 1
+    assert disk.read(tier, chain.part(2, 3)) == 1
+
+
+def test_a_segment_whose_header_is_corrupted_is_dropped_and_counted(disk: "Disk") -> None:
+    tier, chains = disk.open(), [disk.chain(3) for _ in range(3)]
+    for chain in chains:
+        disk.write(tier, chain)
+    tier.close()
+    flip(disk.segments()[1], 40)
+    tier = disk.open()
+    assert tier.stats().num_damaged == 1
+    assert [disk.read(tier, chain) for chain in chains] == [3, 0, 3]
+
+
+@settings(max_examples=60)
+@given(junk=st.binary(max_size=20_000), at=st.floats(0, 1), cut=st.booleans())
+def test_whatever_is_in_the_files_only_true_blocks_are_read(
+    tmp_path_factory: pytest.TempPathFactory, junk: bytes, at: float, cut: bool
+) -> None:
+    directory = tmp_path_factory.mktemp("kv")
+    form = DiskSettings(block_bytes=256, capacity_bytes=2**17, namespace=b"")
+    tier = DiskTier.open(directory, settings=form)
+    keys = tuple(BlockKey(number.to_bytes(16, "little")) for number in range(1, 21))
+    run = BlockRun(root=BlockKey(bytes(16)), parent=BlockKey(bytes(16)), first_position=0, keys=keys)
+    blocks = np.random.default_rng(0).integers(0, 256, (20, 256), dtype=np.uint8)
+    for start in range(0, 20, 4):
+        tier.write(run.part(start, start + 4), list(blocks[start : start + 4]))
+    tier.close()
+    path = sorted(directory.glob("segment-*"))[0]
+    data = bytearray(path.read_bytes())
+    offset = int(at * len(data))
+    data[offset : offset + len(junk)] = junk
+    path.write_bytes(data[: offset + len(junk)] if cut else data)
+    tier = DiskTier.open(directory, settings=form)
+    tier.check()
+    into = np.zeros_like(blocks)
+    for start in range(20):
+        num_read = tier.read(run.keys[start:], list(into[start:]))
+        assert np.array_equal(into[start : start + num_read], blocks[start : start + num_read])
+    tier.close()
+    shutil.rmtree(directory)
+
+
+def test_a_killed_writer_leaves_what_it_had_written(disk: "Disk") -> None:
+    code = (
+        "import sys, time; import numpy as np; from pathlib import Path\n"
+        "from kvstore.tiers.disk import DiskTier; from kvstore.tiers.disk_settings import DiskSettings\n"
+        "from kvstore.tiers.tier import BlockRun\n"
+        "tier = DiskTier.open(Path(sys.argv[1]), settings=DiskSettings(\n"
+        "    block_bytes=4096, capacity_bytes=2**18, namespace=b'model'))\n"
+        "root = bytes(16)\n"
+        "for number in range(1, 10**9):\n"
+        "    key = number.to_bytes(16, 'little')\n"
+        "    run = BlockRun(root=root, parent=root, first_position=0, keys=(key,))\n"
+        "    tier.write(run, [np.full(4096, number % 251, np.uint8)])\n"
+        "    print(number, flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(disk.directory)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        last = 0
+        while last < 200:
+            last = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        last = int((process.stdout.read().splitlines() or [last])[-1])
+    tier = disk.open()
+    tier.check()
+    disk.check_size(tier)
+    newest = [number.to_bytes(16, "little") for number in range(last - 15, last + 1)]
+    into = np.empty(4096, np.uint8)
+    for number, key in enumerate(newest, last - 15):
+        assert tier.read([key], [into]) == 1  # type: ignore[list-item]
+        assert (into == number % 251).all()
+
+
+def test_a_slow_disk_keeps_nobody_waiting_but_its_readers(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, chain, other = disk.open(), disk.chain(3), disk.chain(3)
+    disk.write(tier, chain)
+    is_reading, may_go_on = threading.Event(), threading.Event()
+    preadv = os.preadv
+
+    def slow(*args: object) -> int:
+        is_reading.set()
+        assert may_go_on.wait(SOON_S)
+        return preadv(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", slow)
+    found: list[int] = []
+    reader = threading.Thread(target=lambda: found.append(disk.read(tier, chain)))
+    reader.start()
+    assert is_reading.wait(SOON_S)
+    assert tier.longest_prefix(chain.run.keys) == 3
+    disk.write(tier, other)
+    assert tier.drop(None) == 6
+    tier.erase_dropped()  # deletes the file that is being read
+    tier.check()
+    tier.close()
+    with pytest.raises(TierUnusable, match="in use"):
+        disk.open()
+    may_go_on.set()
+    reader.join(SOON_S)
+    assert found == [3]
+    disk.open()
