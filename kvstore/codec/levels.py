@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from kvstore.layout import ITEM_BYTES, KvLayout
 
 RAW = 0
-NUM_CACHEGEN_LEVELS = 4
+# Bins of the keys as parts of their root mean square; VALUES_PER_KEYS_BIN (`channels.py`) says what the values' are.
+CACHEGEN_BINS = (0.2, 0.4, 0.8)
+NUM_CACHEGEN_LEVELS = len(CACHEGEN_BINS)
 INT8 = NUM_CACHEGEN_LEVELS + 1
 KIVI4 = NUM_CACHEGEN_LEVELS + 2
 KIVI2 = NUM_CACHEGEN_LEVELS + 3
 
-# Of the demo model; a profile says what its own model's are.
-_USUAL_BITS = (4.5, 3.5, 2.7, 2.2)
+_USUAL_BITS = (3.7, 2.7, 1.8)  # a value, of the demo model; a profile says what its own model's are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +31,20 @@ class Level:
 
 def list_levels(layout: KvLayout, *, cachegen_bits: tuple[float, ...] | None = None) -> tuple[Level, ...]:
     """All levels, each at the index that is its number; `cachegen_bits` per value where a profile knows them."""
-    bits = cachegen_bits or _USUAL_BITS
     found = [Level(number=RAW, name="raw", bytes_per_value=ITEM_BYTES[layout.dtype])]
     found += [
-        Level(number=number, name=f"cachegen-{number}", bytes_per_value=one / 8)
-        for number, one in enumerate(bits, start=1)
+        Level(number=number, name=f"cachegen-{number}", bytes_per_value=bits / 8)
+        for number, bits in enumerate(cachegen_bits or _USUAL_BITS, start=1)
     ]
-    for number, name, num_bits in ((INT8, "int8", 8.0), (KIVI4, "kivi-4", 4.0), (KIVI2, "kivi-2", 2.0)):
-        # The scales come on top: two bytes a token and head of 8-bit values; KIVI's, four bytes per 32 values.
-        overhead = 16 / layout.head_dim if number == INT8 else 1.0
-        found.append(
-            Level(number=number, name=name, bytes_per_value=(num_bits + overhead) / 8, is_comparison=True)
-        )
+    # With their scales: of KIVI's groups, two halves for 32 tokens of a key's channel or for a value's token and head.
+    kivi_scales = (1 + 32 / layout.head_dim) / 2
+    compared = (
+        (INT8, "int8", 8 + 16 / layout.head_dim),
+        (KIVI4, "kivi-4", 4 + kivi_scales),
+        (KIVI2, "kivi-2", 2 + kivi_scales),
+    )
+    found += [
+        Level(number=number, name=name, bytes_per_value=bits / 8, is_comparison=True)
+        for number, name, bits in compared
+    ]
     return tuple(found)
