@@ -213,6 +213,10 @@ class Books(RuleBasedStateMachine):
         prefix = root[:8].decode()
         return run_of(*(prefix + name[: n + 1] for n in range(len(name))), root=root)
 
+    def parent_of(self, key: BlockKey) -> BlockKey:
+        """Names are a root's beginning and a letter for each block."""
+        return key_of(key.rstrip(b".").decode()[:-1])
+
     def left(self, keys: list[BlockKey]) -> None:
         gone = {slot for slot, key in self.held.items() if key in keys}
         assert len(gone) == len(keys)
@@ -225,6 +229,9 @@ class Books(RuleBasedStateMachine):
         pinned = {slot for slots in self.pinned for slot in slots}
         slots, dropped = self.tier.reserve(num_slots, now_s=self.now_s)
         assert not {self.held[slot] for slot in pinned if slot in self.held} & set(dropped)
+        for position, key in enumerate(dropped):
+            later = {*self.held.values()} - {*dropped[:position]}
+            assert not {child for child in later if self.parent_of(child) == key}, "a leaf had to go first"
         self.left(dropped)
         assert len(slots) <= num_slots
         self.reserved += slots
