@@ -115,7 +115,9 @@ class DiskReader:
         self.is_hung = False
         for key in read.run.keys:
             del self._reads[key]
-        num_read = 0 if read.is_dropped else self._num_read(reading)
+        num_read = self._num_read(reading)
+        if read.is_dropped:
+            num_read = 0
         self._memory.free(read.slots[num_read:])
         if num_read:
             self._memory.commit(read.run.part(0, num_read), read.slots[:num_read])

@@ -20,7 +20,7 @@ CLASSES_PER_OCTAVE = 4
 BUSY_S = 5.0
 # From then on until this time, all count as equally long unused, so that their costs alone decide: age tells nothing
 # while whoever reads the answer has yet to type. On the Mooncake traces reuse comes after 59 and 114 s (median); there
-# a memory of a million tokens saves 1.35 and 1.46 x the FLOPs of LRU, with 10 s 1.17 and 1.00, with 120 s 1.31 and 1.48.
+# a memory of 10^6 tokens saves 1.35 and 1.46 x the FLOPs of LRU, with 10 s 1.17 and 1.00, with 120 s 1.31 and 1.48.
 FRESH_S = 60.0
 _LEAST_IDLE_S = 1e-3
 

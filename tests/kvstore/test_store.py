@@ -1,6 +1,7 @@
 """The store over memory and a disk that does what the test says: waits, fails, lies, hangs."""
 
 import asyncio
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -539,3 +540,47 @@ async def test_a_description_has_every_tier_and_the_longest_lived_prefixes(store
     assert (tier, prefix.last_key, prefix.num_blocks) == (Tier.MEMORY, chain(2).keys[1], 2)
     assert store.describe().prefixes == ()
     assert description.tiers[Tier.MEMORY].capacity_bytes == 8 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_traffic_with_cancellations_drops_and_a_bad_disk_leaves_nothing_behind(
+    store: BlockStore, disk: ScriptedDisk, seed: int
+) -> None:
+    rng = random.Random(seed)
+
+    async def use(run: BlockRun) -> None:
+        with await store.pin(run.keys) as pinned:
+            check_content(store, pinned, run)
+            await asyncio.sleep(0)
+            check_content(store, pinned, run)
+
+    async def compute(run: BlockRun) -> None:
+        reservation = store.reserve(len(run.keys))
+        if reservation is not None:
+            with reservation:
+                await asyncio.sleep(0)
+                for slot, key in zip(reservation.slots, run.keys, strict=True):
+                    store.arena_SX[slot] = content(key)
+                reservation.commit(run, slots=reservation.slots)
+
+    tasks: list[asyncio.Task[object]] = []
+    for _ in range(400):
+        run = chain(rng.randint(1, 5), number=rng.randint(0, 4), salt=rng.choice("AB"))
+        match rng.randrange(8):
+            case 0 | 1 | 2:
+                tasks.append(asyncio.create_task(use(run)))
+            case 3 | 4:
+                tasks.append(asyncio.create_task(compute(run)))
+            case 5 if tasks:
+                rng.choice(tasks[-8:]).cancel()
+            case 6:
+                tasks.append(asyncio.create_task(store.drop(rng.choice((None, run.root)))))
+            case _:
+                disk.failure = rng.choice((None, None, DiskFailed("full")))
+                disk.corrupted ^= {rng.choice(run.keys)}
+        await asyncio.sleep(0)
+        store.check()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        assert result is None or isinstance(result, int | asyncio.CancelledError)
+    await store.close()
+    nothing_is_held(store)
