@@ -11,11 +11,13 @@ The encoder runs the same backwards, from the last symbol to the first, and begi
 whole exactly if the decoder ends with these states and no words left.
 
 A symbol is found by comparing its slot with all bounds of the table in vector registers and counting the ones: a
-table is one or two cache lines, where a slot table of the same precision is 16 KiB and has to be built for each row.
-Written as LLVM vector code, because the compiler spreads the same loop over several registers of 64-bit sums.
+table is one or two cache lines, where a slot table of the same precision is 32 KiB and has to be built for each row.
+Written as LLVM vector code, because the compiler spreads the same loop over several registers of 64-bit sums. With
+AVX-512, tables of up to 63 symbols are searched for all lanes at once (`rans_vector.py`).
 
 The decoder cannot leave its arrays, whatever the words are: a slot is at least the first bound and less than the last,
-so that the count is in 1..width-1; a row reads at most one word a token, and `words` has that many to spare.
+so that the count is in 1..width-1; a row takes at most one word a token and looks NUM_LANES ahead, and `words` has
+that many to spare.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,9 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
-NUM_LANES = 32
+from kvstore.codec import rans_vector
+
+NUM_LANES = rans_vector.NUM_LANES
 TOTAL_BITS = 15
 WIDTHS = (32, 64, 256)  # of tables
 _LOW = 1 << 16  # states are in [_LOW, 2^32) between symbols
@@ -61,7 +65,7 @@ def _make_row_decoder(width: int) -> Callable[..., Any]:
 
     # Neither a signature nor a cache, which closures would miss: compiled and cached as a part of `decode`.
     @njit(nogil=True, error_model="numpy")
-    def decode_row(words: Any, place: Any, bounds: Any, states: Any, out_T: Any) -> Any:
+    def decode_row(words: Any, place: Any, bounds: Any, states: Any, step_symbols: Any, out_T: Any) -> Any:
         """Returns where in `words` the next row begins. Unsigned indices, else each is tested for below 0."""
         address = np.uint64(bounds.ctypes.data)
         for t in range(np.uint64(len(out_T))):
@@ -83,7 +87,27 @@ def _make_row_decoder(width: int) -> Callable[..., Any]:
     return decode_row
 
 
-_decode_row_32, _decode_row_64, _decode_row_256 = (_make_row_decoder(width) for width in WIDTHS)
+def _make_vector_row_decoder(width: int) -> Callable[..., Any]:
+    step = rans_vector.make_step(width, total_bits=TOTAL_BITS)
+
+    @njit(nogil=True, error_model="numpy")
+    def decode_row(words: Any, place: Any, bounds: Any, states: Any, step_symbols: Any, out_T: Any) -> Any:
+        num_tokens, num_lanes = np.uint64(len(out_T)), np.uint64(NUM_LANES)
+        first_word, table = np.uint64(words.ctypes.data), np.uint64(bounds.ctypes.data)
+        lanes, found = np.uint64(states.ctypes.data), np.uint64(step_symbols.ctypes.data)
+        for t in range(np.uint64(0), num_tokens, num_lanes):
+            num_active = min(num_lanes, num_tokens - t)
+            place += step(first_word + np.uint64(2) * place, table, lanes, found, num_active)
+            for lane in range(num_active):
+                out_T[t + lane] = step_symbols[lane]
+        return place
+
+    return decode_row
+
+
+_make_narrow = _make_vector_row_decoder if rans_vector.IS_SUPPORTED else _make_row_decoder
+_decode_row_32, _decode_row_64 = _make_narrow(32), _make_narrow(64)
+_decode_row_256 = _make_row_decoder(256)
 
 
 @njit("void(uint8[:, :, ::1], uint32[:, ::1])", **_OPTIONS)
@@ -132,11 +156,11 @@ def encode(symbols_GTC: Any, bounds_NS: Any, table_of_row_R: Any, words: Any) ->
 def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_GTC: Any) -> Any:
     """Fills `out_GTC`; False if the stream is not whole (`out_GTC` then holds garbage).
 
-    `words` is longer than the stream's `num_words` by the tokens of a row.
+    `words` is longer than the stream's `num_words` by the tokens of a row and NUM_LANES.
     """
     if num_words < 2 * NUM_LANES:
         return False
-    states = np.empty(NUM_LANES, np.uint32)
+    states, step_symbols = np.empty(NUM_LANES, np.uint32), np.empty(NUM_LANES, np.uint8)
     for lane in range(NUM_LANES):
         states[lane] = np.uint32(words[2 * lane]) | np.uint32(words[2 * lane + 1]) << np.uint32(16)
     place, width = np.uint64(2 * NUM_LANES), bounds_NS.shape[1]
@@ -145,11 +169,11 @@ def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_
         bounds = bounds_NS[table_of_row_R[row]]
         out_T = out_GTC[row // num_channels, :, row % num_channels]
         if width == 32:
-            place = _decode_row_32(words, place, bounds, states, out_T)
+            place = _decode_row_32(words, place, bounds, states, step_symbols, out_T)
         elif width == 64:
-            place = _decode_row_64(words, place, bounds, states, out_T)
+            place = _decode_row_64(words, place, bounds, states, step_symbols, out_T)
         else:
-            place = _decode_row_256(words, place, bounds, states, out_T)
+            place = _decode_row_256(words, place, bounds, states, step_symbols, out_T)
         if place > np.uint64(num_words):
             return False
     return place == np.uint64(num_words) and np.all(states == _LOW)

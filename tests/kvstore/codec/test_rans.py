@@ -1,4 +1,7 @@
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 from hypothesis import given, settings
@@ -65,3 +68,36 @@ def test_the_bytes_of_a_stream_are_pinned() -> None:
     assert (
         hashlib.sha256(data).hexdigest() == "5d0e4a4180712d8fa3caa3900243841f4c8acfc841125fb5d2abcfbe0656c700"
     )
+
+
+PLAIN_PROCESSOR = """
+import sys
+import numpy as np
+from kvstore.codec.entropy import SymbolTables, decode_symbols, fit_frequencies
+for num_symbols in (31, 63, 255):
+    counts = np.arange(1, num_symbols + 1) ** np.arange(3)[:, None]
+    tables = SymbolTables.from_frequencies(fit_frequencies(counts))
+    symbols = np.empty((3, 100), np.uint8)
+    decode_symbols(bytes.fromhex(sys.stdin.readline()), tables, out=symbols)
+    print(symbols.tobytes().hex())
+"""
+
+
+def test_a_processor_without_avx512_decodes_the_same() -> None:
+    streams, sent = [], []
+    for num_symbols in (31, 63, 255):
+        counts = np.arange(1, num_symbols + 1) ** np.arange(3)[:, None]
+        symbols = np.random.default_rng(0).integers(0, num_symbols, (3, 100), dtype=np.uint8)
+        sent.append(symbols.tobytes().hex())
+        tables = SymbolTables.from_frequencies(fit_frequencies(counts))
+        streams.append(encode_symbols(symbols, tables).hex())
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_PROCESSOR],
+        input="\n".join(streams),
+        env=os.environ | {"NUMBA_CPU_NAME": "generic"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == sent
