@@ -18,6 +18,7 @@ from kvstore.tiers.tier import BlockRun
 
 MAX_WAITING_BLOCKS = 4096
 MAX_BLOCKS_PER_WRITE = 128
+MAX_JOBS = 64  # one write, and drops
 _logger = logging.getLogger(__name__)
 
 
@@ -26,12 +27,11 @@ class DiskBacklog:
         self._disk = disk
         self._memory = memory
         self._on_change = on_change
-        self._thread = IoThread("kv-disk-writes", max_jobs=8)
+        self._thread = IoThread("kv-disk-writes", max_jobs=MAX_JOBS)
         # A hung write must not keep most of the memory pinned.
         self._max_blocks = max(1, min(MAX_BLOCKS_PER_WRITE, memory.num_slots // 4))
         self._waiting: OrderedDict[BlockKey, BlockRun] = OrderedDict()  # by the key of the last block
         self._writing: BlockRun | None = None
-        self._dropped: list[BlockKey | None] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_waiting_blocks = 0
@@ -44,21 +44,20 @@ class DiskBacklog:
                 self._enqueue(run.part(first, min(stop, first + self._max_blocks)))
         self._write_next()
 
-    def drop(self, root: BlockKey | None) -> None:
-        """What waits or is being written of this root will not be on disk."""
+    async def drop(self, root: BlockKey | None, *, timeout_s: float) -> None:
+        """Nothing of this root waits any more; what is being written is dropped after that, and all of it erased.
+
+        A disk that is not done in time goes on without us.
+        """
         for last_key, run in tuple(self._waiting.items()):
             if root is None or run.root == root:
                 del self._waiting[last_key]
                 self.num_waiting_blocks -= len(run.keys)
-        if self._writing is not None:
-            self._dropped.append(root)
-
-    async def erase_dropped(self, *, timeout_s: float) -> None:
-        """Erases dropped blocks from the disk. A disk that is not done in time goes on without us."""
-        erasing = self._thread.submit(self._disk.erase_dropped)
+        erasing = self._thread.submit(partial(self._erase, root))
         if erasing is None:
+            _logger.warning("too many drops wait for the disk tier: one is not erased until the next write")
             return
-        erasing.add_done_callback(self._note_failure)
+        erasing.add_done_callback(self._note_erased)
         await asyncio.wait({erasing}, timeout=timeout_s)
 
     async def close(self, *, timeout_s: float) -> None:
@@ -118,12 +117,17 @@ class DiskBacklog:
         self._memory.unpin(slots)
         if self._note_failure(writing):
             self._miss(len(slots))
-        for root in self._dropped:
-            self._disk.drop(root)
-        self._dropped.clear()
         self._writing = None
         self._on_change()
         self._write_next()
+
+    def _erase(self, root: BlockKey | None) -> None:
+        self._disk.drop(root)
+        self._disk.erase_dropped()
+
+    def _note_erased(self, erasing: "asyncio.Future[None]") -> None:
+        self._note_failure(erasing)
+        self._on_change()
 
     def _note_failure(self, done: "asyncio.Future[None]") -> bool:
         error = None if done.cancelled() else done.exception()

@@ -158,10 +158,9 @@ class BlockStore:
             return len(dropped)
         num_blocks = sum(key not in self._disk for key in dropped)
         self._reader.drop(root)
-        self._backlog.drop(root)
         num_blocks += self._disk.drop(root)
         self._note_disk()
-        await self._backlog.erase_dropped(timeout_s=self._disk_timeout_s)
+        await self._backlog.drop(root, timeout_s=self._disk_timeout_s)
         return num_blocks
 
     def check(self) -> None:

@@ -118,7 +118,7 @@ async def test_what_was_dropped_does_not_come_back_with_a_restart(
 ) -> None:
     before = reopen()
     keep(before, chain(6, salt="A"))
-    keep(before, chain(6, salt="B"))
+    keep(before, chain(6, salt="B"))  # of both, some is being written and some waits
     await before.drop(chain(1, salt="A").root)
     await before.close()
     after = reopen()
