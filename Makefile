@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # One OpenMP thread per test process: two of them on two cores degrade tenfold when anything else runs.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup serve test lint format bench protos gpu
+.PHONY: help setup redis serve test lint format bench protos gpu
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -28,10 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import workers.engine.engine'
 	@touch $@
 
+redis:  ## install redis-server where it is missing; the tests and several gateways need it
+	@tools/install_redis.sh
+
 serve: $(STAMP)  ## start a prefill worker, a decode worker and the gateway: make serve ARGS='--port 9000'
 	$(BIN)/penstock up $(ARGS)
 
-test: $(STAMP)  ## run every test
+test: $(STAMP) redis  ## run every test
 	$(ONE_THREAD) $(BIN)/python -m pytest
 
 lint: $(STAMP)  ## formatting, lint, types, import contracts, generated code

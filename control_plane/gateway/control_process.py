@@ -1,9 +1,10 @@
-"""The servers of the control process, in one event loop: HTTP, public gRPC and the directory."""
+"""The servers of one control process, in one event loop: HTTP, public gRPC and the directory."""
 
 import asyncio
 import contextlib
 import math
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +16,11 @@ from prometheus_client import CollectorRegistry
 
 from control_plane.config import ClusterConfig, replica_port
 from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.redis_directory import RedisDirectory
+from control_plane.directory.redis_link import RedisLink, RedisSettings
 from control_plane.directory.server import (
     SERVER_OPTIONS,
+    Directory,
     DirectoryServicer,
     expire_silent,
     warn_of_other_formats,
@@ -67,16 +71,15 @@ async def serve(
     """
     gateway = config.gateway
     http_port = replica_port(gateway.port, replica)
-    directory = MemoryDirectory(ttl_s=config.directory.ttl_s)
+    memory = MemoryDirectory(ttl_s=config.directory.ttl_s)
+    directory, link = _directory(config, memory)
     sessions = SessionPool(SessionSettings(gateway_id=f"{socket.gethostname()}:{http_port}"))
-    directory.subscribe(sessions.on_change)
-    directory.subscribe(warn_of_other_formats)
-    dispatcher = PoolDispatcher(
-        directory, sessions, policy=_policy(config), settings=_dispatch_settings(config)
-    )
+    memory.subscribe(sessions.on_change)
+    memory.subscribe(warn_of_other_formats)
+    dispatcher = PoolDispatcher(memory, sessions, policy=_policy(config), settings=_dispatch_settings(config))
     metrics = GatewayMetrics(CollectorRegistry())
     add_pool_metrics(metrics.registry, dispatcher=dispatcher, sessions=sessions)
-    metrics.registry.register(DirectoryMetrics(directory))
+    metrics.registry.register(DirectoryMetrics(memory, link))
     settings = GatewaySettings(
         model_path=config.model.path,
         max_body_bytes=gateway.max_body_bytes,
@@ -117,10 +120,12 @@ async def serve(
         await public_server.start()
         http_server = _HttpServer(_http_config(app, drain_timeout_s=gateway.drain_timeout_s))
         http = asyncio.create_task(http_server.serve(sockets=[listener]))
-        watches = (
+        watches = [
             asyncio.create_task(expire_silent(directory)),
             asyncio.create_task(health.follow(interval_s=settings.health_interval_s)),
-        )
+        ]
+        if link is not None:
+            watches.append(asyncio.create_task(link.run()))
         for task in (*watches, http):
             stack.push_async_callback(_cancel, task)
         on_ready(addresses)
@@ -131,6 +136,20 @@ async def serve(
         # What still runs fails now, and its clients are told so.
         await sessions.close()
         await asyncio.gather(*stops)
+
+
+def _directory(config: ClusterConfig, memory: MemoryDirectory) -> tuple[Directory, RedisLink | None]:
+    """What workers speak to. Without Redis, that is what this gateway knows."""
+    if not config.directory.redis_url:
+        return memory, None
+    # A new one at every start, as entries are numbered from 1.
+    directory = RedisDirectory(memory, gateway_id=secrets.token_hex(8))
+    settings = RedisSettings(
+        url=config.directory.redis_url,
+        prefix=config.directory.redis_prefix,
+        heartbeat_s=config.directory.heartbeat_s,
+    )
+    return directory, RedisLink(directory, settings)
 
 
 def _policy(config: ClusterConfig) -> RoutingPolicy:

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from control_plane.directory.member import Role
 from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.redis_link import RedisLink
 from control_plane.gateway.dispatch import PoolDispatcher
 from control_plane.gateway.sessions import SessionPool
 
@@ -35,8 +36,9 @@ def add_pool_metrics(
 class DirectoryMetrics(Collector):
     """Of what this gateway knows about workers and their blocks."""
 
-    def __init__(self, directory: MemoryDirectory) -> None:
+    def __init__(self, directory: MemoryDirectory, link: RedisLink | None) -> None:
         self._directory = directory
+        self._link = link
 
     def collect(self) -> Iterator[Metric]:
         blocks = self._directory.blocks
@@ -48,6 +50,12 @@ class DirectoryMetrics(Collector):
             "Reports of workers that name blocks in another format, which matches nothing",
             value=self._directory.num_format_mismatches,
         )
+        if self._link is not None:
+            yield GaugeMetricFamily(
+                "penstock_directory_redis_up",
+                "Whether this gateway shares its directory now: 1, or 0 while Redis is away",
+                value=self._link.is_up,
+            )
 
 
 def _num_ready(sessions: SessionPool, role: Role) -> int:
