@@ -44,12 +44,14 @@ def encode_adaptive(arena_SX: Bytes, slots: Sequence[int], *, level: int, layout
 def decode_adaptive(chunk: Chunk, *, layout: KvLayout) -> tuple[tuple[Bytes, Bytes], Bins]:
     """The symbols of the anchors and the deltas, and the bins that they mean. Raises CodecCorrupted."""
     expected_bytes = 8 * layout.num_layers + 4 * num_groups(layout) * layout.head_dim
+    scales = chunk.section(Section.SCALES)
     try:
-        packed = zstandard.decompress(chunk.section(Section.SCALES), max_output_size=expected_bytes)
+        announced = zstandard.frame_content_size(scales)
+        if announced != expected_bytes:  # decompress() allocates what a frame announces
+            raise CodecCorrupted(f"{announced} bytes of scales, expected {expected_bytes}")
+        packed = zstandard.decompress(scales)
     except zstandard.ZstdError as e:
         raise CodecCorrupted(f"the scales of a chunk: {e}") from e
-    if len(packed) != expected_bytes:
-        raise CodecCorrupted(f"{len(packed)} bytes of scales, expected {expected_bytes}")
     bins = _unpack(packed, level=chunk.header.level, layout=layout)
     anchors, deltas = make_room(layout, num_blocks=chunk.header.num_blocks)
     decode_symbols(chunk.section(Section.ANCHORS), _tables(chunk, Section.ANCHOR_TABLES, layout), out=anchors)
