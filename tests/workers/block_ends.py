@@ -83,6 +83,29 @@ def make_fetcher(
     )
 
 
+@contextlib.asynccontextmanager
+async def serving(store: BlockStore, *, fingerprint: bytes, layout: KvLayout) -> AsyncIterator[KvHolder]:
+    """Pulls by key from `store`, whatever its model."""
+    metrics = KvMetrics(CollectorRegistry(), model_name="tiny")
+    exports = BlockExports(store, codec=KvCodec(layout, profile=None))
+    listener = Listener(TicketDesk([exports]).serve, max_connections=8, idle_timeout_s=SOON_S)
+    await listener.start(TcpAddress(host="127.0.0.1", port=0))
+    identity = SourceIdentity(
+        epoch=EPOCH, model_fingerprint=fingerprint, layout=layout, data_address=str(listener.address)
+    )
+    blocks = BlockService(store, exports=exports, metrics=metrics)
+    server = grpc.aio.server()
+    kv_pb2_grpc.add_KvTransferServicer_to_server(KvTransferService(identity=identity, blocks=blocks), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        yield KvHolder(worker_id="peer", epoch=EPOCH, control_address=address, num_blocks=0)
+    finally:
+        await server.stop(None)
+        await listener.close()
+        exports.close()
+
+
 class Peer:
     """What a worker or a store has around its tiers."""
 

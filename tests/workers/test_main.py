@@ -105,7 +105,7 @@ async def start_process(checkpoint: Path) -> AsyncIterator[Fixture]:
         ({}, ["--max-num-sequences", "4"], "unrecognized arguments: --max-num-sequences 4"),
         ({}, ["--max-num"], "unrecognized arguments: --max-num"),
         ({"model_path": None}, [], "the following arguments are required: --model-path"),
-        ({"role": "expert"}, [], "must be one of prefill, decode, mixed, got 'expert'"),
+        ({"role": "expert"}, [], "must be one of prefill, decode, mixed, store, got 'expert'"),
         ({"num_pages": "many"}, [], "--num-pages: invalid int value: 'many'"),
         ({"dtype": "int3"}, [], "dtype must be one of float32, bfloat16, got 'int3'"),
         ({"lease_s": "-1"}, [], "lease_s must be a positive number of seconds, got -1.0"),
@@ -168,6 +168,34 @@ async def test_a_signal_ends_it_with_0_and_leaves_no_socket(
     assert await worker.ended() == 0
     assert '"event": "stopped"' in worker.log[-1]
     assert os.listdir(tmp_path) == []
+
+
+async def test_a_store_ends_with_0_and_leaves_its_disk_and_no_socket(
+    start_process: Fixture, tmp_path: Path
+) -> None:
+    sockets, disk = tmp_path / "sockets", tmp_path / "disk"
+    sockets.mkdir()
+    disk.mkdir()
+    store = await start_process(
+        role="store", control_address=f"unix:{sockets}/control.sock", data_address=f"unix://{sockets}/data.sock",
+        disk_tier_path=disk,
+    )  # fmt: skip
+    identity = await store.ready()
+    assert identity.role is Role.STORE
+    assert sorted(os.listdir(sockets)) == ["control.sock", "data.sock"]
+    store.process.send_signal(signal.SIGTERM)
+    assert await store.ended() == 0
+    assert '"event": "stopped"' in store.log[-1]
+    assert os.listdir(sockets) == []
+
+
+@pytest.mark.parametrize("role", ["store", "decode"])
+async def test_a_disk_tier_that_cannot_be_used_ends_it_with_2(
+    start_process: Fixture, tmp_path: Path, role: str
+) -> None:
+    (tmp_path / "a-file").touch()
+    detail = await _refused(await start_process(role=role, disk_tier_path=tmp_path / "a-file"))
+    assert str(tmp_path / "a-file") in detail
 
 
 async def test_a_signal_while_it_loads_ends_it_with_0(start_process: Fixture) -> None:
