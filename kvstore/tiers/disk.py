@@ -58,6 +58,7 @@ class DiskTier:
     ) -> None:
         self._directory = directory
         self._settings = settings
+        self._block_bytes = settings.block_bytes
         self._now_s = now_s
         self._changing = threading.Lock()  # guards the index; never held while waiting for the disk
         self._writing = threading.Lock()
@@ -241,8 +242,8 @@ class DiskTier:
 
     def _view(self, block: Block) -> memoryview:
         view = block.data
-        if view.nbytes != self._settings.block_bytes or view.ndim != 1 or not view.c_contiguous:
+        if view.nbytes != self._block_bytes or view.ndim != 1 or not view.c_contiguous:
             raise ValueError(
-                f"a block is one row of {self._settings.block_bytes} bytes, got {view.shape} of {view.format}"
+                f"a block is one row of {self._block_bytes} bytes, got {view.shape} of {view.format}"
             )
         return view

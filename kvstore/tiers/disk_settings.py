@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from kvstore.placement import POLICIES
-from kvstore.tiers.record import MAX_RECORD_BLOCKS
+from kvstore.tiers.record import ALIGNED_FROM_BYTES, MAX_RECORD_BLOCKS, PAGE_BYTES, max_record_bytes
 from kvstore.tiers.seal import KEY_BYTES
 from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES
-from kvstore.tiers.segment_files import record_bytes, segment_bytes
+from kvstore.tiers.segment_files import segment_bytes
 from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat
 
 # The part of the capacity that live blocks may fill: with more, segments are fuller when they are emptied, and
@@ -15,6 +15,12 @@ MAX_LIVE_SHARE = 0.75
 # One grows, one is for moving blocks to, one for what files take beside their records.
 NUM_FREE_SEGMENTS = 3
 MIN_SEGMENTS = 8
+
+
+def moved_bytes(size_bytes: int) -> int:
+    """What the live blocks of a segment take at most elsewhere: the end of one file and the begin of the next one
+    are rounded up, and every large record is aligned anew."""
+    return size_bytes + 2 * FILE_SYSTEM_BLOCK_BYTES + size_bytes // (ALIGNED_FROM_BYTES // PAGE_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,17 +58,22 @@ class DiskSettings:
     @property
     def spare_bytes(self) -> int:
         """Kept free for moving the live blocks of one segment."""
-        return self.segment_bytes + 2 * FILE_SYSTEM_BLOCK_BYTES
+        return moved_bytes(self.segment_bytes)
 
     @property
     def max_record_blocks(self) -> int:
         """A segment has room for several records, so that little of it stays empty at its end."""
         quarter_bytes = self.segment_bytes // 4
-        return max(1, min(MAX_RECORD_BLOCKS, quarter_bytes // record_bytes(1, self.form)))
+        return max(
+            1,
+            min(MAX_RECORD_BLOCKS, quarter_bytes // max_record_bytes(1, stored_bytes=self.form.stored_bytes)),
+        )
 
     @property
     def num_slots(self) -> int:
         """Blocks that are held at most: as many as have room if each has a record of its own."""
         num_segments = self.capacity_bytes // self.segment_bytes
-        per_segment = (self.segment_bytes - SEGMENT_HEADER_BYTES) // record_bytes(1, self.form)
+        per_segment = (self.segment_bytes - SEGMENT_HEADER_BYTES) // max_record_bytes(
+            1, stored_bytes=self.form.stored_bytes
+        )
         return int(per_segment * min(MAX_LIVE_SHARE * num_segments, num_segments - NUM_FREE_SEGMENTS))

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Sequence
 
 from kvstore.errors import DiskFailed
 from kvstore.tiers.disk_index import DiskIndex, placed_blocks
-from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.disk_settings import DiskSettings, moved_bytes
 from kvstore.tiers.placed import Placed, read_blocks, scratch
-from kvstore.tiers.record import RecordHeader, block_checksum
-from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES, Segment
-from kvstore.tiers.segment_files import SegmentFiles, record_bytes
+from kvstore.tiers.record import RecordHeader, block_checksum, max_record_bytes
+from kvstore.tiers.segment import Segment
+from kvstore.tiers.segment_files import SegmentFiles
 from kvstore.tiers.tier import BlockRun
 
 # A segment that somebody reads gives its space back this late; then another one is emptied.
@@ -32,7 +32,9 @@ class DiskWriter:
         self.num_lost = 0
         self._index = index
         self._files = files
-        self._settings = settings
+        self._form = settings.form
+        self._max_record_blocks = settings.max_record_blocks
+        self._spare_bytes = settings.spare_bytes
         self._changing = changing
 
     def write(self, run: BlockRun, blocks: Sequence[memoryview], *, now_s: float) -> None:
@@ -40,14 +42,14 @@ class DiskWriter:
         with self._changing:
             missing = self._index.missing(run)
         for first, end in missing:
-            for start in range(first, end, self._settings.max_record_blocks):
-                stop = min(end, start + self._settings.max_record_blocks)
+            for start in range(first, end, self._max_record_blocks):
+                stop = min(end, start + self._max_record_blocks)
                 if not self._store(run.part(start, stop), blocks[start:stop], now_s=now_s):
                     return  # the run is longer than the tier: what follows could not be reached
 
     def make_room(self, num_bytes: int) -> None:
         """Until a record of this size fits beside what moving blocks needs."""
-        while not self._files.fits(num_bytes, spare_bytes=self._settings.spare_bytes):
+        while not self._files.fits(num_bytes, spare_bytes=self._spare_bytes):
             if self._files.remove_other():
                 continue
             with self._changing:
@@ -61,9 +63,9 @@ class DiskWriter:
         nothing to be won by it."""
         with self._changing:
             live = self._index.live_in(segment)
-        has_room = self._files.fits(segment.size_bytes, spare_bytes=2 * FILE_SYSTEM_BLOCK_BYTES)
+        has_room = self._files.fits(moved_bytes(segment.size_bytes))
         if has_room and len(live) * segment.stored_bytes <= max_live_share * segment.size_bytes:
-            for start, stop in _records(live, self._settings.max_record_blocks):
+            for start, stop in _records(live, self._max_record_blocks):
                 self._move(live[start:stop])
         with self._changing:
             self._index.evict(self._index.live_in(segment))
@@ -84,7 +86,7 @@ class DiskWriter:
         if not slots:
             return False
         try:
-            self.make_room(record_bytes(len(slots), self._settings.form))
+            self.make_room(max_record_bytes(len(slots), stored_bytes=self._form.stored_bytes))
             placed = self._append(run.part(0, len(slots)), blocks[: len(slots)], used_s=now_s)
         except BaseException:
             with self._changing:
@@ -96,7 +98,7 @@ class DiskWriter:
         return len(slots) == len(blocks)
 
     def _append(self, run: BlockRun, blocks: Sequence[memoryview], *, used_s: float) -> list[Placed]:
-        segment = self._files.growing(record_bytes(len(blocks), self._settings.form))
+        segment = self._files.growing(max_record_bytes(len(blocks), stored_bytes=self._form.stored_bytes))
         if segment.seal is None:
             stored = list(blocks)
         else:
@@ -109,7 +111,7 @@ class DiskWriter:
 
     def _move(self, live: Sequence[Placed]) -> None:
         """Blocks of one record that follow each other. One that cannot be read is lost."""
-        blocks = scratch(len(live), self._settings.block_bytes)
+        blocks = scratch(len(live), self._form.block_bytes)
         start = 0
         while start < len(live):
             stop = start + read_blocks(live[start:], blocks[start:]).num_blocks

@@ -10,6 +10,9 @@
     56       24 n  of each block: its key, and the XXH3-64 of its bytes as stored, seeded with the key
     56+24 n  8     XXH3-64 of all that, seeded with the segment's seed plus the record's offset
 
+Then come the blocks; where they are ALIGNED_FROM_BYTES or more, at the next page, as whole pages are read and written
+1.3 times as fast (1950 and 1488 MB/s for 1 MiB on a virtual NVMe disk), and the gap is small beside them.
+
 All integers are little-endian. The seeds tie a header to its place and a block to its key: bytes that lie at
 another place than they were written to are never taken for what they are not.
 """
@@ -25,6 +28,8 @@ from kvstore.tiers.tier import BlockRun
 MAGIC = b"PNSR"
 # One header then fits one page, and one record one pwritev (at most 1024 buffers).
 MAX_RECORD_BLOCKS = 160
+PAGE_BYTES = 4096
+ALIGNED_FROM_BYTES = 64 * PAGE_BYTES
 
 _FIXED = struct.Struct("<4sIQd16s16s")
 _BLOCK = struct.Struct(f"<{DIGEST_BYTES}sQ")
@@ -46,6 +51,22 @@ def header_bytes(num_blocks: int) -> int:
 
 
 MAX_HEADER_BYTES = header_bytes(MAX_RECORD_BLOCKS)
+
+
+def first_block_offset(offset: int, *, num_blocks: int, stored_bytes: int) -> int:
+    """Where the blocks of a record lie that begins at `offset`."""
+    end = offset + header_bytes(num_blocks)
+    return -(-end // PAGE_BYTES) * PAGE_BYTES if _is_aligned(num_blocks, stored_bytes) else end
+
+
+def max_record_bytes(num_blocks: int, *, stored_bytes: int) -> int:
+    """What a record takes at most, wherever it begins."""
+    padding_bytes = PAGE_BYTES - 1 if _is_aligned(num_blocks, stored_bytes) else 0
+    return header_bytes(num_blocks) + padding_bytes + num_blocks * stored_bytes
+
+
+def _is_aligned(num_blocks: int, stored_bytes: int) -> bool:
+    return num_blocks * stored_bytes >= ALIGNED_FROM_BYTES
 
 
 def block_checksum(key: BlockKey, stored: memoryview) -> int:

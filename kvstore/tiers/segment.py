@@ -27,7 +27,7 @@ from kvstore.tiers.record import (
     MAGIC,
     MAX_HEADER_BYTES,
     RecordHeader,
-    header_bytes,
+    first_block_offset,
     pack_record_header,
     unpack_record_header,
 )
@@ -80,19 +80,24 @@ class Segment:
         """Whether a failed append left something behind."""
         return os.fstat(self._fd).st_size != self.size_bytes
 
+    def size_with(self, num_blocks: int) -> int:
+        """The size with one more record."""
+        return self._first_block(self.size_bytes, num_blocks) + num_blocks * self.stored_bytes
+
     def append(self, record: RecordHeader, stored: Sequence[memoryview]) -> int:
         """Writes one record and returns where its first block lies.
 
         Raises OSError; the file is then as before, or ends in a torn record that nothing refers to.
         """
+        first_block = self._first_block(self.size_bytes, len(stored))
         head = pack_record_header(record, seed=self._seed + self.size_bytes)
+        head += bytes(first_block - self.size_bytes - len(head))
         try:
             end = self._write_all([memoryview(head), *stored])
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size_bytes)
             raise
-        first_block = self.size_bytes + len(head)
         self.size_bytes = end
         self.roots.add(record.run.root)
         self._write_back()
@@ -115,7 +120,7 @@ class Segment:
         while (found := self._next_record(end)) is not None:
             offset, record = found
             num_gaps += offset > end
-            first_block = offset + header_bytes(len(record.run.keys))
+            first_block = self._first_block(offset, len(record.run.keys))
             records.append((first_block, record))
             self.roots.add(record.run.root)
             end = first_block + len(record.run.keys) * self.stored_bytes
@@ -146,8 +151,11 @@ class Segment:
         if record is None:
             return None
         num_blocks = len(record.run.keys)
-        end = offset + header_bytes(num_blocks) + num_blocks * self.stored_bytes
+        end = self._first_block(offset, num_blocks) + num_blocks * self.stored_bytes
         return record if end <= self.size_bytes else None
+
+    def _first_block(self, offset: int, num_blocks: int) -> int:
+        return first_block_offset(offset, num_blocks=num_blocks, stored_bytes=self.stored_bytes)
 
     def _write_all(self, buffers: list[memoryview]) -> int:
         end = self.size_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
 from kvstore.tiers.directory_lock import FILE_MODE, DirectoryLock
-from kvstore.tiers.record import RecordHeader, header_bytes
+from kvstore.tiers.record import RecordHeader, max_record_bytes
 from kvstore.tiers.recovery import FoundOther, FoundSegment, segment_path
 from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES, Segment, occupied_bytes
 from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat, new_segment_header
@@ -21,13 +21,9 @@ LARGEST_SEGMENT_BYTES = 256 * 2**20
 MAX_SEGMENTS = 256
 
 
-def record_bytes(num_blocks: int, form: SegmentFormat) -> int:
-    return header_bytes(num_blocks) + num_blocks * form.stored_bytes
-
-
 def segment_bytes(capacity_bytes: int, form: SegmentFormat) -> int:
     """How far a segment grows."""
-    smallest = occupied_bytes(SEGMENT_HEADER_BYTES + record_bytes(1, form))
+    smallest = occupied_bytes(SEGMENT_HEADER_BYTES + max_record_bytes(1, stored_bytes=form.stored_bytes))
     largest = max(LARGEST_SEGMENT_BYTES, capacity_bytes // MAX_SEGMENTS)
     wanted = min(capacity_bytes // SEGMENTS_PER_TIER, largest)
     return max(smallest, wanted // FILE_SYSTEM_BLOCK_BYTES * FILE_SYSTEM_BLOCK_BYTES)
@@ -107,9 +103,7 @@ class SegmentFiles:
 
     def append(self, segment: Segment, record: RecordHeader, stored: Sequence[memoryview]) -> int:
         """Where the first block of the record lies now. Raises OSError, or DiskFailed where it does not fit."""
-        num_bytes = header_bytes(len(stored)) + sum(len(block) for block in stored)
-        taken_bytes = occupied_bytes(segment.size_bytes + num_bytes)
-        growth = max(0, taken_bytes - segment.taken_bytes)
+        growth = max(0, occupied_bytes(segment.size_with(len(stored))) - segment.taken_bytes)
         self._require_room(growth)
         with self._changed:
             segment.taken_bytes += growth
