@@ -36,7 +36,7 @@ class Holdings:
         self._max_pending_keys = max_pending_keys
         self._held: dict[BlockKey, int] = {}
         self._heard: dict[BlockKey, int] = {}
-        self._snapshot: list[BlockKey] = []  # comes before what is pending, from its end
+        self._snapshot: list[BlockKey] = []  # goes before what is pending; oldest last
         self._pending: dict[BlockKey, None] = {}
         self._restart = True
 
@@ -61,11 +61,11 @@ class Holdings:
         self._snapshot, self._pending = [], {}
 
     def take_changes(self, max_keys: int) -> HoldingChanges:
-        """The next changes, at most so many; they count as heard."""
+        """The next changes, oldest first; they count as heard."""
         snapshot, self._restart = self._restart, False
         if snapshot:
             self._heard = {}
-            self._snapshot = list(self._held)
+            self._snapshot = list(reversed(self._held))
         stored: list[BlockKey] = []
         tiers: list[Tier] = []
         removed: list[BlockKey] = []
@@ -98,7 +98,7 @@ class Holdings:
         if self._snapshot:
             keys = self._snapshot[-max_keys:]
             del self._snapshot[-max_keys:]
-            return keys
+            return keys[::-1]
         if len(self._pending) <= max_keys:
             pending, self._pending = self._pending, {}
             return list(pending)
