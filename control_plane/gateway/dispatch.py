@@ -7,6 +7,7 @@ and those of another decode worker after a failure are one sequence (token_merge
 import asyncio
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ class PoolDispatcher:
         self._policy = policy
         self._settings = settings
         self._numbers = itertools.count(1)
+        self._name = secrets.token_hex(4)
         self.admission = Admission(
             max_concurrent=settings.max_concurrent_requests,
             max_queued=settings.max_queued_requests,
@@ -194,8 +196,8 @@ class PoolDispatcher:
         assert decode is not None, f"{placement.decode} was picked but has no session"
         assignment = Assignment(
             # A number of our own, because clients may choose one id for several requests, and a second attempt
-            # must not meet what the first one left behind.
-            request_id=f"{run.generation.request_id[:MAX_REQUEST_ID_CHARS]}#{number}",
+            # must not meet what the first one left behind; with our own name, because other gateways count too.
+            request_id=f"{run.generation.request_id[:MAX_REQUEST_ID_CHARS]}#{self._name}-{number}",
             generation=run.generation,
             output_token_ids=tuple(run.merge.token_ids),
             arrival_unix_s=run.arrival_unix_s,
