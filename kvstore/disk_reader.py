@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 @dataclass(eq=False, kw_only=True, slots=True)
 class Read:
     run: BlockRun
+    keys: frozenset[BlockKey]
     slots: list[int]
     done: "asyncio.Future[None]"
     num_waiting: int = 0
@@ -57,7 +58,8 @@ class DiskReader:
                 read = self._begin(keys[start : self._stretch_end(keys, start)])
                 if read is None:
                     break
-            start += len(read.run.keys) - read.run.keys.index(keys[start])
+            while start < len(keys) and keys[start] in read.keys:
+                start += 1
             read.num_waiting += 1
             reads.append(read)
         return reads
@@ -106,7 +108,8 @@ class DiskReader:
         if reading is None:
             self._memory.free(slots)
             return None
-        read = Read(run=run, slots=slots, done=asyncio.get_running_loop().create_future())
+        done = asyncio.get_running_loop().create_future()
+        read = Read(run=run, keys=frozenset(run.keys), slots=slots, done=done)
         self._reads.update(dict.fromkeys(run.keys, read))
         reading.add_done_callback(partial(self._finish, read))
         return read

@@ -331,6 +331,24 @@ async def test_those_who_want_the_same_blocks_share_one_read(store: BlockStore, 
     assert disk.reads == [run.keys[:3], run.keys[3:]]
 
 
+async def test_chains_that_part_share_the_read_of_what_they_share(
+    store: BlockStore, disk: ScriptedDisk
+) -> None:
+    one, other = chain(4), chain(4, number=1)
+    other = BlockRun(root=one.root, parent=one.root, first_position=0, keys=one.keys[:2] + other.keys[2:])
+    disk.hold(one)
+    disk.hold(other)
+    disk.go.clear()
+    tasks = [asyncio.create_task(store.pin(run.keys)) for run in (one, other)]
+    await begun(disk)
+    disk.go.set()
+    for task, run in zip(tasks, (one, other), strict=True):
+        with await task as pinned:
+            assert len(pinned.slots) == 4
+            check_content(store, pinned, run)
+    assert disk.reads == [one.keys, other.keys[2:]]
+
+
 async def test_a_corrupted_block_ends_the_run(store: BlockStore, disk: ScriptedDisk) -> None:
     run = chain(4)
     disk.hold(run)
