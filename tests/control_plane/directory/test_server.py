@@ -1,4 +1,5 @@
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -118,6 +119,10 @@ async def test_a_watch_that_ends_leaves_no_listener(service: Service) -> None:
         ({"worker_id": "nobody"}, grpc.StatusCode.NOT_FOUND),
         ({"epoch": 7}, grpc.StatusCode.FAILED_PRECONDITION),
         ({"blocks": directory_pb2.BlockEvents(stored=b"odd")}, grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            {"blocks": directory_pb2.BlockEvents(stored=bytes(16), stored_tiers=b"\x07")},
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
     ],
 )
 async def test_a_heartbeat_that_does_not_fit_is_refused_with_the_reason(
@@ -144,6 +149,56 @@ async def test_a_gap_in_the_block_events_is_answered_with_resend(service: Servic
     assert (await service.beat(blocks=directory_pb2.BlockEvents(sequence=3, stored=bytes(16)))).resend_blocks
     snapshot = directory_pb2.BlockEvents(sequence=4, snapshot=True, stored=bytes(32))
     assert not (await service.beat(blocks=snapshot)).resend_blocks
+
+
+async def test_workers_learn_of_the_stores_of_their_model_and_stores_of_none(service: Service) -> None:
+    for name, fingerprint in (("s0", b"model-a"), ("s1", b"model-a"), ("other", b"model-b")):
+        description = FakeWorker(
+            name, role=worker_pb2.ROLE_STORE, epoch=3, fingerprint=fingerprint
+        ).description
+        description.control_address = f"127.0.0.1:{name}"
+        await service.stub.Register(directory_pb2.RegisterRequest(worker=description), timeout=TIMEOUT_S)
+    await service.register()
+    stores = (await service.beat()).stores
+    assert [(store.worker_id, store.epoch) for store in stores] == [("s0", 3), ("s1", 3)]
+    assert stores[0].control_address == "127.0.0.1:s0"
+    assert not (await service.beat(worker_id="s0", epoch=3)).stores
+
+
+async def test_blocks_with_names_of_another_format_are_counted_and_not_indexed(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.directory.subscribe(directory_server.warn_of_other_formats)
+    description = FakeWorker("w").description
+    description.control_address = "127.0.0.1:1"
+    description.block_format = b"penstock-block-0"
+    for _ in range(2):
+        await service.stub.Register(directory_pb2.RegisterRequest(worker=description), timeout=TIMEOUT_S)
+    reply = await service.beat(blocks=directory_pb2.BlockEvents(sequence=1, snapshot=True, stored=bytes(16)))
+    assert not reply.resend_blocks
+    assert service.directory.blocks.is_empty
+    assert service.directory.num_format_mismatches == 1
+    (record,) = [record for record in caplog.records if record.message == "block_format_mismatch"]
+    assert record.fields["block_format"] == "penstock-block-0"
+    assert [member.worker_id for member in service.directory.members()] == ["w"]
+
+
+async def test_a_heartbeat_with_a_hundred_thousand_blocks_lets_others_speak(service: Service) -> None:
+    await service.register()
+    blocks = directory_pb2.BlockEvents(sequence=1, snapshot=True, stored=random.Random(1).randbytes(16 << 17))
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    assert not (await service.beat(blocks=blocks)).resend_blocks
+    counting.cancel()
+    assert turns > 256
+    assert service.directory.blocks.num_blocks == 1 << 17
 
 
 def frozen_directory(*, ttl_s: float, now_s: float) -> MemoryDirectory:

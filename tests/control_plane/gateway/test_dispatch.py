@@ -16,6 +16,7 @@ from control_plane.errors import (
 )
 from control_plane.gateway.backend import Dispatcher, ServedModel
 from control_plane.gateway.dispatch import PoolDispatcher
+from control_plane.gateway.sessions import SessionClosed
 from control_plane.generation import FinishReason, Generation, TokenChunk, WorkerEvent
 from kvstore.blocks import chain_keys, root_key
 from protos import worker_pb2
@@ -114,6 +115,73 @@ async def test_a_prompt_that_is_cached_where_it_decodes_is_not_handed_over(clust
     # Another tenant shares no blocks.
     await collect(cluster.dispatcher(), make_generation(num_prompt_tokens=LONG, cache_salt="other"))
     assert len(prefill.submits) == 1
+
+
+def hold(cluster: Cluster, worker: FakeWorker, generation: Generation, *, num_blocks: int) -> None:
+    root = root_key(model_fingerprint=worker.description.model.fingerprint)
+    stored = b"".join(list(chain_keys(root, generation.prompt_token_ids))[:num_blocks])
+    events = BlockEvents(sequence=1, snapshot=True, stored=stored)
+    cluster.directory.heartbeat(worker.member.incarnation, load=worker.member.load, blocks=events, now_s=0.0)
+
+
+async def test_who_computes_the_prompt_is_told_who_holds_more_of_it(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d"))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL))
+    store = FakeWorker("s", role=worker_pb2.ROLE_STORE, epoch=4)
+    store.description.control_address = "127.0.0.1:9"
+    cluster.join(store)
+    generation = make_generation(num_prompt_tokens=LONG)
+    hold(cluster, prefill, generation, num_blocks=3)
+    hold(cluster, decode, generation, num_blocks=2)
+    hold(cluster, store, generation, num_blocks=8)
+    await collect(cluster.dispatcher(), generation)
+    ((holder,),) = [submit.kv_holders for submit in prefill.submits]
+    assert (holder.worker_id, holder.epoch, holder.num_blocks) == ("s", 4, 8)
+    assert holder.control_address == "127.0.0.1:9"
+    assert list(decode.submits[0].kv_holders) == []
+    await collect(cluster.dispatcher(prefill_threshold_tokens=1000), generation)
+    assert [(each.worker_id, each.num_blocks) for each in decode.submits[1].kv_holders] == [
+        ("s", 8),
+        ("p", 3),
+    ]
+
+
+async def test_only_what_is_not_cached_there_counts_as_work_of_who_computes(cluster: Cluster) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL, max_answer_tokens=0))
+    generation = make_generation(num_prompt_tokens=LONG)
+    hold(cluster, prefill, generation, num_blocks=5)
+    client = asyncio.create_task(collect(cluster.dispatcher(), generation))
+    await decode.until(lambda: bool(decode.submits))
+    assert unreported_tokens(cluster, decode, prefill) == [0, LONG - 5 * 16]
+    client.cancel()
+
+
+async def test_without_a_session_the_prefill_worker_is_counted_no_work(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = await cluster.start(FakeWorker("d", max_answer_tokens=0))
+    prefill = await cluster.start(FakeWorker("p", role=PREFILL))
+    generation = make_generation(num_prompt_tokens=LONG)
+    hold(cluster, decode, generation, num_blocks=2)
+    session = cluster.sessions.get(prefill.member.incarnation)
+    assert session is not None
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SessionClosed("just gone")
+
+    monkeypatch.setattr(session, "submit", refuse)
+    client = asyncio.create_task(collect(cluster.dispatcher(), generation))
+    await decode.until(lambda: bool(decode.submits))
+    assert unreported_tokens(cluster, decode, prefill) == [LONG, 0]
+    assert not decode.submits[0].HasField("kv_source")
+    assert list(decode.submits[0].kv_holders) == []  # it holds those itself
+    client.cancel()
+
+
+def unreported_tokens(cluster: Cluster, *workers: FakeWorker) -> list[int]:
+    sessions = [cluster.sessions.get(worker.member.incarnation) for worker in workers]
+    return [session.view().num_unreported_tokens for session in sessions if session is not None]
 
 
 async def test_the_last_prompt_token_is_computed_even_if_its_block_is_cached(cluster: Cluster) -> None:
