@@ -43,6 +43,16 @@ def move_region(request: Request, region: LoadRegion, first_block: int) -> None:
         del request.loads[position]
 
 
+def shorten_region(request: Request, region: LoadRegion, end_block: int) -> None:
+    """A region of which nothing is in pages ends earlier; one without blocks goes."""
+    assert region.placed_block == region.end_block, "blocks at the end of the region are in pages"
+    end_block = min(end_block, region.end_block)
+    region.first_block = min(region.first_block, end_block)
+    region.end_block = region.placed_block = region.first_lossy_block = end_block
+    if region.first_block == region.end_block:
+        request.loads.remove(region)
+
+
 def place_blocks(region: LoadRegion, first_block: int, *, is_exact: bool) -> None:
     """Blocks from `first_block` up to those that are placed already are in the request's pages."""
     region.placed_block = max(first_block, region.first_block)

@@ -1,13 +1,13 @@
 """The loop of a worker: decide, let the engine do it, account. Everything else waits for the gap between two steps.
 
-    settle the inbox    submissions, aborts, closed sessions, ended pulls, ended leases: here alone the state changes
+    settle the inbox    submissions, aborts, closed sessions, ended pulls, ended leases, blocks that were loaded
     plan                schedule(state.view(), limits)
-    pulls               recorded and started before the step, so that blocks travel while it computes
+    begin               pages change hands; pulls and loads into them start, so that blocks travel while it computes
     execute             in the engine's thread; numba and torch release the interpreter lock
-    apply               tokens to their sessions, finished blocks to their pullers
+    apply               tokens to their sessions, finished blocks to their pullers and to the tiers below
 
 The inbox is bounded without a bound of its own: at most `max_num_submitted` submissions, and for each request that is
-here at most one abort, one end of a pull and one end of a lease.
+here at most one abort, one end of a pull, one end of a lease, and a message for each chunk that is loaded for it.
 """
 
 import asyncio
@@ -18,19 +18,31 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from workers.engine.engine import Engine
 from workers.errors import EngineFailed, InvalidRequest, PullCorrupted, PullError, QueueFull, WorkerError
 from workers.exports import Exports
 from workers.handoff import Puller
 from workers.logs import log_event
+from workers.messages import (
+    Aborted,
+    BlocksPlaced,
+    LeaseEnded,
+    LoadFailed,
+    Message,
+    PagesFree,
+    PullEnded,
+    SessionClosed,
+    Submitted,
+)
 from workers.metrics import WorkerMetrics
 from workers.outbox import Outbox
 from workers.request import FinishReason, Handoff, Purpose, Request, RequestId, RequestOutput, SessionId
 from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState
 from workers.step import Pull, ScheduledRequest, StepPlan, StepResult
+from workers.tier_traffic import TierTraffic
 
 # A step that fails may be the fault of one request; so many in a row are the fault of this process.
 MAX_FAILED_STEPS = 3
@@ -39,39 +51,6 @@ RETRY_AFTER_S = 0.5
 CHECK_EVERY_S = 5.0
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    request: Request
-    unix_s: float  # when it came: the wait for the gap counts as queueing
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: RequestId
-
-
-@dataclass(frozen=True, slots=True)
-class _CloseSession:
-    session_id: SessionId
-
-
-@dataclass(frozen=True, slots=True)
-class _PullEnded:
-    """`handoff` is None if the pull failed or was cancelled. No page is written any more."""
-
-    request_id: RequestId
-    handoff: Handoff | None
-
-
-@dataclass(frozen=True, slots=True)
-class _LeaseEnded:
-    request_id: RequestId
-    released: bool
-
-
-_Message = _Submit | _Abort | _CloseSession | _PullEnded | _LeaseEnded
 
 
 class RequestLoop:
@@ -87,6 +66,7 @@ class RequestLoop:
         puller: Puller,
         metrics: WorkerMetrics,
         max_num_submitted: int,
+        tiers: TierTraffic | None = None,
     ) -> None:
         self._state = state
         self._engine = engine
@@ -95,8 +75,9 @@ class RequestLoop:
         self._puller = puller
         self._metrics = metrics
         self._max_num_submitted = max_num_submitted
+        self._tiers = tiers
         self._num_submitted = 0
-        self._inbox: deque[_Message] = deque()
+        self._inbox: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._session_ids = map(SessionId, itertools.count(1))
@@ -137,32 +118,34 @@ class RequestLoop:
             )
         self._requests[request.request_id] = request
         self._num_submitted += 1
-        self._post(_Submit(request, time.time()))
+        self.post(Submitted(request, time.time()))
 
     def abort(self, session_id: SessionId, request_id: RequestId) -> None:
         """Ends a request of this session; one that has ended already does not matter."""
         request = self._requests.get(request_id)
         if request is not None and request.session_id == session_id and request_id not in self._aborted:
             self._aborted.add(request_id)
-            self._post(_Abort(request_id))
+            self.post(Aborted(request_id))
 
     def close_session(self, session_id: SessionId) -> None:
         """Aborts all requests of the session; nobody is there to hear of it."""
         if self._outboxes.pop(session_id, None) is None:
             return
         self._aborted.update(self._requests_of(session_id))
-        self._post(_CloseSession(session_id))
+        self.post(SessionClosed(session_id))
 
     # What the hand-over says.
 
     def lease_ended(self, request_id: RequestId, *, released: bool) -> None:
         """The puller has all it wanted (`released`), or the lease is over."""
         if request_id in self._requests:
-            self._post(_LeaseEnded(request_id, released))
+            self.post(LeaseEnded(request_id, released))
 
     async def settled(self) -> None:
-        """Returns once no request is here and no pull runs."""
-        while self._requests or self._pulls or self._inbox:
+        """Returns once no request is here, no pull runs, and no block moves to or from device pages."""
+        while (
+            self._requests or self._pulls or self._inbox or not (self._tiers is None or self._tiers.is_quiet)
+        ):
             self._settled.clear()
             await self._settled.wait()
 
@@ -175,6 +158,7 @@ class RequestLoop:
                 while True:
                     self._wake.clear()
                     self._settle_inbox()
+                    self._tell_tiers()
                     plan = schedule(self._state.view(), self._limits)
                     if plan.is_empty:
                         self._rest()
@@ -183,6 +167,8 @@ class RequestLoop:
                         await self._step(plan, engine_thread)
             finally:
                 await self._cancel_pulls()
+                if self._tiers is not None:
+                    await self._tiers.close()
 
     def _rest(self) -> None:
         self._metrics.set_load(self._state.load())
@@ -194,6 +180,9 @@ class RequestLoop:
 
     async def _step(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> None:
         self._state.begin(plan, now_s=time.time())
+        if self._tiers is not None:
+            preempted = [self._requests[request_id] for request_id in plan.preempted]
+            self._tiers.step_began(plan, preempted)
         for pull in plan.pulls:
             self._start_pull(pull)
         self._step_number += 1
@@ -206,11 +195,23 @@ class RequestLoop:
             return
         self._num_failed_steps = 0
         outputs = self._state.apply(plan, result, now_s=time.time())
-        self._metrics.step_done(plan, step_s=time.monotonic() - started_s)
-        for progress in self._state.export_progress():
-            self._exports.progress(progress)
+        self._step_done(plan, step_s=time.monotonic() - started_s)
         self._deliver(outputs)
         self._metrics.set_load(self._state.load())
+
+    def _step_done(self, plan: StepPlan, *, step_s: float) -> None:
+        if plan.rows or plan.preempted:
+            self._metrics.step_done(plan, step_s=step_s)
+            if self._tiers is not None:
+                self._tiers.step_ended(plan, step_s=step_s)
+        for progress in self._state.export_progress():
+            self._exports.progress(progress)
+        self._tell_tiers()
+
+    def _tell_tiers(self) -> None:
+        computed = self._state.take_computed_runs()
+        if self._tiers is not None:
+            self._tiers.moved(computed)
 
     async def _execute(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> StepResult:
         if not plan.rows:
@@ -241,20 +242,26 @@ class RequestLoop:
     def _settle_inbox(self) -> None:
         while self._inbox:
             match self._inbox.popleft():
-                case _Submit(request, unix_s):
+                case Submitted(request, unix_s):
                     self._num_submitted -= 1
                     self._add(request, came_s=unix_s)
-                case _Abort(request_id):
+                case Aborted(request_id):
                     self._end(request_id)
-                case _CloseSession(session_id):
+                case SessionClosed(session_id):
                     for request_id in self._requests_of(session_id):
                         self._end(request_id)
-                case _PullEnded(request_id, handoff):
+                case PullEnded(request_id, handoff):
                     self._end_pull(request_id, handoff)
-                case _LeaseEnded(request_id, released):
+                case LeaseEnded(request_id, released):
                     self._end_lease(request_id, released=released)
+                case BlocksPlaced(request_id, region, first_block, is_exact):
+                    self._state.place(request_id, region, first_block, is_exact=is_exact, now_s=time.time())
+                case LoadFailed(request_id, region):
+                    self._state.load_failed(request_id, region, region.placed_block, now_s=time.time())
+                case PagesFree():
+                    pass  # it has woken us
 
-    def _post(self, message: _Message) -> None:
+    def post(self, message: Message) -> None:
         self._inbox.append(message)
         self._wake.set()
 
@@ -273,6 +280,8 @@ class RequestLoop:
                 outbox.put_refusal(request.request_id, error)
             return
         self._metrics.request_began(num_prompt_tokens=request.num_prompt_tokens)
+        if self._tiers is not None:
+            self._tiers.queued(request)
         if exported:
             self._exports.open(request.request_id, num_prompt_tokens=request.num_tokens)
 
@@ -306,7 +315,7 @@ class RequestLoop:
         self._pulls[request_id] = task
         # A callback and not the task itself says that it has ended: a task may be cancelled before its first line.
         task.add_done_callback(
-            lambda done: self._post(_PullEnded(request_id, None if done.cancelled() else done.result()))
+            lambda done: self.post(PullEnded(request_id, None if done.cancelled() else done.result()))
         )
 
     async def _pull(self, pull: Pull) -> Handoff | None:
@@ -385,6 +394,8 @@ class RequestLoop:
                 outbox.put(self._step_number, session_outputs)
 
     def _forget(self, request_id: RequestId) -> None:
+        if self._tiers is not None:
+            self._tiers.gone(request_id)
         self._engine.forget(request_id)
         del self._requests[request_id]
         self._aborted.discard(request_id)

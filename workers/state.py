@@ -135,7 +135,7 @@ class EngineState:
             message = f"{len(self._waiting)} requests are waiting, the most this worker takes"
             raise QueueFull(message, retry_after_s=RETRY_AFTER_S)
         request.block_keys = list(
-            chain_keys(self._root_key(request), request.token_range(0, request.num_tokens))
+            chain_keys(self.root_of(request), request.token_range(0, request.num_tokens))
         )
         request.timeline.stamp(timeline.RECEIVED, request.arrival_s)
         request.timeline.stamp(timeline.QUEUED, now_s)
@@ -226,7 +226,7 @@ class EngineState:
         for row in plan.rows:
             row.request.num_scheduled_tokens = row.request.num_computed_tokens
 
-    # Loads, see workers.loads. The first two of these are safe while a step executes.
+    # Loads, see workers.loads. All but `place` are safe while a step executes.
 
     def open_load(
         self, request_id: RequestId, *, first_block: int, end_block: int, now_s: float
@@ -248,6 +248,12 @@ class EngineState:
         if request is not None:
             loads.move_region(request, region, first_block)
 
+    def shorten_load(self, request_id: RequestId, region: LoadRegion, end_block: int) -> None:
+        """Less can be loaded than was thought, and nothing of it is in pages yet."""
+        request = self._loading(request_id, region)
+        if request is not None:
+            loads.shorten_region(request, region, end_block)
+
     def place(
         self, request_id: RequestId, region: LoadRegion, first_block: int, *, is_exact: bool, now_s: float
     ) -> None:
@@ -257,21 +263,23 @@ class EngineState:
             loads.place_blocks(region, first_block, is_exact=is_exact)
             self._jump(request, now_s=now_s)
 
-    def load_failed(self, request_id: RequestId, region: LoadRegion, *, now_s: float) -> None:
-        """No more blocks come: what is not in pages is computed."""
+    def load_failed(
+        self, request_id: RequestId, region: LoadRegion, first_block: int, *, now_s: float
+    ) -> None:
+        """No blocks before `first_block` come; what of them is not in pages is computed."""
         request = self._loading(request_id, region)
-        if request is not None and region.first_block < region.placed_block:
+        if request is not None and region.first_block < min(first_block, region.placed_block):
             request.timeline.stamp(timeline.LOAD_FAILED, now_s)
-            loads.move_region(request, region, region.placed_block)
+            loads.move_region(request, region, first_block)
 
     def pages_to_fill(
-        self, request_id: RequestId, region: LoadRegion, first_block: int
+        self, request_id: RequestId, region: LoadRegion, *, first_block: int, end_block: int
     ) -> tuple[PageId, ...]:
-        """Of the blocks from `first_block` up to those placed already, as far as they are still to be loaded."""
+        """Of these blocks, as far as the request still waits for them: the last ones of the range."""
         request = self._loading(request_id, region)
         if request is None or request.status is not Status.RUNNING:
             return ()
-        return request.page_ids[max(first_block, region.first_block) : region.placed_block]
+        return request.page_ids[max(first_block, region.first_block) : end_block]
 
     def stalled(self) -> tuple[Request, ...]:
         """Running requests that can go on only once blocks have come."""
@@ -359,7 +367,7 @@ class EngineState:
 
     # Inside.
 
-    def _root_key(self, request: Request) -> BlockKey:
+    def root_of(self, request: Request) -> BlockKey:
         return root_key(model_fingerprint=self._limits.model_fingerprint, cache_salt=request.cache_salt)
 
     def _admit(
@@ -428,7 +436,7 @@ class EngineState:
 
     def _cache_blocks(self, request: Request, num_computed_tokens: int) -> list[bool]:
         """Blocks that became full can be shared from now on; says which of them are new here, and exact."""
-        keys, root, new = request.block_keys, self._root_key(request), []
+        keys, root, new = request.block_keys, self.root_of(request), []
         first_block = request.num_computed_tokens // BLOCK_SIZE_TOKENS
         for block in range(first_block, num_computed_tokens // BLOCK_SIZE_TOKENS):
             start, stop = block * BLOCK_SIZE_TOKENS, (block + 1) * BLOCK_SIZE_TOKENS
@@ -442,7 +450,7 @@ class EngineState:
         return new
 
     def _run_of(self, request: Request, first_block: int, end_block: int) -> ComputedRun:
-        root, keys = self._root_key(request), request.block_keys
+        root, keys = self.root_of(request), request.block_keys
         run = BlockRun(
             root=root,
             parent=keys[first_block - 1] if first_block else root,

@@ -157,7 +157,9 @@ class EngineMachine(RuleBasedStateMachine):
         if any(other is region for _, other, *_ in self.copying):
             return
         first = max(region.placed_block - num, 0)
-        page_ids = self.state.pages_to_fill(request.request_id, region, first)
+        page_ids = self.state.pages_to_fill(
+            request.request_id, region, first_block=first, end_block=region.placed_block
+        )
         if page_ids:
             self.state.pin_pages(page_ids)
             self.copying.append((request, region, page_ids, region.placed_block - len(page_ids), is_exact))
@@ -172,7 +174,7 @@ class EngineMachine(RuleBasedStateMachine):
     def fail_load(self, data: st.DataObject) -> None:
         request, region = data.draw(st.sampled_from(self.loading))
         if not any(other is region for _, other, *_ in self.copying):
-            self.state.load_failed(request.request_id, region, now_s=0.0)
+            self.state.load_failed(request.request_id, region, region.placed_block, now_s=0.0)
 
     @rule()
     def drop_blocks(self) -> None:
@@ -225,7 +227,8 @@ class EngineMachine(RuleBasedStateMachine):
                     self.finish_copy(-1)
                     continue
                 if stalled := self.state.stalled():
-                    self.state.load_failed(stalled[0].request_id, stalled[0].loads[0], now_s=0.0)
+                    region = stalled[0].loads[0]
+                    self.state.load_failed(stalled[0].request_id, region, region.placed_block, now_s=0.0)
                     continue
                 held = [i for i, r in self.live.items() if r.status is Status.HELD]
                 assert self.pulling or held, "there are requests, but nothing is done about them"

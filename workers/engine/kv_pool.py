@@ -1,7 +1,8 @@
-"""The memory of KV pages, and its blocks as bytes for other workers.
+"""The memory of KV pages, and its blocks as bytes for other workers and for the tiers below.
 
-L layers, P pages, G key/value heads, B tokens per page, C head dimension. A page of a layer lies in memory exactly as
-a block does on the wire (keys, then values), so a transfer is one copy.
+L layers, P pages, G key/value heads, B tokens per page, C head dimension, X bytes, W words of 8 bytes, S slots of an
+arena. A page of a layer lies in memory exactly as a block does on the wire (keys, then values), so a transfer is one
+copy; a slot holds all layers of a block one after the other.
 """
 
 from collections.abc import Sequence
@@ -9,12 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit
 
 from kvstore.layout import KvLayout
 
+Arena = npt.NDArray[np.uint8]
+
 
 class KvPool:
-    """Pages of all layers, allocated once. Who owns which page is decided elsewhere."""
+    """Pages of all layers, allocated once. Who owns which page is decided elsewhere.
+
+    `save` and `load` release the interpreter lock: they are called in threads, beside the engine.
+    """
 
     def __init__(self, layout: KvLayout, *, num_pages: int) -> None:
         if num_pages < 1:
@@ -27,6 +34,7 @@ class KvPool:
             dtype=getattr(torch, layout.dtype),
         )  # fmt: skip
         self._bytes_LPX = self.pages_LP2GBC.view(torch.uint8).view(layout.num_layers, num_pages, -1).numpy()
+        self._words_LPW = self._bytes_LPX.view(np.uint64)
 
     def read(self, *, layer: int, page_ids: Sequence[int], into: memoryview) -> None:
         """Copies the blocks of `page_ids` in order to `into`, which holds exactly their bytes."""
@@ -37,6 +45,25 @@ class KvPool:
     def write(self, *, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
         """Copies the blocks in `data` to the pages of `page_ids` in order; all ids differ."""
         self._bytes_LPX[layer][self._checked(page_ids)] = self._as_blocks(data, len(page_ids))
+
+    def save(self, page_ids: Sequence[int], arena_SX: Arena, slots: Sequence[int]) -> None:
+        """Copies the blocks in `page_ids` to `slots`, one each."""
+        _save(self._words_LPW, self._checked(page_ids), *self._as_slots(arena_SX, slots, len(page_ids)))
+
+    def load(self, page_ids: Sequence[int], arena_SX: Arena, slots: Sequence[int]) -> None:
+        """Copies the blocks in `slots` to `page_ids`, one each; all ids differ."""
+        _load(self._words_LPW, self._checked(page_ids), *self._as_slots(arena_SX, slots, len(page_ids)))
+
+    def _as_slots(
+        self, arena_SX: Arena, slots: Sequence[int], num_blocks: int
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+        if arena_SX.shape[1] != self.layout.block_bytes:
+            raise ValueError(f"a slot must have {self.layout.block_bytes} bytes, got {arena_SX.shape[1]}")
+        numbers = np.array(slots, dtype=np.int64)
+        if len(numbers) != num_blocks or (numbers < 0).any() or (numbers >= len(arena_SX)).any():
+            raise ValueError(f"{num_blocks} blocks need as many slots of {len(arena_SX)}, got {list(slots)}")
+        num_layers = self.layout.num_layers
+        return arena_SX.view(np.uint64).reshape(len(arena_SX), num_layers, -1), numbers
 
     def _as_blocks(self, memory: memoryview, num_blocks: int) -> npt.NDArray[np.uint8]:
         expected_bytes = num_blocks * self.layout.layer_block_bytes
@@ -52,3 +79,31 @@ class KvPool:
         if len(wrong):
             raise ValueError(f"page ids must be in 0..{self.num_pages - 1}, got {wrong[0]}")
         return ids
+
+
+# Compiled when the module is imported, and kept on disk: compiling holds the lock for a second.
+_COPY = "void(uint64[:, :, ::1], int64[::1], uint64[:, :, ::1], int64[::1])"
+
+
+@njit(_COPY, cache=True, nogil=True)
+def _save(
+    words_LPW: npt.NDArray[np.uint64],
+    page_ids: npt.NDArray[np.int64],
+    arena_SLW: npt.NDArray[np.uint64],
+    slots: npt.NDArray[np.int64],
+) -> None:
+    for position in range(len(page_ids)):
+        for layer in range(len(words_LPW)):
+            arena_SLW[slots[position], layer] = words_LPW[layer, page_ids[position]]
+
+
+@njit(_COPY, cache=True, nogil=True)
+def _load(
+    words_LPW: npt.NDArray[np.uint64],
+    page_ids: npt.NDArray[np.int64],
+    arena_SLW: npt.NDArray[np.uint64],
+    slots: npt.NDArray[np.int64],
+) -> None:
+    for position in range(len(page_ids)):
+        for layer in range(len(words_LPW)):
+            words_LPW[layer, page_ids[position]] = arena_SLW[slots[position], layer]

@@ -1,0 +1,187 @@
+"""Where chunks of a load come from: the tiers of this worker, or a peer. Asked for one after the other."""
+
+import asyncio
+import functools
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
+from kvstore.codec.levels import RAW
+from kvstore.store import PinnedBlocks, Reservation
+from kvstore.stream_estimates import LinkEstimate
+from kvstore.streaming import LevelCost
+from kvstore.tiers.tier import BlockRun, Tier
+from workers.errors import PullCorrupted
+from workers.fetch import Fetch
+from workers.load_parts import Arrived, LoadParts, Sources
+from workers.load_plan import Span
+from workers.threads import run_to_end
+
+
+class BlocksMissing(Exception):
+    """Blocks that were here when the load began are not any more, or the disk does not give them back."""
+
+
+class LoadSource(Protocol):
+    """Both raise what ends the load from here; cancelled, they hold nothing."""
+
+    def levels(self) -> Sequence[LevelCost]: ...
+
+    async def want(self, span: Span, cost: LevelCost) -> bool:
+        """False: there is no room for it now."""
+
+    async def receive(self) -> Arrived:
+        """What was asked for first."""
+
+
+class LocalSource:
+    """The memory and the disk of this worker."""
+
+    def __init__(self, keys: Sequence[BlockKey], *, parts: LoadParts, sources: Sources) -> None:
+        self._keys = keys  # of the request
+        self._parts = parts
+        self._sources = sources
+        self._wanted: deque[Span] = deque()
+
+    def levels(self) -> Sequence[LevelCost]:
+        return [cost for cost in self._sources.levels.costs() if cost.level == RAW]
+
+    async def want(self, span: Span, cost: LevelCost) -> bool:
+        self._wanted.append(span)
+        return True
+
+    async def receive(self) -> Arrived:
+        span = self._wanted.popleft()
+        began_s = time.monotonic()
+        held = await self._parts.store.pin(self._keys[span.first_block : span.end_block])
+        if len(held.slots) < span.num_blocks:
+            held.close()
+            raise BlocksMissing(f"{len(held.slots)} of {span.num_blocks} blocks are left")
+        if Tier.DISK in held.tiers:
+            now_s = time.monotonic()
+            num_bytes = held.tiers.count(Tier.DISK) * self._parts.codec.layout.block_bytes
+            self._sources.disk.received(num_bytes, receive_s=now_s - began_s, now_s=now_s)
+        return Arrived(span=span, held=held, tier=max(held.tiers), is_exact=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    span: Span
+    cost: LevelCost
+    room: Reservation
+    asked_s: float
+
+
+class PeerSource:
+    """One open pull. Lossy chunks stay in reserved slots; raw ones are exact, and this worker's from now on."""
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        chain: BlockRun,
+        *,
+        parts: LoadParts,
+        sources: Sources,
+        threads: Executor,
+        link: LinkEstimate,
+    ) -> None:
+        self._fetch = fetch
+        self._chain = chain  # from the first block of the pull on
+        self._parts = parts
+        self._sources = sources
+        self._threads = threads
+        self._link = link
+        self._wanted: deque[_Wanted] = deque()
+        self._last_s = time.monotonic()
+
+    def levels(self) -> Sequence[LevelCost]:
+        costs = self._sources.levels.costs()
+        return costs if self._fetch.has_same_profile else [cost for cost in costs if cost.level == RAW]
+
+    async def want(self, span: Span, cost: LevelCost) -> bool:
+        room = self._parts.store.reserve(span.num_blocks)
+        if room is None:
+            return False
+        if not self._wanted:
+            self._last_s = time.monotonic()
+        self._wanted.append(_Wanted(span, cost, room, time.monotonic()))
+        await self._fetch.want(
+            first_block=span.first_block - self._chain.first_position,
+            num_blocks=span.num_blocks,
+            level=cost.level,
+        )
+        return True
+
+    async def receive(self) -> Arrived:
+        wanted = self._wanted[0]
+        num_tokens = wanted.span.num_blocks * BLOCK_SIZE_TOKENS
+        try:
+            chunk = await self._fetch.receive()
+        except asyncio.CancelledError:
+            # What is not here after so long is news too: the next load should not wait for it.
+            now_s = time.monotonic()
+            expected_bytes = int(wanted.cost.bytes_per_token * num_tokens)
+            self._link.overdue(expected_bytes, waited_s=now_s - self._last_s, now_s=now_s)
+            raise
+        came_s, num_bytes = time.monotonic(), len(chunk.payload)
+        self._link.received(num_bytes, receive_s=came_s - self._last_s, now_s=came_s)
+        # The next chunk may travel while this one is decoded: counted from here, the slower of the two decides.
+        self._last_s = came_s
+        del self._wanted[0]
+        try:
+            await self._unpack(chunk.payload, wanted)
+        except BaseException:
+            wanted.room.close()
+            raise
+        self._sources.levels.observe(
+            wanted.cost.level,
+            num_tokens=num_tokens,
+            coded_bytes=num_bytes,
+            seconds={"decode": time.monotonic() - came_s},
+        )
+        block_bytes = self._parts.codec.layout.block_bytes
+        level = self._parts.codec.levels[wanted.cost.level]
+        self._parts.metrics.chunk(level.name, wanted.span.num_blocks * block_bytes, num_bytes)
+        if wanted.cost.level == RAW:
+            return await self._keep(wanted)
+        return Arrived(span=wanted.span, held=wanted.room, tier=Tier.PEER, is_exact=False)
+
+    def close(self) -> None:
+        """Gives back what was reserved for chunks that did not come. Idempotent."""
+        while self._wanted:
+            self._wanted.pop().room.close()
+
+    async def _unpack(self, payload: memoryview, wanted: _Wanted) -> None:
+        arena_SX, slots = self._parts.store.arena_SX, wanted.room.slots
+        work = functools.partial(self._parts.codec.decode, payload, arena_SX, slots)
+        if wanted.cost.level == RAW:
+            expected_bytes = len(slots) * arena_SX.shape[1]
+            if len(payload) != expected_bytes:
+                raise PullCorrupted(f"{len(slots)} raw blocks are {expected_bytes} bytes, got {len(payload)}")
+            work = functools.partial(_copy_raw, payload, arena_SX, slots)
+        await run_to_end(self._threads, work)
+
+    async def _keep(self, wanted: _Wanted) -> Arrived:
+        """Commits raw blocks, and pins them before anybody can take their slots."""
+        start = wanted.span.first_block - self._chain.first_position
+        run = self._chain.part(start, start + wanted.span.num_blocks)
+        with wanted.room as room:
+            room.commit(run, slots=room.slots)
+        held: PinnedBlocks = await self._parts.store.pin(run.keys)
+        if len(held.slots) < wanted.span.num_blocks:
+            held.close()
+            raise BlocksMissing(f"{len(held.slots)} of {wanted.span.num_blocks} fetched blocks are left")
+        return Arrived(span=wanted.span, held=held, tier=Tier.PEER, is_exact=True)
+
+
+def _copy_raw(payload: memoryview, arena_SX: NDArray[np.uint8], slots: Sequence[int]) -> None:
+    blocks = np.frombuffer(payload, np.uint8).reshape(len(slots), -1)
+    for block, slot in zip(blocks, slots, strict=True):
+        arena_SX[slot] = block

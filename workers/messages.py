@@ -1,0 +1,61 @@
+"""What the loop of a worker is told between steps, by sessions and by its own tasks."""
+
+from dataclasses import dataclass
+
+from workers.request import Handoff, LoadRegion, Request, RequestId, SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    request: Request
+    unix_s: float  # when it came: the wait for the gap counts as queueing
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    session_id: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class PullEnded:
+    """`handoff` is None if the pull failed or was cancelled. No page is written any more."""
+
+    request_id: RequestId
+    handoff: Handoff | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    request_id: RequestId
+    released: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksPlaced:
+    """The blocks of a region from `first_block` up to those placed before are in the request's pages."""
+
+    request_id: RequestId
+    region: LoadRegion
+    first_block: int
+    is_exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """What of a region is not in pages yet does not come."""
+
+    request_id: RequestId
+    region: LoadRegion
+
+
+@dataclass(frozen=True, slots=True)
+class PagesFree:
+    """Pages that a thread was reading are nobody's: who lacked pages may go on."""
+
+
+Message = Submitted | Aborted | SessionClosed | PullEnded | LeaseEnded | BlocksPlaced | LoadFailed | PagesFree

@@ -1,0 +1,51 @@
+"""What the loop tells those who move blocks between device pages and the tiers below: loads up, write-behind down."""
+
+from collections.abc import Sequence
+
+from workers.cost_model import CostModel
+from workers.loading import Loader
+from workers.request import Request, RequestId
+from workers.state import ComputedRun
+from workers.step import StepPlan
+from workers.write_behind import WriteBehind
+
+
+class TierTraffic:
+    """All methods but `close` return at once."""
+
+    def __init__(self, loader: Loader, write_behind: WriteBehind, *, costs: CostModel) -> None:
+        self._loader = loader
+        self._write_behind = write_behind
+        self._costs = costs
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing is on its way to or from device pages."""
+        return self._loader.num_tasks == self._write_behind.num_pinned == 0
+
+    def queued(self, request: Request) -> None:
+        self._loader.begin(request)
+
+    def step_began(self, plan: StepPlan, preempted: Sequence[Request]) -> None:
+        for request in preempted:
+            self._loader.end(request.request_id)
+            self._loader.begin(request)
+        for admission in plan.admissions:
+            self._loader.admitted(admission.request_id)
+
+    def step_ended(self, plan: StepPlan, *, step_s: float) -> None:
+        rows = ((row.num_computed_tokens, row.num_new_tokens) for row in plan.rows)
+        self._costs.observe(rows, step_s=step_s)
+
+    def moved(self, computed: Sequence[ComputedRun]) -> None:
+        """Requests may have gone on, and blocks become cached."""
+        for run in computed:
+            self._write_behind.take(run)
+        self._loader.watch()
+
+    def gone(self, request_id: RequestId) -> None:
+        self._loader.end(request_id)
+
+    async def close(self) -> None:
+        await self._loader.close()
+        await self._write_behind.close()

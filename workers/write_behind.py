@@ -1,0 +1,144 @@
+"""Blocks that were computed here, on their way from device pages into the tiers below and to the stores.
+
+Beside the steps: the pages are pinned, a thread copies them into slots of the memory tier, and they are free again. It
+never holds up a step or a request: only a small share of the pages may be pinned, and what comes beyond that is not
+written (its pages keep it for as long as they can).
+"""
+
+import asyncio
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from kvstore.store import BlockStore, Reservation
+from kvstore.tiers.tier import BlockRun
+from workers.engine.kv_pool import KvPool
+from workers.kv_metrics import KvMetrics
+from workers.messages import PagesFree
+from workers.state import ComputedRun, EngineState
+from workers.threads import run_to_end
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteLimits:
+    max_pinned_share: float = 0.125  # of all pages; at least one
+    max_batch_blocks: int = 64  # copied at a time
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.max_pinned_share <= 1.0:
+            raise ValueError(f"max_pinned_share must be in (0, 1], got {self.max_pinned_share}")
+        if self.max_batch_blocks < 1:
+            raise ValueError(f"max_batch_blocks must be at least 1, got {self.max_batch_blocks}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteParts:
+    state: EngineState
+    kv_pool: KvPool
+    store: BlockStore
+    metrics: KvMetrics
+    offer: Callable[[BlockRun], None]  # to the stores
+    post: Callable[[PagesFree], None]  # to the loop
+
+
+class WriteBehind:
+    """All methods are called in the event loop's thread, at any time; all but `close` return at once."""
+
+    def __init__(self, parts: WriteParts, *, limits: WriteLimits = WriteLimits()) -> None:
+        self._parts = parts
+        self._limits = limits
+        self._max_pinned = max(1, int(parts.kv_pool.num_pages * limits.max_pinned_share))
+        self._pending: deque[ComputedRun] = deque()
+        self._num_pinned = 0
+        self._thread = ThreadPoolExecutor(1, "write-behind")
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def num_pinned(self) -> int:
+        """Pages that are being copied, or will be."""
+        return self._num_pinned
+
+    def take(self, computed: ComputedRun) -> None:
+        """Pages that hold these blocks now; what of them the tiers do not hold yet is written."""
+        num_known = len(self._parts.store.lookup(computed.run.keys))
+        room = self._max_pinned - self._num_pinned
+        end = min(len(computed.run.keys), num_known + room)
+        self._parts.metrics.write_behind(num_known, "known")
+        self._parts.metrics.write_behind(len(computed.run.keys) - max(end, num_known), "behind")
+        # In pieces, so that a long prompt does not need all of its slots at once.
+        for start in range(num_known, end, self._limits.max_batch_blocks):
+            stop = min(start + self._limits.max_batch_blocks, end)
+            page_ids = computed.page_ids[start:stop]
+            self._parts.state.pin_pages(page_ids)
+            self._num_pinned += len(page_ids)
+            self._pending.append(ComputedRun(run=computed.run.part(start, stop), page_ids=page_ids))
+        if self._pending and self._task is None:
+            self._task = asyncio.create_task(self._write_all(), name="write-behind")
+            self._task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """Drops what waits."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        while self._pending:
+            self._let_go(self._pending.popleft())
+        self._thread.shutdown()
+
+    async def _write_all(self) -> None:
+        while self._pending:
+            batch = self._next_batch()
+            try:
+                await self._write(batch)
+            finally:
+                for computed in batch:
+                    self._let_go(computed)
+                self._parts.post(PagesFree())
+
+    def _next_batch(self) -> list[ComputedRun]:
+        batch = [self._pending.popleft()]
+        num_blocks = len(batch[0].page_ids)
+        while self._pending:
+            num_blocks += len(self._pending[0].page_ids)
+            if num_blocks > self._limits.max_batch_blocks:
+                break
+            batch.append(self._pending.popleft())
+        return batch
+
+    async def _write(self, batch: list[ComputedRun]) -> None:
+        page_ids = [page_id for computed in batch for page_id in computed.page_ids]
+        room = self._parts.store.reserve(len(page_ids))
+        if room is None:
+            self._parts.metrics.write_behind(len(page_ids), "no_room")
+            return
+        with room:
+            save = functools.partial(
+                self._parts.kv_pool.save, page_ids, self._parts.store.arena_SX, room.slots
+            )
+            await run_to_end(self._thread, save)
+            self._commit(batch, room)
+
+    def _commit(self, batch: list[ComputedRun], room: Reservation) -> None:
+        start = 0
+        for computed in batch:
+            stop = start + len(computed.page_ids)
+            room.commit(computed.run, slots=room.slots[start:stop])
+            self._parts.metrics.write_behind(stop - start, "written")
+            self._parts.offer(computed.run)
+            start = stop
+
+    def _let_go(self, computed: ComputedRun) -> None:
+        self._num_pinned -= len(computed.page_ids)
+        self._parts.state.unpin_pages(computed.page_ids)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("write_behind_failed", exc_info=error)
+            while self._pending:
+                self._let_go(self._pending.popleft())
