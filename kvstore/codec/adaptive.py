@@ -52,7 +52,10 @@ def decode_adaptive(chunk: Chunk, *, layout: KvLayout) -> tuple[tuple[Bytes, Byt
         packed = zstandard.decompress(scales)
     except zstandard.ZstdError as e:
         raise CodecCorrupted(f"the scales of a chunk: {e}") from e
-    bins = _unpack(packed, level=chunk.header.level, layout=layout)
+    with np.errstate(over="ignore", invalid="ignore"):
+        bins = _unpack(packed, level=chunk.header.level, layout=layout)
+    if not (np.isfinite(bins.mean_GC).all() and np.isfinite(bins.delta_bin_GC).all()):
+        raise CodecCorrupted("scales of a chunk that are not finite")
     anchors, deltas = make_room(layout, num_blocks=chunk.header.num_blocks)
     decode_symbols(chunk.section(Section.ANCHORS), _tables(chunk, Section.ANCHOR_TABLES, layout), out=anchors)
     decode_symbols(chunk.section(Section.DELTAS), _tables(chunk, Section.DELTA_TABLES, layout), out=deltas)

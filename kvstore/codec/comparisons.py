@@ -106,4 +106,7 @@ def _take(data: memoryview, dtype: type[Item], shape: tuple[int, ...]) -> npt.ND
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if len(data) != expected:
         raise CodecCorrupted(f"{len(data)} bytes where {shape} of {np.dtype(dtype)} take {expected}")
-    return np.frombuffer(data, dtype).reshape(shape)
+    taken: npt.NDArray[Item] = np.frombuffer(data, dtype).reshape(shape)
+    if not np.isfinite(taken).all():
+        raise CodecCorrupted("scales of a chunk that are not finite")
+    return taken

@@ -2,6 +2,7 @@ import struct
 
 import numpy as np
 import pytest
+import zstandard
 
 from kvstore.codec.codec import KvCodec
 from kvstore.codec.format import Section, pack_chunk, unpack_chunk
@@ -24,4 +25,21 @@ def test_scales_that_announce_another_size_are_refused_before_they_take_memory(a
     room = np.zeros((2, LAYOUT.block_bytes), np.uint8)
     with pytest.raises(CodecCorrupted, match="scales"):
         codec.decode(lie, room, [0, 1])
+    assert not room.any()
+
+
+@pytest.mark.parametrize("level", [1, 4, 5, 6])
+def test_scales_that_are_not_finite_are_refused(level: int) -> None:
+    codec = KvCodec(LAYOUT, profile=None)
+    values = np.random.default_rng(0).normal(size=(2, LAYOUT.block_bytes // 4)).astype(np.float32)
+    data = codec.encode(values.view(np.uint8), [0, 1], level=level)
+    chunk = unpack_chunk(data, layout=LAYOUT, num_blocks=2, profile_id=b"")
+    honest = {kind: bytes(section) for kind, section in chunk.sections.items()}
+    scales = honest[Section.SCALES] if level > 3 else zstandard.decompress(honest[Section.SCALES])
+    infinite = b"\xff" * 4 + scales[4:]
+    lie = zstandard.compress(infinite) if level <= 3 else infinite
+
+    room = np.zeros((2, LAYOUT.block_bytes), np.uint8)
+    with pytest.raises(CodecCorrupted, match="not finite"):
+        codec.decode(pack_chunk(chunk.header, honest | {Section.SCALES: lie}), room, [0, 1])
     assert not room.any()
