@@ -104,7 +104,12 @@ def _load_store(config: WorkerConfig) -> _Serve:
     from workers.store_worker import StoreWorker, load_store_model
 
     log_event(_logger, "loading", model_path=config.model_path)
-    return StoreWorker(config, load_store_model(config)).serve
+    model = load_store_model(config)
+
+    async def serve(*, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
+        await StoreWorker(config, model).serve(stop=stop, on_ready=on_ready)
+
+    return serve
 
 
 def _check_model_path(config: WorkerConfig) -> None:

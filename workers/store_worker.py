@@ -29,7 +29,7 @@ from workers.offer_intake import OfferIntake
 from workers.planes import listening, make_identity, running, source_identity
 from workers.server import make_server
 from workers.state import Load
-from workers.tiers import Tiers, open_tiers
+from workers.tiers import open_tiers
 from workers.wire import description_to_wire
 
 MAX_CONNECTIONS = 128
@@ -37,7 +37,7 @@ MAX_OFFERS = 4
 
 
 class StoreWorker:
-    """`serve` is its life."""
+    """`serve` is its life. Must be built inside a running event loop. Raises TierUnusable."""
 
     def __init__(self, config: WorkerConfig, model: ModelInfo) -> None:
         self.registry = CollectorRegistry()
@@ -45,14 +45,13 @@ class StoreWorker:
         self._model = model
         self._epoch = secrets.randbits(63)
         self._holdings = Holdings()
+        self._tiers = open_tiers(config, model, holdings=self._holdings, registry=self.registry)
 
     async def serve(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
-        """Serves until `stop` is set and leaves nothing behind. Raises CannotListen and TierUnusable before that."""
-        config = self._config
+        """Serves until `stop` is set and leaves nothing behind. Raises CannotListen before it is ready."""
+        config, tiers = self._config, self._tiers
         async with contextlib.AsyncExitStack() as stack:  # ends in the reverse order
-            tiers = await stack.enter_async_context(
-                open_tiers(config, self._model, holdings=self._holdings, registry=self.registry)
-            )
+            stack.push_async_callback(tiers.close)
             intake = OfferIntake(tiers.store, fetcher=tiers.fetcher, max_offers=MAX_OFFERS)
             stack.callback(intake.close)
             data_address = await stack.enter_async_context(
@@ -60,7 +59,7 @@ class StoreWorker:
             )
             if config.metrics_port is not None:
                 stack.enter_context(serve_metrics(self.registry, config.metrics_port))
-            service = StoreService(lambda: self._describe(identity, tiers))
+            service = StoreService(lambda: self._describe(identity))
             server, control_address = make_server(config.control_address, service=service)
             identity = make_identity(
                 config,
@@ -75,24 +74,24 @@ class StoreWorker:
             )
             await server.start()
             stack.push_async_callback(server.stop, None)
-            tasks = {await stack.enter_async_context(running(stop.wait()))}
+            tasks = {await stack.enter_async_context(running(work)) for work in (stop.wait(), tiers.tell())}
             if config.directories:
-                tasks.add(await stack.enter_async_context(running(self._membership(identity, tiers).run())))
+                tasks.add(await stack.enter_async_context(running(self._membership(identity).run())))
             on_ready(identity)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
 
-    def _membership(self, identity: Identity, tiers: Tiers) -> Membership:
+    def _membership(self, identity: Identity) -> Membership:
         return Membership(
             self._config.directories,
-            describe=lambda: self._describe(identity, tiers),
+            describe=lambda: self._describe(identity),
             blocks=BlockReport(self._holdings, take_device_events=None),
             on_stores=lambda stores: None,
         )
 
-    def _describe(self, identity: Identity, tiers: Tiers) -> worker_pb2.WorkerDescription:
-        memory = tiers.store.describe().tiers[Tier.MEMORY]
+    def _describe(self, identity: Identity) -> worker_pb2.WorkerDescription:
+        memory = self._tiers.store.describe().tiers[Tier.MEMORY]
         load = Load(
             num_running=0,
             num_waiting=0,

@@ -1,13 +1,13 @@
 """Everything of a worker below its device pages, wired by hand: the store, and what brings blocks in and out of it."""
 
 import asyncio
-import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from kvstore.codec.codec import KvCodec
@@ -16,7 +16,8 @@ from kvstore.errors import ProfileMismatch, TierUnusable
 from kvstore.holdings import Holdings
 from kvstore.layout import KvLayout
 from kvstore.store import BlockStore
-from kvstore.tiers.disk import DiskSettings, DiskTier
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.seal import resolve_key
 from workers.arena import allocate_arena
@@ -42,48 +43,54 @@ class Tiers:
     fetcher: BlockFetcher
     metrics: KvMetrics
 
+    async def tell(self) -> None:
+        """Keeps the metrics of the tiers fresh, until it is cancelled."""
+        while True:
+            self.metrics.set_tiers(self.store.describe().tiers)
+            await asyncio.sleep(TELL_EVERY_S)
 
-@contextlib.asynccontextmanager
-async def open_tiers(
+    async def close(self) -> None:
+        """When nobody uses them any more. What is in memory is written to disk as far as time allows."""
+        await self.fetcher.close()
+        self.exports.close()
+        await self.store.close()
+
+
+def open_tiers(
     config: WorkerConfig, model: ModelInfo, *, holdings: Holdings, registry: CollectorRegistry
-) -> AsyncIterator[Tiers]:
-    """Closed, what is in memory was written to disk as far as time allows.
-
-    Raises TierUnusable for a disk that cannot be had: an operator who asked for one must not find out by its absence.
-    """
+) -> Tiers:
+    """Raises TierUnusable for a disk that cannot be had: who asked for one must not find out by its absence."""
     metrics = KvMetrics(registry, model_name=config.model_name)
     codec = KvCodec(model.layout, profile=_profile(config.model_path, model, metrics))
     store = BlockStore(
         MemoryTier(
-            allocate_arena(config.memory_tier_bytes),
+            _arena(config, model.layout),
             block_bytes=model.layout.block_bytes,
             policy=config.tier_policy,
             holdings=holdings,
         ),
         disk=None if config.disk_tier_path is None else _disk(config, model, config.disk_tier_path),
     )
-    exports = BlockExports(store, codec=codec)
-    fetcher = BlockFetcher(
-        model_fingerprint=model.fingerprint,
-        layout=model.layout,
-        profile_id=codec.profile_id,
-        timeouts=FetchTimeouts(total_s=config.pull_timeout_s),
+    return Tiers(
+        store=store,
+        codec=codec,
+        exports=BlockExports(store, codec=codec),
+        fetcher=BlockFetcher(
+            model_fingerprint=model.fingerprint,
+            layout=model.layout,
+            profile_id=codec.profile_id,
+            timeouts=FetchTimeouts(total_s=config.pull_timeout_s),
+        ),
+        metrics=metrics,
     )
-    tell = asyncio.create_task(_tell(store, metrics))
-    try:
-        yield Tiers(store=store, codec=codec, exports=exports, fetcher=fetcher, metrics=metrics)
-    finally:
-        tell.cancel()
-        await asyncio.wait({tell})
-        await fetcher.close()
-        exports.close()
-        await store.close()
 
 
-async def _tell(store: BlockStore, metrics: KvMetrics) -> None:
-    while True:
-        metrics.set_tiers(store.describe().tiers)
-        await asyncio.sleep(TELL_EVERY_S)
+def _arena(config: WorkerConfig, layout: KvLayout) -> NDArray[np.uint8]:
+    if config.memory_tier_bytes < layout.block_bytes:
+        raise TierUnusable(
+            f"memory_tier_bytes {config.memory_tier_bytes} is less than one block of {layout.block_bytes} bytes"
+        )
+    return allocate_arena(config.memory_tier_bytes)
 
 
 def _disk(config: WorkerConfig, model: ModelInfo, directory: Path) -> DiskTier:

@@ -16,13 +16,17 @@ from protos import worker_pb2
 from protos.kv_pb2_grpc import add_KvTransferServicer_to_server
 from workers.block_server import BlockService, DevicePages
 from workers.config import WorkerConfig
+from workers.cost_model import CostModel
 from workers.engine.engine import Engine
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
 from workers.handoff_server import KvTransferService
 from workers.identity import Identity
+from workers.load_parts import LoadLimits, LoadParts
+from workers.loading import Loader
 from workers.loop import RequestLoop
 from workers.membership import BlockReport, Membership
+from workers.messages import Message
 from workers.metrics import WorkerMetrics, serve_metrics
 from workers.offers import Offers
 from workers.planes import listening, make_identity, running, source_identity
@@ -31,8 +35,10 @@ from workers.scheduler import SchedulerLimits
 from workers.server import WorkerService, make_server
 from workers.state import EngineState, StateLimits
 from workers.tickets import TicketIssuer
+from workers.tier_traffic import TierTraffic
 from workers.tiers import Tiers, open_tiers
 from workers.wire import description_to_wire
+from workers.write_behind import WriteBehind, WriteParts
 
 # How long the requests of a worker that stops may take to end; they are aborted, so one step is enough.
 SETTLE_TIMEOUT_S = 1.0
@@ -41,7 +47,10 @@ MAX_BLOCK_PULLS = 64
 
 
 class Worker:
-    """Built once the engine is loaded; `serve` is its life. Must be built inside a running event loop."""
+    """Built once the engine is loaded; `serve` is its life. Must be built inside a running event loop.
+
+    Raises `TierUnusable`.
+    """
 
     def __init__(self, config: WorkerConfig, engine: Engine) -> None:
         model, memory = engine.model, engine.kv_pool
@@ -50,7 +59,6 @@ class Worker:
         self._epoch = secrets.randbits(63)
         self._holdings = Holdings()
         self._offers = Offers(model_fingerprint=model.fingerprint, layout=model.layout)
-        self.tiers: Tiers | None = None  # from `serve` on, unless memory_tier_bytes is 0
         self.state = EngineState(
             StateLimits(
                 num_pages=memory.num_pages,
@@ -78,6 +86,9 @@ class Worker:
             timeouts=PullTimeouts(total_s=config.pull_timeout_s),
             max_concurrent_pulls=config.max_num_pulls,
         )
+        self.tiers: Tiers | None = None
+        if config.memory_tier_bytes:
+            self.tiers = open_tiers(config, model, holdings=self._holdings, registry=self.metrics.registry)
         self.loop = RequestLoop(
             state=self.state,
             engine=engine,
@@ -90,25 +101,19 @@ class Worker:
             puller=self.puller,
             metrics=self.metrics,
             max_num_submitted=config.max_num_waiting,
+            tiers=None if self.tiers is None else self._traffic(self.tiers),
         )
 
     async def serve(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
         """Serves until `stop` is set, then aborts what is there and leaves nothing behind.
 
-        Raises `CannotListen` and `TierUnusable` before it is ready, `EngineFailed` if the engine fails step after step.
+        Raises `CannotListen` before it is ready, `EngineFailed` if the engine fails step after step.
         """
         config = self._config
         async with contextlib.AsyncExitStack() as stack:  # ends in the reverse order
             issuers: list[TicketIssuer] = [self.exports]
-            if config.memory_tier_bytes:
-                self.tiers = await stack.enter_async_context(
-                    open_tiers(
-                        config,
-                        self._engine.model,
-                        holdings=self._holdings,
-                        registry=self.metrics.registry,
-                    )
-                )
+            if self.tiers is not None:
+                stack.push_async_callback(self.tiers.close)
                 issuers.append(self.tiers.exports)
             data_address = await stack.enter_async_context(
                 listening(config, issuers, max_connections=config.max_num_seqs + MAX_BLOCK_PULLS)
@@ -125,7 +130,8 @@ class Worker:
             stack.push_async_callback(self._end_all, server, loop_task)
             tasks = {loop_task, await stack.enter_async_context(running(stop.wait()))}
             if self.tiers is not None:
-                tasks.add(await stack.enter_async_context(running(self._offers.run(_holder(identity)))))
+                for work in (self._offers.run(_holder(identity)), self.tiers.tell()):
+                    tasks.add(await stack.enter_async_context(running(work)))
             if config.directories:
                 tasks.add(await stack.enter_async_context(running(self._membership(identity).run())))
             on_ready(identity)
@@ -142,6 +148,42 @@ class Worker:
             {settled, loop_task}, timeout=SETTLE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
         )
         settled.cancel()
+
+    def _traffic(self, tiers: Tiers) -> TierTraffic:
+        config, kv_pool = self._config, self._engine.kv_pool
+        costs = CostModel(tokens_per_step=config.max_num_batched_tokens)
+
+        def post(message: Message) -> None:
+            self.loop.post(message)
+
+        loader = Loader(
+            LoadParts(
+                state=self.state,
+                kv_pool=kv_pool,
+                store=tiers.store,
+                fetcher=tiers.fetcher,
+                codec=tiers.codec,
+                costs=costs,
+                metrics=tiers.metrics,
+                limits=LoadLimits(
+                    max_level=config.max_level,
+                    ttft_objective_s=config.ttft_objective_s,
+                    timeout_s=config.pull_timeout_s,
+                ),
+                post=post,
+            )
+        )
+        write_behind = WriteBehind(
+            WriteParts(
+                state=self.state,
+                kv_pool=kv_pool,
+                store=tiers.store,
+                metrics=tiers.metrics,
+                offer=self._offers.offer,
+                post=post,
+            )
+        )
+        return TierTraffic(loader, write_behind, costs=costs)
 
     def _transfers(self, identity: Identity) -> KvTransferService:
         blocks = None
