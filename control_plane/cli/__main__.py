@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.cli import cache, chat, down, status, up
+from control_plane.cli import cache, chat, down, profile_kv, status, up
 from control_plane.cli.failures import FAILED, say_error
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command(name="status")(status.status)
 app.command(name="chat")(chat.chat)
 app.add_typer(cache.app, name="cache")
 app.command(name="down")(down.down)
+app.command(name="profile-kv")(profile_kv.profile_kv)
 
 
 def main() -> None:
