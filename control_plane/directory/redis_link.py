@@ -94,6 +94,7 @@ class RedisLink:
         """Until cancelled."""
         retry_s, is_news = FIRST_RETRY_S, True
         while True:
+            started_s = self._now_s()
             try:
                 await self._stay_linked()
             except (RedisError, OSError, TimeoutError) as error:
@@ -103,7 +104,9 @@ class RedisLink:
                 was_up, self.is_up = self.is_up, False
                 self._directory.link_lost()
             is_news = False
-            retry_s = FIRST_RETRY_S if was_up else min(2 * retry_s, LAST_RETRY_S)
+            # A Redis that takes us in and throws us out again must not make every worker send all it has each time.
+            has_lasted = was_up and self._now_s() - started_s > LAST_RETRY_S
+            retry_s = FIRST_RETRY_S if has_lasted else min(2 * retry_s, LAST_RETRY_S)
             await asyncio.sleep(retry_s)
 
     async def _stay_linked(self) -> None:

@@ -1,3 +1,4 @@
+import functools
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from kvstore.tiers.tier import Tier
 A, B = WorkerId("a"), WorkerId("b")
 
 
+@functools.cache
 def key(number: int) -> BlockKey:
     return BlockKey(random.Random(number).randbytes(16))
 

@@ -201,3 +201,19 @@ async def test_what_others_write_into_the_stream_is_passed_over(site: Site) -> N
         client.xadd("test:stream", {"g": "x", "n": "2", "k": "heartbeat", "b": b"\xff\xff"})
         client.xadd("test:stream", {"g": "x", "n": "3", "k": "register", "b": b""})
     await heals(site, b, worker)
+
+
+async def test_a_redis_that_cannot_be_used_is_tried_again_but_not_without_pause(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site.redis.client() as client:
+        client.set("test:stream", "no stream at all")
+    a, b = site.gateway(), site.gateway()
+    worker = site.worker(a)
+    worker.hold(1, 2)
+    await site.until(lambda: a.num_blocks(worker, 1, 2) == 2)
+    await asyncio.sleep(1.0)
+    assert len([record for record in caplog.records if record.message == "redis_away"]) < 20
+    with site.redis.client() as client:
+        client.delete("test:stream")
+    await heals(site, b, worker)

@@ -21,16 +21,17 @@ from control_plane.directory.memory import MemoryDirectory
 from control_plane.gateway import control_process
 from protos import directory_pb2, directory_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.control_plane.fake_worker import FakeWorker
+from tests.control_plane.redis_server import RedisServer
 
 TIMEOUT_S = 30.0
 HEARTBEAT_S, TTL_S = 0.1, 1.5
 
 
-def write_config(path: Path, model_path: Path, **gateway: object) -> Path:
+def write_config(path: Path, model_path: Path, *, redis_url: str = "", **gateway: object) -> Path:
     config = {
         "model": {"path": str(model_path), "name": "fake"},
         "gateway": {"port": 0, "grpc_port": 0, "drain_timeout_s": 0.1, **gateway},
-        "directory": {"heartbeat_s": HEARTBEAT_S, "ttl_s": TTL_S},
+        "directory": {"heartbeat_s": HEARTBEAT_S, "ttl_s": TTL_S, "redis_url": redis_url},
         "run_dir": str(path),
     }
     file = path / "cluster.yaml"
@@ -38,9 +39,9 @@ def write_config(path: Path, model_path: Path, **gateway: object) -> Path:
     return file
 
 
-async def spawn(config: Path) -> asyncio.subprocess.Process:
+async def spawn(config: Path, *, replica: int = 0) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "control_plane.gateway", "--config", str(config),
+        sys.executable, "-P", "-m", "control_plane.gateway", "--config", str(config), "--replica", str(replica),
         env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
@@ -61,8 +62,8 @@ class Control:
         return stderr.decode().splitlines()
 
 
-async def start(config: Path) -> Control:
-    process = await spawn(config)
+async def start(config: Path, *, replica: int = 0) -> Control:
+    process = await spawn(config, replica=replica)
     assert process.stderr is not None
     async with asyncio.timeout(TIMEOUT_S):
         async for line in process.stderr:
@@ -168,6 +169,36 @@ async def test_a_worker_that_falls_silent_leaves_and_its_requests_fail(control: 
         watch.cancel()
         assert (await request).status_code == 500
         assert (await http.get("/ready")).status_code == 503
+
+
+async def test_two_of_them_share_their_workers_once_redis_is_there(tmp_path: Path, model_path: Path) -> None:
+    redis = RedisServer(tmp_path)
+    config = write_config(tmp_path, model_path, redis_url=redis.url, replicas=2)
+    one, two = await asyncio.gather(start(config), start(config, replica=1))
+    worker = FakeWorker("d")
+    async with (
+        httpx.AsyncClient(base_url=one.http, timeout=TIMEOUT_S) as http_one,
+        httpx.AsyncClient(base_url=two.http, timeout=TIMEOUT_S) as http_two,
+        JoinedWorker(one, worker),
+    ):
+        await until_ready(http_one)
+        assert (await http_one.post("/v1/completions", json=body())).status_code == 200
+        assert (await http_two.get("/ready")).status_code == 503
+        assert "penstock_directory_redis_up 0.0" in (await http_two.get("/metrics")).text
+        redis.start()
+        await until_ready(http_two)
+        assert (await http_two.post("/v1/completions", json=body())).status_code == 200
+        assert "penstock_directory_redis_up 1.0" in (await http_two.get("/metrics")).text
+        redis.kill()
+        for http in (http_one, http_two):
+            assert (await http.post("/v1/completions", json=body())).status_code == 200
+    for control in (one, two):
+        lines = [json.loads(line) for line in await control.stop()]
+        assert control.process.returncode == 0
+        events = [line["event"] for line in lines if line.get("level") == "warning"]
+        assert 1 <= events.count("redis_away") <= 2
+        assert not [line for line in lines if line.get("level") == "error"]
+    assert len(worker.submits) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
