@@ -114,12 +114,12 @@ class Loader:
         task.add_done_callback(lambda done: self._ended(active, done))
 
     def _look_up(self, request: Request) -> Found:
-        """Among what is not in pages, or from the first block on where the tiers have more: pages may be evicted."""
+        """From the first block on where the tiers have as many: pages may be evicted while the request waits."""
         store, limit = self._parts.store, (request.num_tokens - 1) // BLOCK_SIZE_TOKENS
         keys = tuple(request.block_keys[:limit])
         num_cached = self._parts.state.num_cached_blocks(keys)
         first_block, tiers = 0, store.lookup(keys)
-        if len(tiers) <= num_cached:
+        if len(tiers) < num_cached:
             first_block, tiers = num_cached, store.lookup(keys[num_cached:])
         num_in_memory = next((i for i, tier in enumerate(tiers) if tier is not Tier.MEMORY), len(tiers))
         local_end = first_block + len(tiers)
