@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 from protos import worker_pb2, worker_pb2_grpc
+from tests.workers.worker_process import WorkerProcess
 from workers.config import Role, WorkerConfig
 from workers.engine.engine import Engine, load_engine
 from workers.errors import EngineFailed
@@ -111,6 +113,30 @@ async def start_worker(checkpoint: Path) -> AsyncIterator[StartWorker]:
             return running
 
         yield start
+
+
+@pytest.fixture
+async def start_process(checkpoint: Path) -> AsyncIterator[Callable[..., Awaitable[WorkerProcess]]]:
+    """start_process(flag=value, ...): defaults make a small mixed worker; a flag that is None is left out."""
+    started: list[WorkerProcess] = []
+
+    async def start(*more: str, **flags: Any) -> WorkerProcess:
+        defaults = {
+            "role": "mixed", "worker_id": "w", "model_path": checkpoint, "model_name": "tiny", "num_pages": 64,
+            "max_num_seqs": 16, "max_num_batched_tokens": 64,
+        }  # fmt: skip
+        settings = {name: value for name, value in (defaults | flags).items() if value is not None}
+        words = [str(w) for name, value in settings.items() for w in (f"--{name.replace('_', '-')}", value)]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "workers", *words, *more, stderr=asyncio.subprocess.PIPE
+        )
+        started.append(WorkerProcess(process))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.kill()
+        await worker.ended()
 
 
 @dataclass

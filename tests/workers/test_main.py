@@ -1,102 +1,24 @@
 """The worker as a process: how it starts, refuses, stops, and what its death means to others."""
 
 import asyncio
-import contextlib
-import json
 import os
 import shutil
 import signal
 import socket
-import sys
 import urllib.request
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from kvstore.layout import KvLayout
 from protos import worker_pb2, worker_pb2_grpc
+from tests.workers.worker_process import WorkerProcess
 from workers.config import Role
-from workers.identity import Identity
 
 Fixture = Any
-TIMEOUT_S = 60.0
 PROMPT = [(7 * i) % 250 + 3 for i in range(300)]
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 1234, "max_tokens": 24, "ignore_eos": True}
-
-
-class WorkerProcess:
-    """`python -m workers` with the flags given, its log read line by line."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.log: list[str] = []
-
-    async def event(self, name: str) -> dict[str, Any]:
-        """The next event of this name in the log."""
-        assert self.process.stderr is not None
-        async with asyncio.timeout(TIMEOUT_S):
-            while line := (await self.process.stderr.readline()).decode():
-                self.log.append(line)
-                if line.startswith("{") and (event := json.loads(line))["event"] == name:
-                    assert isinstance(event, dict)
-                    return event
-        raise AssertionError(f"no event {name!r} in the log:\n{''.join(self.log)}")
-
-    async def ready(self) -> Identity:
-        """What sessions need to know of it."""
-        event = await self.event("ready")
-        async with grpc.aio.insecure_channel(event["control_address"]) as channel:
-            worker = await worker_pb2_grpc.WorkerStub(channel).Describe(
-                worker_pb2.DescribeRequest(), timeout=10.0
-            )
-        return Identity(
-            worker_id=worker.worker_id, epoch=worker.epoch, role=Role(event["role"]), pid=worker.pid,
-            control_address=worker.control_address, data_address=worker.data_address,
-            model_name=worker.model.name, fingerprint=worker.model.fingerprint,
-            max_model_len=worker.model.max_model_len, vocab_size=worker.model.vocab_size,
-            layout=KvLayout(
-                num_layers=worker.model.layout.num_layers, num_kv_heads=worker.model.layout.num_kv_heads,
-                head_dim=worker.model.layout.head_dim, dtype=worker.model.layout.dtype,
-            ),
-        )  # fmt: skip
-
-    async def ended(self) -> int:
-        """The exit code; the rest of the log is read."""
-        assert self.process.stderr is not None
-        async with asyncio.timeout(TIMEOUT_S):
-            self.log.append((await self.process.stderr.read()).decode())
-            return await self.process.wait()
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-
-
-@pytest.fixture
-async def start_process(checkpoint: Path) -> AsyncIterator[Fixture]:
-    """start_process(flag=value, ...): defaults make a small mixed worker; a flag that is None is left out."""
-    started: list[WorkerProcess] = []
-
-    async def start(*more: str, **flags: Any) -> WorkerProcess:
-        defaults = {
-            "role": "mixed", "worker_id": "w", "model_path": checkpoint, "model_name": "tiny", "num_pages": 64,
-            "max_num_seqs": 16, "max_num_batched_tokens": 64,
-        }  # fmt: skip
-        settings = {name: value for name, value in (defaults | flags).items() if value is not None}
-        words = [str(w) for name, value in settings.items() for w in (f"--{name.replace('_', '-')}", value)]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "workers", *words, *more, stderr=asyncio.subprocess.PIPE
-        )
-        started.append(WorkerProcess(process))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        worker.kill()
-        await worker.ended()
 
 
 @pytest.mark.parametrize(
