@@ -154,10 +154,11 @@ class DiskIndex:
         return len(self._live.get(segment, ())) * segment.stored_bytes / segment.size_bytes
 
     def _put_in(self, block: Placed, *, now_s: float) -> None:
-        self._placed[block.key] = block
-        self._used_s[block.key] = now_s
-        self._live.setdefault(block.segment, {})[block.key] = None
-        self._changes[block.key] = True
+        key = block.key
+        self._placed[key] = block
+        self._used_s[key] = now_s
+        self._live.setdefault(block.segment, {})[key] = None
+        self._changes[key] = True
 
     def _take_out(self, key: BlockKey) -> None:
         block = self._placed.pop(key)

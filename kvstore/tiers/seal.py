@@ -6,7 +6,7 @@ segment, which holds a few thousand. A counter would need more care: a torn tail
 
 The tag also covers which block it is (namespace, key and position in the chain): a sealed block copied to another
 block's place does not open. Keys and positions themselves are digests and numbers and stay readable, so that the index
-can be rebuilt without the blocks. Both directions release the GIL: 12 GB/s on one core of a Xeon with VAES.
+can be rebuilt without the blocks. Both directions release the GIL: 12 GB/s on one core of an AMD EPYC with VAES.
 """
 
 import os

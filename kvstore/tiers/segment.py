@@ -1,6 +1,6 @@
 """One append-only file of records.
 
-Buffered I/O, by measurement (256 MiB in files on a virtual NVMe disk with ext4, 2 Xeon cores, MB/s):
+Buffered I/O, by measurement (256 MiB in files on a virtual NVMe disk with ext4, 2 AMD EPYC cores, MB/s):
 
     record      write: O_DIRECT  buffered  buffered + fdatasync      read: O_DIRECT  buffered, cold  buffered, cached
     64 KiB             549       3709      1277                            714       2771            18161
