@@ -26,6 +26,9 @@ from kvstore.blocks import BLOCK_SIZE_TOKENS
 
 Choice = Literal["load", "recompute", "mixed"]
 
+# A prompt is computed in part only where that saves so much of loading all of it.
+_LEAST_GAIN = 0.15
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LevelCost:
@@ -92,12 +95,13 @@ def plan_stream(view: StreamView, limits: StreamLimits) -> StreamPlan:
     if not allowed:
         raise ValueError(f"the source has no level up to {limits.max_level}")
     race = _Race(view)
-    ways = [_Way(cost.level, *race.best_split(cost)) for cost in allowed]
+    ways = [_Way(cost, *race.best_split(cost)) for cost in allowed]
     in_time = (way for way in ways if way.finish_s <= view.time_left_s)
     chosen = next(in_time, None) or min(ways, key=lambda way: way.finish_s)
+    chosen = race.all_loaded(chosen) or chosen
     return StreamPlan(
         split=chosen.split,
-        level=chosen.level,
+        level=chosen.cost.level,
         choice=_choice(view, chosen.split),
         predicted_s=chosen.finish_s,
         predicted_recompute_s=race.finish_s(view.end_chunk, allowed[0]),
@@ -122,7 +126,7 @@ def _choice(view: StreamView, split: int) -> Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    level: int
+    cost: LevelCost
     split: int
     finish_s: float
 
@@ -144,9 +148,20 @@ class _Race:
             splits, True, key=lambda split: self._computed_s(split) >= self._loaded_s(split, cost)
         )
         near = [splits[index] for index in (crossing - 1, crossing) if 0 <= index < len(splits)]
-        # Of equal ones the first: the engine has others to compute for.
         split = min(near, key=lambda split: self.finish_s(split, cost))
         return split, self.finish_s(split, cost)
+
+    def all_loaded(self, way: _Way) -> _Way | None:
+        """Instead of `way`, if that is about as good and not too late for it.
+
+        Estimates are no better than that, and the engine, whose cores may be those that decode, has other work.
+        """
+        view = self._view
+        loaded_s = self.finish_s(view.first_chunk, way.cost)
+        most_s = min(way.finish_s * (1.0 + _LEAST_GAIN), self.finish_s(view.end_chunk, way.cost))
+        if way.finish_s <= view.time_left_s:
+            most_s = min(most_s, view.time_left_s)
+        return _Way(way.cost, view.first_chunk, loaded_s) if loaded_s <= most_s else None
 
     def finish_s(self, split: int, cost: LevelCost) -> float:
         return max(self._computed_s(split), self._loaded_s(split, cost)) + self._view.tail_s

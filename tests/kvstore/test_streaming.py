@@ -81,11 +81,11 @@ def test_no_level_is_predicted_slower_than_loading_all_or_computing_all(view: St
 
 
 @given(views())
-def test_what_misses_the_objective_is_the_fastest_there_is(view: StreamView) -> None:
+def test_what_misses_the_objective_is_about_the_fastest_there_is(view: StreamView) -> None:
     plan = plan_stream(view, ALL)
     if plan.predicted_s > view.time_left_s:
         fastest_s = min(only(cost.level, view).predicted_s for cost in view.levels)
-        assert plan.predicted_s == fastest_s
+        assert plan.predicted_s <= 1.15 * fastest_s + 1e-9
         assert plan.predicted_s <= min(plan.predicted_load_s, plan.predicted_recompute_s) + 1e-9
 
 
@@ -98,21 +98,21 @@ def test_a_less_lossy_level_would_miss_the_objective(view: StreamView) -> None:
 
 
 @given(views())
-def test_the_split_is_the_best_of_all_splits(view: StreamView) -> None:
+def test_no_split_is_much_better_than_the_chosen_one(view: StreamView) -> None:
     for cost in view.levels:
         plan = only(cost.level, view)
         for split in range(view.first_chunk, view.end_chunk + 1):
             # With the chunks before the split gone, all loaded is this split without its computing.
             loaded_s = only(cost.level, changed(view, first_chunk=split, tail_s=0.0)).predicted_load_s
             computed_s = view.queue_s + sum(view.compute_s[view.first_chunk : split])
-            assert plan.predicted_s <= max(loaded_s, computed_s) + view.tail_s + 1e-9
+            assert plan.predicted_s <= 1.15 * (max(loaded_s, computed_s) + view.tail_s) + 1e-9
 
 
 @given(views(), st.floats(1, 100))
-def test_a_faster_link_never_ends_later_and_is_never_more_lossy(view: StreamView, factor: float) -> None:
+def test_a_faster_link_never_ends_much_later_and_is_never_more_lossy(view: StreamView, factor: float) -> None:
     faster = changed(view, throughput_bytes_s=view.throughput_bytes_s * factor)
     for cost in view.levels:
-        assert only(cost.level, faster).predicted_s <= only(cost.level, view).predicted_s + 1e-9
+        assert only(cost.level, faster).predicted_s <= 1.15 * only(cost.level, view).predicted_s + 1e-9
     before, after = plan_stream(view, ALL), plan_stream(faster, ALL)
     if before.predicted_s <= view.time_left_s:
         assert after.level <= before.level
@@ -175,6 +175,17 @@ def test_while_the_prompt_queues_more_is_loaded() -> None:
     ]
     assert splits == sorted(splits, reverse=True)
     assert splits[0] > splits[-1] == 0
+
+
+def test_computing_a_part_must_be_worth_it() -> None:
+    """Loading takes 1 s in all; what the engine could take off it is not much, or much."""
+    cost = LevelCost(level=0, bytes_per_token=1e6 / (16 * CHUNK_TOKENS))
+    splits = [
+        plan_stream(make_view(levels=(cost,), throughput_bytes_s=1e6, compute_s_per_token=seconds), ALL).split
+        for seconds in (0.2 / CHUNK_TOKENS, 1.0 / CHUNK_TOKENS, 2.0 / CHUNK_TOKENS)
+    ]
+    assert splits[0] > 0
+    assert splits[1:] == [0, 0]
 
 
 def test_nothing_more_is_asked_for_once_the_engine_has_come_so_far() -> None:
