@@ -184,8 +184,8 @@ def compare_with_entropy(
 ) -> dict[int, float]:
     """How many % the chunks of each level exceed the entropy of what is in them, of text and recall together.
 
-    That is the entropy of the measured symbols themselves, of each channel's anchors and deltas apart: no coder with one
-    distribution each could do better.
+    That is the entropy of the measured symbols themselves, of each channel's anchors and deltas apart: no coder with
+    one distribution each could do better.
     """
     over = {}
     print(f"\n{'symbols of text / recall':28}{'entropy':>16}{'coded':>16}{'zstd -1':>16}   bits per value")

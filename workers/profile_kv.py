@@ -58,10 +58,9 @@ def profile(model_path: Path, text: str, *, dtype: str, max_tokens: int) -> tupl
 
     Raises CheckpointError for a model, ValueError for a text that cannot be used.
     """
-    tokens = (
-        Tokenizer.from_file(str(model_path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    )
     info = load_model_info(model_path, Checkpoint(model_path), dtype=dtype, max_model_len=None)
+    tokenizer = Tokenizer.from_str((model_path / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids
     block = info.layout.block_size_tokens
     window = min(WINDOW_TOKENS, info.max_model_len // block * block)
     tokens = tokens[: min(max_tokens, len(tokens)) // block * block]

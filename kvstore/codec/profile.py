@@ -55,7 +55,6 @@ def load_profile(path: Path, *, fingerprint: bytes, layout: KvLayout) -> KvProfi
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        content = path.read_bytes()
     except (SafetensorError, OSError) as e:
         raise ProfileMismatch(f"{path} is not a whole profile: {e}") from e
     for name, ours in _facts(fingerprint, layout).items():
@@ -63,7 +62,7 @@ def load_profile(path: Path, *, fingerprint: bytes, layout: KvLayout) -> KvProfi
             raise ProfileMismatch(f"{path} is for {name} {metadata.get(name)}, this worker's is {ours}")
     try:
         return KvProfile(
-            digest=blake2b(content, digest_size=PROFILE_ID_BYTES).digest(),
+            digest=_digest(metadata, tensors),
             bits_per_level=tuple(float(bits) for bits in json.loads(metadata["bits_per_level"])),
             levels=tuple(_level(tensors, number, layout) for number in _LEVELS),
         )
@@ -101,6 +100,15 @@ _LEVELS = range(1, NUM_CACHEGEN_LEVELS + 1)
 
 def _facts(fingerprint: bytes, layout: KvLayout) -> dict[str, str]:
     return {"version": VERSION, "fingerprint": fingerprint.hex(), "layout": json.dumps(asdict(layout))}
+
+
+def _digest(metadata: dict[str, str], tensors: dict[str, npt.NDArray[Any]]) -> bytes:
+    """Not of the file: safetensors writes metadata in any order."""
+    digest = blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=PROFILE_ID_BYTES)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype.str} {tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.digest()
 
 
 def _level(tensors: dict[str, npt.NDArray[Any]], number: int, layout: KvLayout) -> LevelProfile:
