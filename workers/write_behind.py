@@ -77,7 +77,7 @@ class WriteBehind:
             self._parts.state.pin_pages(page_ids)
             self._num_pinned += len(page_ids)
             self._pending.append(ComputedRun(run=computed.run.part(start, stop), page_ids=page_ids))
-        if self._pending and self._task is None:
+        if self._pending and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._write_all(), name="write-behind")
             self._task.add_done_callback(self._ended)
 
@@ -137,8 +137,8 @@ class WriteBehind:
         self._parts.state.unpin_pages(computed.page_ids)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
             _logger.error("write_behind_failed", exc_info=error)
             while self._pending:
                 self._let_go(self._pending.popleft())
+            self._parts.post(PagesFree())
