@@ -1,6 +1,7 @@
 """The verbs of the KV store over gRPC: pulls by key, lookups, offers, what the tiers hold, and forgetting it."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,7 +9,7 @@ import grpc
 
 from kvstore.blocks import BlockKey
 from kvstore.store import BlockStore
-from kvstore.tiers.tier import TierStats
+from kvstore.tiers.tier import Tier, TierStats
 from protos import kv_pb2
 from workers.agreement import Disagreement, SourceIdentity, check_block_format, check_epoch, check_model
 from workers.block_exports import BlockExports, NotHeld, TooManyTickets
@@ -25,6 +26,13 @@ from workers.kv_metrics import KvMetrics
 from workers.offer_intake import OfferIntake
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+
+# Of peers: what they hold is theirs to say.
+NO_STATS = TierStats(
+    num_blocks=0, capacity_blocks=0, used_bytes=0, capacity_bytes=0,
+    num_hit_blocks=0, num_stored_blocks=0, num_evicted_blocks=0, num_errors=0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,11 +109,23 @@ class BlockService:
     async def describe(
         self, request: kv_pb2.DescribeTiersRequest, context: Context
     ) -> kv_pb2.TiersDescription:
+        store = self._store.describe(max_prefixes=min(request.num_prefixes, MAX_PREFIXES))
+        if self._device is None:
+            return description_to_wire(
+                store, more_tiers={}, num_lookup_blocks=store.num_lookup_blocks, levels=self._metrics.levels
+            )
         return description_to_wire(
-            self._store.describe(max_prefixes=min(request.num_prefixes, MAX_PREFIXES)),
-            device=None if self._device is None else self._device.stats(),
+            store,
+            more_tiers=self._tiers_of_requests(store.tiers, self._device.stats()),
+            num_lookup_blocks=self._metrics.num_lookup_blocks,
             levels=self._metrics.levels,
         )
+
+    def _tiers_of_requests(self, tiers: Mapping[Tier, TierStats], device: TierStats) -> dict[Tier, TierStats]:
+        """Hits are what requests found here; what peers pulled is none of them."""
+        hits = self._metrics.num_hit_blocks
+        tiers = {Tier.DEVICE: device, Tier.PEER: NO_STATS, **tiers}
+        return {tier: dataclasses.replace(stats, num_hit_blocks=hits[tier]) for tier, stats in tiers.items()}
 
     async def drop(
         self, request: kv_pb2.DropRequest, context: Context, *, identity: SourceIdentity
@@ -115,9 +135,9 @@ class BlockService:
             root = key_from_wire(request.root, name="root") if request.root else None
         except InvalidRequest as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        num_blocks = await self._store.drop(root)
-        if self._device is not None:
-            num_blocks += self._device.drop(root)
+        # Device pages first: they must not be written behind again.
+        num_blocks = 0 if self._device is None else self._device.drop(root)
+        num_blocks += await self._store.drop(root)
         return kv_pb2.DropReply(num_blocks=num_blocks)
 
     async def agree(self, disagreement: Disagreement | None, context: Context) -> None:

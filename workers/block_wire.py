@@ -88,11 +88,16 @@ def holder_to_wire(holder: KvHolder) -> worker_pb2.KvHolder:
 
 
 def description_to_wire(
-    store: StoreDescription, *, device: TierStats | None, levels: Mapping[str, LevelTraffic]
+    store: StoreDescription,
+    *,
+    more_tiers: Mapping[Tier, TierStats],
+    num_lookup_blocks: int,
+    levels: Mapping[str, LevelTraffic],
 ) -> kv_pb2.TiersDescription:
-    tiers = {Tier.DEVICE: device, **store.tiers}
+    """`more_tiers` are those beside the store's; of one that is in both, it says what counts."""
+    tiers = {**store.tiers, **more_tiers}
     return kv_pb2.TiersDescription(
-        tiers=[_tier_to_wire(tier, stats) for tier, stats in tiers.items() if stats is not None],
+        tiers=[_tier_to_wire(tier, tiers[tier]) for tier in sorted(tiers)],
         prefixes=[
             kv_pb2.PrefixDescription(
                 root=prefix.root,
@@ -109,7 +114,7 @@ def description_to_wire(
             kv_pb2.LevelDescription(name=name, raw_bytes=level.raw_bytes, coded_bytes=level.coded_bytes)
             for name, level in levels.items()
         ],
-        num_lookup_blocks=store.num_lookup_blocks,
+        num_lookup_blocks=num_lookup_blocks,
     )
 
 

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -69,11 +69,17 @@ class Offers:
     """`offer` and `set_stores` at any time; `run` for as long as the worker lives."""
 
     def __init__(
-        self, *, model_fingerprint: bytes, layout: KvLayout, limits: OfferLimits = OfferLimits()
+        self,
+        *,
+        model_fingerprint: bytes,
+        layout: KvLayout,
+        tell: Callable[[int, str], None],
+        limits: OfferLimits = OfferLimits(),
     ) -> None:
         self.num_taken = self.num_known = self.num_dropped = 0  # blocks, since the start
         self._model_fingerprint = model_fingerprint
         self._layout = layout
+        self._tell = tell  # what became of so many blocks
         self._limits = limits
         self._stores: dict[str, _Store] = {}
         self._waiting: OrderedDict[int, BlockRun] = OrderedDict()  # by number, oldest first
@@ -95,7 +101,7 @@ class Offers:
         while self._num_waiting_blocks > self._limits.max_waiting_blocks:
             _, oldest = self._waiting.popitem(last=False)
             self._num_waiting_blocks -= len(oldest.keys)
-            self.num_dropped += len(oldest.keys)
+            self._dropped(len(oldest.keys))
         self._changed.set()
 
     def set_stores(self, addresses: Sequence[StoreAddress]) -> None:
@@ -174,12 +180,18 @@ class Offers:
             async with channels.use(address.control_address) as channel:
                 reply = await kv_pb2_grpc.KvTransferStub(channel).Put(request, timeout=self._limits.timeout_s)
         except grpc.aio.AioRpcError as error:
-            self.num_dropped += sum(len(run.keys) for run in runs)
+            self._dropped(sum(len(run.keys) for run in runs))
             self._leave_alone(store, error)
             return
         store.backoff_s = self._limits.first_backoff_s
         self.num_taken += reply.num_taken
         self.num_known += reply.num_known
+        self._tell(reply.num_taken, "offered_and_taken")
+        self._tell(reply.num_known, "offered_and_known")
+
+    def _dropped(self, num_blocks: int) -> None:
+        self.num_dropped += num_blocks
+        self._tell(num_blocks, "offer_dropped")
 
     def _leave_alone(self, store: _Store, error: grpc.aio.AioRpcError) -> None:
         store.ready_at_s = asyncio.get_running_loop().time() + store.backoff_s

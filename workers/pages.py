@@ -67,6 +67,11 @@ class PagePool:
         return self._ref_counts[page_id]
 
     @property
+    def num_cached(self) -> int:
+        """Pages that hold a cached block, used or idle."""
+        return len(self._index)
+
+    @property
     def num_pinned(self) -> int:
         return len(self._pins)
 

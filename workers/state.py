@@ -301,6 +301,10 @@ class EngineState:
     def num_pinned_pages(self) -> int:
         return self._pages.num_pinned
 
+    @property
+    def num_cached_pages(self) -> int:
+        return self._pages.num_cached
+
     def num_cached_blocks(self, keys: Sequence[BlockKey]) -> int:
         """Of these blocks, from the first on, so many are in pages."""
         return len(self._pages.longest_cached_prefix(keys, len(keys)))

@@ -58,7 +58,6 @@ class Worker:
         self._engine = engine
         self._epoch = secrets.randbits(63)
         self._holdings = Holdings()
-        self._offers = Offers(model_fingerprint=model.fingerprint, layout=model.layout)
         self.state = EngineState(
             StateLimits(
                 num_pages=memory.num_pages,
@@ -89,6 +88,9 @@ class Worker:
         self.tiers: Tiers | None = None
         if config.memory_tier_bytes:
             self.tiers = open_tiers(config, model, holdings=self._holdings, registry=self.metrics.registry)
+        self.offers = Offers(
+            model_fingerprint=model.fingerprint, layout=model.layout, tell=self._tell_offered
+        )
         self.loop = RequestLoop(
             state=self.state,
             engine=engine,
@@ -130,7 +132,7 @@ class Worker:
             stack.push_async_callback(self._end_all, server, loop_task)
             tasks = {loop_task, await stack.enter_async_context(running(stop.wait()))}
             if self.tiers is not None:
-                for work in (self._offers.run(_holder(identity)), self.tiers.tell()):
+                for work in (self.offers.run(_holder(identity)), self.tiers.tell()):
                     tasks.add(await stack.enter_async_context(running(work)))
             if config.directories:
                 tasks.add(await stack.enter_async_context(running(self._membership(identity).run())))
@@ -179,11 +181,15 @@ class Worker:
                 kv_pool=kv_pool,
                 store=tiers.store,
                 metrics=tiers.metrics,
-                offer=self._offers.offer,
+                offer=self.offers.offer,
                 post=post,
             )
         )
         return TierTraffic(loader, write_behind, costs=costs)
+
+    def _tell_offered(self, num_blocks: int, outcome: str) -> None:
+        if self.tiers is not None:
+            self.tiers.metrics.write_behind(num_blocks, outcome)
 
     def _transfers(self, identity: Identity) -> KvTransferService:
         blocks = None
@@ -201,20 +207,20 @@ class Worker:
             self._config.directories,
             describe=lambda: self._describe(identity),
             blocks=BlockReport(self._holdings, take_device_events=self.state.take_block_events),
-            on_stores=self._offers.set_stores,
+            on_stores=self.offers.set_stores,
         )
 
     def _describe(self, identity: Identity) -> worker_pb2.WorkerDescription:
         return description_to_wire(identity, self.state.load())
 
     def _device_stats(self) -> TierStats:
-        load, block_bytes = self.state.load(), self._engine.model.layout.block_bytes
-        num_used = load.num_pages - load.num_free_pages
+        num_pages, block_bytes = self._engine.kv_pool.num_pages, self._engine.model.layout.block_bytes
+        num_cached = self.state.num_cached_pages
         return TierStats(
-            num_blocks=num_used,
-            capacity_blocks=load.num_pages,
-            used_bytes=num_used * block_bytes,
-            capacity_bytes=load.num_pages * block_bytes,
+            num_blocks=num_cached,
+            capacity_blocks=num_pages,
+            used_bytes=num_cached * block_bytes,
+            capacity_bytes=num_pages * block_bytes,
             num_hit_blocks=0,
             num_stored_blocks=0,
             num_evicted_blocks=0,

@@ -8,6 +8,7 @@ from kvstore.frames import (
     MAX_PAYLOAD_BYTES,
     FrameHeader,
     FrameKind,
+    max_payload_bytes,
     pack_header,
     unpack_header,
     verify,
@@ -65,7 +66,7 @@ def test_what_begins_like_a_header_is_bounded_or_refused(tail: bytes, kind: int)
         header = unpack_header(memoryview(b"PNSK\x01" + bytes([kind]) + tail))
     except TransferCorrupted:
         return
-    assert header.payload_bytes <= MAX_PAYLOAD_BYTES
+    assert header.payload_bytes <= max_payload_bytes(header.kind)
 
 
 @given(position=st.integers(0, (HEADER_BYTES + 64) * 8 - 1))
@@ -94,3 +95,17 @@ def test_a_payload_beyond_the_bound_is_not_packed() -> None:
     payload = bytes(MAX_PAYLOAD_BYTES + 1)
     with pytest.raises(ValueError, match="allowed"):
         packed(blocks(payload), payload)
+
+
+def test_only_chunks_may_be_large() -> None:
+    assert {kind for kind in FrameKind if max_payload_bytes(kind) > MAX_PAYLOAD_BYTES} == {FrameKind.CHUNK}
+    large = memoryview(bytes(MAX_PAYLOAD_BYTES + 1))
+    for kind in FrameKind:
+        header = FrameHeader(kind=kind, payload_bytes=len(large))
+        into = memoryview(bytearray(HEADER_BYTES))
+        if kind is FrameKind.CHUNK:
+            pack_header(header, payload=large, into=into)
+            assert unpack_header(into) == header
+        else:
+            with pytest.raises(ValueError, match="allowed"):
+                pack_header(header, payload=large, into=into)

@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 
 from kvstore.blocks import chain_keys, root_key
 from kvstore.store import BlockStore
 from kvstore.tiers.tier import Tier
-from protos import worker_pb2
+from protos import kv_pb2, kv_pb2_grpc, worker_pb2
 from tests.workers.conftest import OpenSession, RunningWorker, Session, StartWorker
 from tests.workers.handoff_ends import wait_until
 from tests.workers.test_store_worker import running_store
@@ -100,6 +101,19 @@ async def test_what_left_the_device_comes_back_from_memory(
     assert 0 < answer.last.num_cached_tokens <= NUM_LOADABLE_TOKENS
     await running.settled()
 
+    async with grpc.aio.insecure_channel(running.identity.control_address) as channel:
+        stub = kv_pb2_grpc.KvTransferStub(channel)
+        described = await stub.DescribeTiers(kv_pb2.DescribeTiersRequest(num_prefixes=3), timeout=5.0)
+        tiers = {tier.name: tier for tier in described.tiers}
+        assert list(tiers) == ["device", "memory", "peer"]
+        assert tiers["device"].num_blocks == tiers["memory"].num_blocks == 25
+        assert tiers["memory"].num_hit_blocks == 24
+        assert described.num_lookup_blocks == 48
+        dropped = await stub.Drop(kv_pb2.DropRequest(source_epoch=running.identity.epoch), timeout=5.0)
+        assert dropped.num_blocks == 50
+    assert running.worker.state.num_cached_pages == 0
+    assert _num_held(_store(running), running.identity) == 0
+
 
 async def test_after_a_restart_it_comes_back_from_disk(
     start_worker: StartWorker, open_session: OpenSession, expected: list[int], tmp_path: Path
@@ -141,7 +155,7 @@ async def test_a_store_gives_what_a_worker_that_is_gone_had_computed(
 ) -> None:
     async with running_store(checkpoint) as store:
         first = await start_worker(**PATIENT)
-        offers = first.worker._offers
+        offers = first.worker.offers
         offers.set_stores([_address(store)])
         await _first_turn(first, await open_session(first))
         await wait_until(lambda: offers.num_taken >= 25)
@@ -173,10 +187,10 @@ async def test_no_tenant_ever_gets_what_another_computed(
     async with running_store(checkpoint) as store:
         settings: dict[str, Any] = PATIENT | {"disk_tier_path": tmp_path, "disk_tier_bytes": 64 * 2**20}
         first = await start_worker(**settings)
-        first.worker._offers.set_stores([_address(store)])
+        first.worker.offers.set_stores([_address(store)])
         session = await open_session(first)
         await _first_turn(first, session, cache_salt="tenant A")
-        await wait_until(lambda: first.worker._offers.num_taken >= 25)
+        await wait_until(lambda: first.worker.offers.num_taken >= 25)
         second = await start_worker(**PATIENT)
         holders = [_holder(first.identity), _holder(store)]
         for number, running in enumerate((first, second)):

@@ -47,7 +47,12 @@ async def worker() -> AsyncIterator[Peer]:
 async def offering(
     worker: Peer, stores: Sequence[Peer], limits: OfferLimits | None = None
 ) -> AsyncIterator[Offers]:
-    offers = Offers(model_fingerprint=FINGERPRINT, layout=LAYOUT, limits=limits or OfferLimits())
+    offers = Offers(
+        model_fingerprint=FINGERPRINT,
+        layout=LAYOUT,
+        tell=lambda num_blocks, outcome: None,
+        limits=limits or OfferLimits(),
+    )
     offers.set_stores([address(f"store-{number}", store) for number, store in enumerate(stores)])
     task = asyncio.create_task(offers.run(worker.holder()))
     try:
@@ -137,12 +142,19 @@ async def test_a_store_that_is_away_costs_its_offers_and_is_found_again(worker: 
 
 
 async def test_the_oldest_offers_are_dropped_when_too_many_wait(worker: Peer) -> None:
+    told: list[tuple[int, str]] = []
     limits = OfferLimits(max_waiting_blocks=16)
-    offers = Offers(model_fingerprint=FINGERPRINT, layout=LAYOUT, limits=limits)
+    offers = Offers(
+        model_fingerprint=FINGERPRINT,
+        layout=LAYOUT,
+        tell=lambda num_blocks, outcome: told.append((num_blocks, outcome)),
+        limits=limits,
+    )
     offers.set_stores([StoreAddress(worker_id="s", epoch=1, control_address="127.0.0.1:1")])
     for start in range(0, 40, 8):
         offers.offer(RUN.part(start, start + 8))
     assert (offers.num_waiting_blocks, offers.num_dropped) == (16, 24)
+    assert told == [(8, "offer_dropped")] * 3
 
 
 async def test_an_offerer_that_is_gone_costs_a_store_nothing() -> None:

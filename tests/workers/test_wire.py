@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from kvstore.blocks import FORMAT_VERSION
 from kvstore.layout import KvLayout
 from protos import worker_pb2
 from workers.config import Role
@@ -9,6 +10,7 @@ from workers.errors import EngineFailed, InvalidRequest, QueueFull, WorkerError
 from workers.identity import Identity
 from workers.request import (
     FinishReason,
+    KvHolder,
     KvSource,
     Purpose,
     RequestId,
@@ -137,7 +139,7 @@ def test_a_description_says_who_we_are_and_how_busy() -> None:
     )
     assert description_to_wire(identity, load) == worker_pb2.WorkerDescription(
         worker_id="w", epoch=2**63 - 1, role=worker_pb2.ROLE_DECODE, control_address="h:1",
-        data_address="tcp://h:2", pid=7,
+        data_address="tcp://h:2", pid=7, block_format=FORMAT_VERSION,
         model=worker_pb2.ModelDescription(
             name="m", fingerprint=b"f", max_model_len=99, vocab_size=260,
             layout=worker_pb2.KvLayout(
@@ -148,3 +150,17 @@ def test_a_description_says_who_we_are_and_how_busy() -> None:
             num_running=1, num_waiting=2, num_pages=10, num_free_pages=4, num_waiting_tokens=5, num_leases=6
         ),
     )  # fmt: skip
+
+
+def test_hints_that_say_nothing_or_are_too_many_are_passed_over() -> None:
+    holders = [
+        worker_pb2.KvHolder(worker_id="nobody", num_blocks=4),
+        worker_pb2.KvHolder(worker_id="empty", control_address="h:1"),
+        *(
+            worker_pb2.KvHolder(worker_id=f"w{n}", epoch=n, control_address=f"h:{n}", num_blocks=4)
+            for n in range(30)
+        ),
+    ]
+    request = request_from_wire(_submit(kv_holders=holders), session_id=SessionId(1), now_s=NOW_S)
+    assert [holder.worker_id for holder in request.kv_holders] == [f"w{n}" for n in range(14)]
+    assert request.kv_holders[3] == KvHolder(worker_id="w3", epoch=3, control_address="h:3", num_blocks=4)
