@@ -56,14 +56,7 @@ class DiskIndex:
 
     def reserve(self, run: BlockRun, *, now_s: float) -> list[int]:
         """Slots for the leading blocks of the run: fewer than it has if the rest of the slots is reserved too."""
-        # What the run continues must not be dropped for it.
-        pinned = self._residency.pin([run.parent])
-        slots, dropped = self._residency.reserve(len(run.keys), now_s=now_s)
-        self._residency.unpin(pinned)
-        for key in dropped:
-            self._take_out(key)
-        self.num_evicted += len(dropped)
-        return slots
+        return self._reserve(run.parent, len(run.keys), now_s=now_s)
 
     def free(self, slots: Sequence[int]) -> None:
         self._residency.free(slots)
@@ -76,14 +69,15 @@ class DiskIndex:
 
     def restore(self, blocks: Sequence[Placed], *, used_s: float) -> None:
         """Blocks of one record that was there at the start. Of two copies the younger one counts."""
+        new = []
         for block in blocks:
             known = self._placed.get(block.key)
-            if known is not None:
-                if _age(block) > _age(known):
-                    self.move(known, block)
-                continue
-            slots = self.reserve(block.run.part(block.nth, block.nth + 1), now_s=used_s)
-            self.put(slots, [block], now_s=used_s)
+            if known is None:
+                new.append(block)
+            elif _age(block) > _age(known):
+                self.move(known, block)
+        slots = self._reserve(blocks[0].run.parent, len(new), now_s=used_s)
+        self.put(slots, new[: len(slots)], now_s=used_s)
 
     def begin(self) -> None:
         """All is restored: what was found twice or did not fit any more was never here."""
@@ -149,6 +143,16 @@ class DiskIndex:
         )
         for key, block in self._placed.items():
             assert block.key == key, "a block lies under another key"
+
+    def _reserve(self, parent: BlockKey, num_slots: int, *, now_s: float) -> list[int]:
+        # What the blocks continue must not be dropped for them.
+        pinned = self._residency.pin([parent])
+        slots, dropped = self._residency.reserve(num_slots, now_s=now_s)
+        self._residency.unpin(pinned)
+        for key in dropped:
+            self._take_out(key)
+        self.num_evicted += len(dropped)
+        return slots
 
     def _live_share(self, segment: Segment) -> float:
         return len(self._live.get(segment, ())) * segment.stored_bytes / segment.size_bytes

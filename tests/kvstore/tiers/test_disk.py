@@ -338,8 +338,7 @@ def test_impossible_settings_are_refused(changed: dict[str, object], complaint: 
 def test_whatever_the_sizes_live_blocks_leave_room_to_move(
     block_bytes: int, factor: float, key: bytes | None
 ) -> None:
-    smallest = DiskSettings(block_bytes=block_bytes, capacity_bytes=2**50, namespace=b"", key=key)
-    least_bytes = -(-(smallest.form.stored_bytes + 300) // 4096) * 4096  # of a segment
+    least_bytes = -(-(block_bytes + 5000) // 4096) * 4096  # of a segment
     settings = DiskSettings(
         block_bytes=block_bytes, capacity_bytes=int(factor * least_bytes), namespace=b"", key=key
     )
