@@ -48,6 +48,8 @@ def decode_handoff(data: bytes) -> Handoff:
         raise PullCorrupted(f"unknown finish reason {state.finish_reason}")
     if len(state.logprobs) > len(state.output_token_ids):
         raise PullCorrupted(f"{len(state.logprobs)} logprobs for {len(state.output_token_ids)} tokens")
+    if state.HasField("num_exact_tokens") and state.num_exact_tokens > state.num_computed_tokens:
+        raise PullCorrupted(f"{state.num_exact_tokens} of {state.num_computed_tokens} tokens are exact")
     for event in state.timeline:
         if not math.isfinite(event.unix_s):
             raise PullCorrupted(f"{event.name!r} happened at {event.unix_s}")

@@ -20,6 +20,7 @@ LOGPROBS = st.floats(max_value=0.0, width=32)
 
 @given(
     num_computed=TOKENS,
+    exact_share=st.none() | st.floats(0.0, 1.0),
     outputs=st.lists(TOKENS, max_size=5),
     logprobs=st.lists(st.tuples(LOGPROBS, st.lists(st.tuples(TOKENS, LOGPROBS), max_size=3)), max_size=5),
     reason=st.sampled_from([None, *FinishReason]),
@@ -28,6 +29,7 @@ LOGPROBS = st.floats(max_value=0.0, width=32)
 )
 def test_a_handoff_comes_back_as_it_was(
     num_computed: int,
+    exact_share: float | None,
     outputs: list[int],
     logprobs: list[tuple[float, list[tuple[int, float]]]],
     reason: FinishReason | None,
@@ -36,6 +38,7 @@ def test_a_handoff_comes_back_as_it_was(
 ) -> None:
     handoff = Handoff(
         num_computed_tokens=num_computed,
+        num_exact_tokens=None if exact_share is None else int(exact_share * num_computed),
         output_token_ids=tuple(outputs),
         logprobs=tuple(TokenLogprobs(value, tuple(top)) for value, top in logprobs[: len(outputs)]),
         finish_reason=reason,
@@ -55,4 +58,10 @@ def test_random_bytes_are_a_handoff_or_a_typed_error(data: bytes) -> None:
 def test_an_event_at_no_time_is_refused(unix_s: float) -> None:
     handoff = Handoff(num_computed_tokens=1, output_token_ids=(1,), timeline=(Stamp("scheduled", unix_s),))
     with pytest.raises(PullCorrupted, match="'scheduled' happened at"):
+        decode_handoff(encode_handoff(handoff))
+
+
+def test_more_exact_tokens_than_tokens_are_refused() -> None:
+    handoff = Handoff(num_computed_tokens=16, num_exact_tokens=17, output_token_ids=(1,))
+    with pytest.raises(PullCorrupted, match="17 of 16 tokens are exact"):
         decode_handoff(encode_handoff(handoff))

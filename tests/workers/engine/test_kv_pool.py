@@ -1,5 +1,6 @@
 """Pages as bytes: what is written is read, in the layout of the wire."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,3 +57,36 @@ def test_a_page_outside_the_pool_is_refused(page_id: int) -> None:
 def test_a_pool_without_pages_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         KvPool(LAYOUT, num_pages=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_are_saved_to_slots_and_loaded_into_other_pages(dtype: str) -> None:
+    layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=8, dtype=dtype)
+    source, target = random_pool(layout), KvPool(layout, num_pages=6)
+    arena_SX = np.zeros((5, layout.block_bytes), np.uint8)
+    source.save([4, 0, 2], arena_SX, [3, 1, 0])
+    assert not arena_SX[[2, 4]].any()
+    block = bytearray(layout.layer_block_bytes)
+    source.read(layer=1, page_ids=[0], into=memoryview(block))
+    assert arena_SX[1].reshape(3, -1)[1].tobytes() == block
+    target.load([5, 1, 3], arena_SX, [3, 1, 0])
+    assert torch.equal(target.pages_LP2GBC[:, [5, 1, 3]], source.pages_LP2GBC[:, [4, 0, 2]])
+    assert not target.pages_LP2GBC[:, [0, 2, 4]].any()
+
+
+@pytest.mark.parametrize(
+    ("page_ids", "slots", "slot_bytes", "message"),
+    [
+        ([0, 1], [0], LAYOUT.block_bytes, "2 blocks need as many slots"),
+        ([0], [4], LAYOUT.block_bytes, "1 blocks need as many slots of 4"),
+        ([6], [0], LAYOUT.block_bytes, "page ids must be in 0..5"),
+        ([0], [0], LAYOUT.block_bytes - 8, "a slot must have"),
+    ],
+)
+def test_slots_that_do_not_fit_are_refused(
+    page_ids: list[int], slots: list[int], slot_bytes: int, message: str
+) -> None:
+    arena_SX = np.zeros((4, slot_bytes), np.uint8)
+    for copy in (random_pool().save, random_pool().load):
+        with pytest.raises(ValueError, match=message):
+            copy(page_ids, arena_SX, slots)
