@@ -23,6 +23,7 @@ from kvstore.transfer import MAX_REFUSAL_BYTES, receive_bytes
 
 RAW_LEVEL = 0
 MAX_OUTSTANDING_WANTS = 4
+CHUNK_BLOCKS = 16
 # A coded chunk of a block or two may be larger than the blocks: it brings its own tables.
 MAX_CODED_OVERHEAD_BYTES = 2**20
 
@@ -41,6 +42,11 @@ def max_blocks_per_want(*, block_bytes: int) -> int:
     if block_bytes > MAX_CHUNK_BYTES:
         raise ValueError(f"a block of {block_bytes} bytes exceeds {MAX_CHUNK_BYTES}")
     return MAX_CHUNK_BYTES // block_bytes
+
+
+def chunk_blocks(*, block_bytes: int) -> int:
+    """How many blocks travel well together: a chunk's overhead is small then, and its delay too."""
+    return min(CHUNK_BLOCKS, max_blocks_per_want(block_bytes=block_bytes))
 
 
 # The source's side.

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from kvstore.block_stream import RAW_LEVEL, max_blocks_per_want
+from kvstore.block_stream import RAW_LEVEL, chunk_blocks
 from kvstore.store import BlockStore, Reservation
 from kvstore.tiers.tier import BlockRun
 from workers.errors import PullError
@@ -18,9 +18,7 @@ from workers.logs import log_event
 from workers.request import KvHolder
 from workers.threads import run_to_end
 
-# Blocks travel in chunks of so many, two of them asked for at a time.
-CHUNK_BLOCKS = 16
-NUM_WANTS = 2
+NUM_WANTS = 2  # chunks asked for at a time
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ class OfferIntake:
     def __init__(self, store: BlockStore, *, fetcher: BlockFetcher, max_offers: int) -> None:
         self._store = store
         self._fetcher = fetcher
-        self._chunk_blocks = min(CHUNK_BLOCKS, max_blocks_per_want(block_bytes=store.arena_SX.shape[1]))
+        self._chunk_blocks = chunk_blocks(block_bytes=store.arena_SX.shape[1])
         self._turns = asyncio.Semaphore(max_offers)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="intake")
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import grpc
 
 from kvstore.addresses import Address
+from kvstore.block_stream import chunk_blocks
 from kvstore.holdings import Holdings
 from kvstore.tiers.tier import TierStats
 from protos import worker_pb2
@@ -169,6 +170,7 @@ class Worker:
                 metrics=tiers.metrics,
                 limits=LoadLimits(
                     max_level=config.max_level,
+                    chunk_blocks=chunk_blocks(block_bytes=kv_pool.layout.block_bytes),
                     ttft_objective_s=config.ttft_objective_s,
                     timeout_s=config.pull_timeout_s,
                 ),

@@ -12,6 +12,7 @@ from kvstore.block_stream import (
     MAX_OUTSTANDING_WANTS,
     ChunkStream,
     Want,
+    chunk_blocks,
     max_blocks_per_want,
     receive_want,
     seal_chunk,
@@ -253,5 +254,6 @@ async def test_a_puller_wants_nothing_that_cannot_be(want: Want) -> None:
 
 def test_a_block_larger_than_a_frame_cannot_travel() -> None:
     assert max_blocks_per_want(block_bytes=MAX_CHUNK_BYTES) == 1
+    assert chunk_blocks(block_bytes=5 * 2**20) == 12
     with pytest.raises(ValueError, match="exceeds"):
         max_blocks_per_want(block_bytes=MAX_CHUNK_BYTES + 1)

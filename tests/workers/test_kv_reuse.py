@@ -5,6 +5,7 @@ another's.
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from workers.offers import StoreAddress
 # 400 tokens: 24 full blocks may be loaded, the last token is always computed.
 PROMPT = [(7 * i) % 250 + 3 for i in range(400)]
 NUM_LOADABLE_TOKENS = 384
+OUR_THREADS = ("encode", "load", "write-behind", "engine", "disk", "intake")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 # Of so many pages an eighth may be on its way down at a time, which is more than the prompt has.
 PATIENT: dict[str, Any] = {"ttft_objective_s": 30.0, "max_level": 0, "num_pages": 512}
@@ -346,5 +348,6 @@ async def test_a_worker_that_ends_leaves_no_file_no_thread_and_no_task(
         await (await session.submit("r", PROMPT, **GREEDY)).wait()
         await session.close()
         await running.end()
-        counts.append((process.num_fds(), len(asyncio.all_tasks())))
-    await wait_until(lambda: process.num_fds() <= counts[0][0])
+        counts.append(process.num_fds())
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(OUR_THREADS)]
+    await wait_until(lambda: process.num_fds() <= counts[0])
