@@ -89,6 +89,10 @@ class Offers:
         self._changed = asyncio.Event()
 
     @property
+    def num_stores(self) -> int:
+        return len(self._stores)
+
+    @property
     def num_waiting_blocks(self) -> int:
         return self._num_waiting_blocks
 

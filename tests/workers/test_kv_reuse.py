@@ -14,12 +14,15 @@ import grpc
 import psutil
 import pytest
 
+from control_plane.directory.member import WorkerId
+from control_plane.directory.overlap import NO_OVERLAP
 from kvstore.blocks import chain_keys, root_key
 from kvstore.store import BlockStore
 from kvstore.tiers.tier import Tier
 from protos import kv_pb2, kv_pb2_grpc, worker_pb2
 from tests.workers.conftest import OpenSession, RunningWorker, Session, StartWorker
 from tests.workers.handoff_ends import wait_until
+from tests.workers.test_membership import Directory
 from tests.workers.test_store_worker import running_store
 from workers.identity import Identity
 from workers.offers import StoreAddress
@@ -27,6 +30,7 @@ from workers.offers import StoreAddress
 # 400 tokens: 24 full blocks may be loaded, the last token is always computed.
 PROMPT = [(7 * i) % 250 + 3 for i in range(400)]
 NUM_LOADABLE_TOKENS = 384
+STORE = WorkerId("store-0")
 OUR_THREADS = ("encode", "load", "write-behind", "engine", "disk", "intake")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 # Of so many pages an eighth may be on its way down at a time, which is more than the prompt has.
@@ -155,12 +159,18 @@ async def test_another_worker_gives_it_when_it_is_named(
 async def test_a_store_gives_what_a_worker_that_is_gone_had_computed(
     checkpoint: Path, start_worker: StartWorker, open_session: OpenSession, expected: list[int]
 ) -> None:
-    async with running_store(checkpoint) as store:
-        first = await start_worker(**PATIENT)
+    directory = Directory()
+    await directory.start()
+    async with running_store(checkpoint, directory=directory.address) as store:
+        await directory.until(lambda: len(directory.memory.members()) == 1)
+        first = await start_worker(directory=directory.address, **PATIENT)
         offers = first.worker.offers
-        offers.set_stores([_address(store)])
+        await wait_until(lambda: offers.num_stores == 1)
         await _first_turn(first, await open_session(first))
         await wait_until(lambda: offers.num_taken >= 25)
+        await directory.until(
+            lambda: directory.memory.blocks.overlaps(_keys(first)).get(STORE, NO_OVERLAP).num_blocks == 25
+        )
         await first.end()
 
         second = await start_worker(**PATIENT)
@@ -169,6 +179,7 @@ async def test_a_store_gives_what_a_worker_that_is_gone_had_computed(
         assert answer.token_ids == expected
         assert _num_loaded(second, Tier.PEER) > 0
         await second.settled()
+    await directory.stop()
 
 
 def _address(store: Identity) -> StoreAddress:
