@@ -14,7 +14,7 @@ from pathlib import Path
 from kvstore.codec.levels import Level
 from kvstore.layout import KvLayout
 from kvstore.stream_estimates import LevelEstimates
-from kvstore.streaming import StreamLimits, StreamPlan, StreamView
+from kvstore.streaming import StreamLimits, StreamPlan, StreamView, plan_stream
 from workers import __main__ as worker
 from workers import load_plan
 from workers.request_load import RequestLoad
@@ -24,8 +24,7 @@ ADAPTIVE = "adaptive"
 
 def decide_by(mode_file: Path) -> None:
     """To be called before the worker's other modules are imported: they take the names as they find them."""
-    plan_stream, level_estimates = load_plan.plan_stream, load_plan.level_estimates
-    patience_s = RequestLoad.patience_s
+    level_estimates, patience_s = load_plan.level_estimates, RequestLoad.patience_s
 
     def plan(view: StreamView, limits: StreamLimits) -> StreamPlan:
         mode = mode_file.read_text()
@@ -37,8 +36,8 @@ def decide_by(mode_file: Path) -> None:
     def all_levels(levels: Sequence[Level], layout: KvLayout) -> LevelEstimates:
         return level_estimates([replace(level, is_comparison=False) for level in levels], layout)
 
-    def patience(load: RequestLoad) -> float:
-        return patience_s(load) if mode_file.read_text() == ADAPTIVE else float("inf")
+    def patience(self: RequestLoad) -> float:
+        return patience_s(self) if mode_file.read_text() == ADAPTIVE else float("inf")
 
     load_plan.plan_stream = plan  # type: ignore[attr-defined]
     load_plan.level_estimates = all_levels
