@@ -44,7 +44,7 @@ class Extent:
     recall_tokens: tuple[int, ...]
 
 
-FULL = Extent(num_texts=80, num_recalls=100, recall_tokens=(512, 1024, 2048))
+FULL = Extent(num_texts=80, num_recalls=50, recall_tokens=(512, 1024, 2048))
 QUICK = Extent(num_texts=12, num_recalls=12, recall_tokens=(512,))
 
 

@@ -1,7 +1,7 @@
 """Prints what the demo model's KV profile is made from: documents and tasks it was trained on, nothing held out.
 
 python -m tools.demo_profile_text > sample.txt
-penstock profile-kv models/demo --text sample.txt --max-tokens 65536
+penstock profile-kv models/demo --text sample.txt --max-tokens 65536 --key-factors 1,0.25,1,1
 """
 
 from random import Random

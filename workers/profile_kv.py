@@ -41,10 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dtype", choices=sorted(ITEM_BYTES), default="float32", help="what workers compute in"
     )
     parser.add_argument("--max-tokens", type=int, default=32_768, help="how much of the text to read")
+    parser.add_argument(
+        "--key-factors",
+        type=_numbers,
+        default=(),
+        help="bins of each layer's keys against the usual: 1,0.25,1,1",
+    )
     given = parser.parse_args(arguments)
     try:
         text = given.text.read_text(encoding="utf-8") if given.text else _reference_text()
-        path, bits = profile(given.model_path, text, dtype=given.dtype, max_tokens=given.max_tokens)
+        path, bits = profile(
+            given.model_path,
+            text,
+            dtype=given.dtype,
+            max_tokens=given.max_tokens,
+            key_factors=given.key_factors,
+        )
     except (CheckpointError, OSError, ValueError) as error:
         print(f"profile-kv: {error}", file=sys.stderr)
         return 2
@@ -53,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def profile(model_path: Path, text: str, *, dtype: str, max_tokens: int) -> tuple[Path, tuple[float, ...]]:
+def profile(
+    model_path: Path, text: str, *, dtype: str, max_tokens: int, key_factors: Sequence[float] = ()
+) -> tuple[Path, tuple[float, ...]]:
     """Writes the profile; returns where it is, and how many bits a value takes at each level.
 
     Raises CheckpointError for a model, ValueError for a text that cannot be used.
@@ -75,7 +89,9 @@ def profile(model_path: Path, text: str, *, dtype: str, max_tokens: int) -> tupl
     )
     arena_SX = np.empty((len(tokens) // block, info.layout.block_bytes), np.uint8)
     runs = _compute(engine, windows, arena_SX)
-    content = make_profile(arena_SX, runs, fingerprint=info.fingerprint, layout=info.layout)
+    content = make_profile(
+        arena_SX, runs, fingerprint=info.fingerprint, layout=info.layout, key_factors=key_factors
+    )
     path = model_path / PROFILE_FILE
     unfinished = path.with_suffix(".new")
     unfinished.write_bytes(content)
@@ -110,6 +126,10 @@ def _row(token_ids: list[int], pages: range) -> ScheduledRequest:
         page_ids=tuple(PageId(page) for page in pages),
         samples=False,
     )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
 
 
 def _reference_text() -> str:

@@ -24,12 +24,17 @@ def profile_kv(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=16, help="How much of the text to read.")
     ] = 32_768,
+    key_factors: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Bins of each layer's keys against the usual, as 1,0.25,1,1."),
+    ] = None,
 ) -> None:
     """Write MODEL_PATH/kv_profile.safetensors, with which KV travels in fewer bytes."""
     with clean_errors():
         command = [sys.executable, "-m", "workers.profile_kv", "--model-path", str(model_path.absolute())]
         command += ["--text", str(text.absolute())] if text is not None else []
         command += ["--dtype", dtype, "--max-tokens", str(max_tokens)]
+        command += ["--key-factors", key_factors] if key_factors is not None else []
         done = subprocess.run(command, cwd=PROJECT_ROOT, check=False)
         if done.returncode:
             raise typer.Exit(done.returncode)

@@ -71,10 +71,22 @@ def load_profile(path: Path, *, fingerprint: bytes, layout: KvLayout) -> KvProfi
 
 
 def make_profile(
-    arena_SX: Bytes, runs: Sequence[Sequence[int]], *, fingerprint: bytes, layout: KvLayout
+    arena_SX: Bytes,
+    runs: Sequence[Sequence[int]],
+    *,
+    fingerprint: bytes,
+    layout: KvLayout,
+    key_factors: Sequence[float] = (),
 ) -> bytes:
-    """The content of a profile's file, from samples: the slots of consecutive blocks, run by run."""
+    """The content of a profile's file, from samples: the slots of consecutive blocks, run by run.
+
+    `key_factors` are, for each layer, how wide the bins of its keys are against the usual; none means 1 everywhere.
+    """
+    if len(key_factors) not in (0, layout.num_layers) or min(key_factors, default=1.0) <= 0:
+        raise ValueError(f"key factors are {layout.num_layers} positive numbers, got {list(key_factors)}")
     known = KvStatistics.of([read_values(arena_SX, run, layout=layout) for run in runs], layout=layout)
+    if key_factors:
+        known.scale_L2[:, 0] *= np.array(key_factors, np.float32)
     tensors: dict[str, npt.NDArray[Any]] = {"mean": known.mean_GC, "alpha": known.alpha_GC}
     bits = []
     for level in _LEVELS:

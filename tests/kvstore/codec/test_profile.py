@@ -4,7 +4,7 @@ import pytest
 
 from kvstore.codec.codec import KvCodec
 from kvstore.codec.levels import NUM_CACHEGEN_LEVELS
-from kvstore.codec.profile import load_profile
+from kvstore.codec.profile import load_profile, make_profile
 from kvstore.errors import ProfileMismatch
 from tests.kvstore.codec.coding import FINGERPRINT, arena_of, layout_of, profile_content, profile_of
 
@@ -71,3 +71,32 @@ def test_tables_that_do_not_add_up_are_a_mismatch(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ProfileMismatch, match="not a whole profile"):
         load_profile(path, fingerprint=FINGERPRINT, layout=LAYOUT)
+
+
+def test_key_factors_make_the_bins_of_a_layers_keys_narrower(tmp_path: Path) -> None:
+    arena = arena_of(LAYOUT, num_blocks=20)
+    path, widths = tmp_path / "profile", []
+    for factors in ((), (1.0, 0.5, 1.0)):
+        path.write_bytes(
+            make_profile(arena, [range(20)], fingerprint=FINGERPRINT, layout=LAYOUT, key_factors=factors)
+        )
+        found = load_profile(path, fingerprint=FINGERPRINT, layout=LAYOUT)
+        assert found is not None
+        widths.append(found.levels[-1].bins.delta_bin_GC.reshape(LAYOUT.num_layers, 2, -1))
+    ratio = widths[1] / widths[0]
+    assert ratio[1, 0].max() < 1
+    assert ratio[1, 0].min() == pytest.approx(0.5, rel=1e-3)
+    assert (ratio[[0, 2]] == 1).all()
+    assert (ratio[:, 1] == 1).all()
+
+
+@pytest.mark.parametrize("factors", [(1.0,), (1.0, 0.0, 1.0), (1.0, -1.0, 1.0)])
+def test_key_factors_are_a_positive_number_for_each_layer(factors: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="key factors are 3 positive numbers"):
+        make_profile(
+            arena_of(LAYOUT, num_blocks=2),
+            [range(2)],
+            fingerprint=FINGERPRINT,
+            layout=LAYOUT,
+            key_factors=factors,
+        )
