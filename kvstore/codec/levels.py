@@ -16,7 +16,7 @@ INT8 = NUM_CACHEGEN_LEVELS + 1
 KIVI4 = NUM_CACHEGEN_LEVELS + 2
 KIVI2 = NUM_CACHEGEN_LEVELS + 3
 
-_USUAL_BITS = (3.7, 2.7, 1.8)  # a value, of the demo model; a profile says what its own model's are
+_USUAL_BITS = (3.6, 2.8, 2.0)  # a value, of the demo model; a profile says what its own model's are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
