@@ -2,6 +2,8 @@
 
 That is what happens to a prefix that was loaded. Text: the tokens after CONTEXT_TOKENS of a held-out document's window.
 Recall: all full blocks of the prompt are lossy; right means the whole answer, as in `tools.demo_eval`.
+
+The shipped profile's key factors were chosen on other held-out problems and windows (seeds `recall:...` and 0).
 """
 
 import math
@@ -61,16 +63,16 @@ class Model:
     def text_samples(self, *, num_samples: int) -> list[Sample]:
         tokens = self.encoder.documents(load_documents(held_out=True)).tolist()
         size = CONTEXT_TOKENS + FOLLOWING_TOKENS
-        starts = list(range(0, len(tokens) - size, size))
+        starts = list(range(size // 2, len(tokens) - size, size))
         scored = list(range(CONTEXT_TOKENS + 1, size))
         return [
             self._sample(tokens[start : start + size], num_context=CONTEXT_TOKENS, scored=scored)
-            for start in Random(0).sample(starts, min(num_samples, len(starts)))
+            for start in Random(1).sample(starts, min(num_samples, len(starts)))
         ]
 
     def recall_samples(self, *, num_tokens: int, num_samples: int) -> Iterator[Sample]:
         for index in range(num_samples):
-            problem = recall_problem(Random(f"recall:{num_tokens}:{index}"), num_tokens=num_tokens)
+            problem = recall_problem(Random(f"kv:{num_tokens}:{index}"), num_tokens=num_tokens)
             tokens, weights = self.encoder.conversation(problem)
             scored = [place for place, weight in enumerate(weights) if weight > 0]
             num_context = (scored[0] - 1) // self._block * self._block
