@@ -3,6 +3,8 @@
 logits z [R, V]. Row by row, with temperature t, top_k k, top_p q, min_p m and a uniform number u in [0, 1):
 
     t = 0:     the token of the largest z; the lowest id among equals
+               so is a row with NaN, with infinity or with nothing but -infinity, which damaged KV gives: any token
+               is as good, but the filters would look for theirs beyond the end of the row
     otherwise: w_i = exp((z_i - max z) / t); tokens ranked by z, largest first, lowest id first among equals
                keep the first k                                   (0 < k < V)
                keep i while sum of w before i < q * sum of all w  (q < 1; of what top_k kept; always the first)
@@ -164,9 +166,12 @@ def _sample_rows(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, uniform_R,
         if temperature_R[row] == 0.0:
             continue
         z_V = logits_RV[row]
-        largest = z_V[0]
+        largest, is_drawable = -np.inf, True
         for z in z_V:
+            is_drawable &= z < np.inf  # which NaN is not either
             largest = max(largest, z)
+        if not is_drawable or largest == -np.inf:
+            continue
         # Subtracted before it is divided: a tiny temperature may then give -inf, whose weight is 0, but never inf.
         for token in range(vocab_size):
             w_V[token] = np.exp((np.float64(z_V[token]) - largest) / temperature_R[row])

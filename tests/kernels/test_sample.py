@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,13 +142,23 @@ def test_extreme_temperatures_and_logits_draw_a_token_that_exists(temperature: f
         assert sample(logits, draws).tolist() == [1, 1]
 
 
-def test_rows_that_are_no_numbers_draw_some_token_and_touch_no_other_row() -> None:
-    logits = normal_logits(3, 20)
-    expected = sample(logits, new_draws(3, top_k=5, top_p=0.5))
-    logits[1] = torch.nan
-    tokens = sample(logits, new_draws(3, top_k=5, top_p=0.5))
+@pytest.mark.parametrize("num_bad", [1, 700, 2000])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.5, "min_p": 0.1}]
+)
+def test_rows_that_are_no_numbers_draw_some_token_and_touch_no_other_row(
+    num_bad: int, bad: float, filters: dict[str, Any]
+) -> None:
+    vocab_size = 2000
+    logits = normal_logits(3, vocab_size)
+    expected = sample(logits, new_draws(3, **filters))
+    logits[1, :num_bad] = bad
+    for uniforms in (0.0, 0.999):
+        token = sample(logits, new_draws(3, uniforms=uniforms, **filters))[1]
+        assert 0 <= token < vocab_size
+    tokens = sample(logits, new_draws(3, **filters))
     assert tokens[[0, 2]].tolist() == expected[[0, 2]].tolist()
-    assert 0 <= tokens[1] < 20
 
 
 def test_logits_are_left_as_they_were() -> None:
