@@ -10,7 +10,6 @@ a `BlockStore` of 97,656 blocks, with the keys of a prompt at a time.
 
 import argparse
 import asyncio
-import itertools
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -54,14 +53,10 @@ class Reuse:
         return 100 * self.num_hits / self.num_blocks
 
 
-def block_flops(position: int) -> float:
-    """Of prefill; a token's own block counts half, as attention is causal."""
-    pairs = BLOCK_SIZE_TOKENS * (position + 0.5) * BLOCK_SIZE_TOKENS
-    return BLOCK_SIZE_TOKENS * _LINEAR_FLOPS_PER_TOKEN + pairs * _ATTENTION_FLOPS_PER_TOKEN_PAIR
-
-
-# By the number of leading blocks that need not be computed.
-SAVED_FLOPS = (0.0, *itertools.accumulate(map(block_flops, range(1_000))))
+def prefill_flops(num_blocks: int) -> float:
+    """Of the first blocks of a prompt; attention is causal: a token sees half of the prompt on average."""
+    num_tokens = num_blocks * BLOCK_SIZE_TOKENS
+    return num_tokens * _LINEAR_FLOPS_PER_TOKEN + num_tokens**2 / 2 * _ATTENTION_FLOPS_PER_TOKEN_PAIR
 
 
 def prompts(trace: Iterator[TracedRequest]) -> list[Prompt]:
@@ -82,7 +77,7 @@ def replay(requests: Sequence[Prompt], *, capacity_tokens: int, policy: str) -> 
         hits = store(tier, request)
         num_blocks += len(request.keys)
         num_hits += hits
-        saved_flops += SAVED_FLOPS[hits]
+        saved_flops += prefill_flops(hits)
     tier.check()
     return Reuse(num_blocks=num_blocks, num_hits=num_hits, saved_flops=saved_flops)
 
@@ -100,8 +95,7 @@ def store(tier: Residency, request: Prompt) -> int:
             keys=request.keys[num_hits:],
         )
         slots, _ = tier.reserve(len(run.keys), now_s=request.at_s)
-        for index, slot in enumerate(slots):
-            tier.commit(slot, run=run, index=index, now_s=request.at_s)
+        tier.commit(slots, run=run, now_s=request.at_s)
     tier.unpin(pinned)
     return num_hits
 

@@ -1,7 +1,7 @@
-"""Which held block continues which. Pure bookkeeping over slots."""
+"""Which held block continues which. Pure bookkeeping over slots, each operation O(blocks it is about)."""
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 from kvstore.blocks import BlockKey
 
@@ -10,16 +10,23 @@ _NONE = -1
 
 class Chains:
     """A block may come before its parent does, as chains are loaded from their end: it waits, and is linked when
-    the parent comes."""
+    the parent comes. The children of a block are a doubly linked list, so that one leaves it without a search.
+    """
 
     def __init__(self, num_slots: int) -> None:
-        self._parents = array("q", [_NONE]) * num_slots
-        self._num_children = array("q", [0]) * num_slots
-        self._waiting: dict[BlockKey, list[int]] = {}
+        self._parents, self._first_children, self._next_siblings, self._previous_siblings = (
+            array("i", [_NONE]) * num_slots for _ in range(4)
+        )
+        self._waiting: dict[BlockKey, set[int]] = {}
         self._awaited: dict[int, BlockKey] = {}
 
-    def num_children(self, slot: int) -> int:
-        return self._num_children[slot]
+    def is_leaf(self, slot: int) -> bool:
+        return self._first_children[slot] == _NONE
+
+    def is_inner(self, slot: int) -> bool:
+        """Exactly one block continues it: a chain neither ends nor parts here."""
+        child = self._first_children[slot]
+        return child != _NONE and self._next_siblings[child] == _NONE
 
     def parent(self, slot: int) -> int | None:
         """The held block that this one continues."""
@@ -40,12 +47,14 @@ class Chains:
             del self._awaited[child]
             self._link(child, slot)
 
-    def remove(self, slot: int) -> int | None:
-        """Takes a block out that nothing continues, and says which one it continued."""
+    def remove(self, slot: int, key: BlockKey) -> int | None:
+        """Takes a block out and says which one it continued; those that continue it wait for it to come back."""
+        for child in tuple(self._children(slot)):
+            self._unlink(child, slot)
+            self._wait(child, key)
         parent = self._parents[slot]
         if parent != _NONE:
-            self._parents[slot] = _NONE
-            self._num_children[parent] -= 1
+            self._unlink(slot, parent)
             return parent
         parent_key = self._awaited.pop(slot, None)
         if parent_key is not None:
@@ -55,35 +64,44 @@ class Chains:
                 del self._waiting[parent_key]
         return None
 
-    def cut(self, keys: Mapping[int, BlockKey]) -> set[int]:
-        """Takes the blocks in these slots out and says which others they continued; those that continue them wait."""
-        num_inner = sum(self._parents[slot] in keys for slot in keys)
-        if num_inner < sum(self._num_children[slot] for slot in keys):
-            for child, parent in enumerate(self._parents):
-                if parent in keys and child not in keys:
-                    self.remove(child)
-                    self._wait(child, keys[parent])
-        parents = {self.remove(slot) for slot in keys}
-        return {parent for parent in parents if parent is not None and parent not in keys}
-
     def check(self, slots: dict[BlockKey, int]) -> None:
-        """That links and counts are those of the held blocks, of which `slots` has all."""
-        num_children = [0] * len(self._parents)
-        for slot in slots.values():
-            if self._parents[slot] != _NONE:
-                num_children[self._parents[slot]] += 1
-        assert num_children == self._num_children.tolist(), "children are miscounted"
+        """That links lead both ways, between held blocks alone, of which `slots` has all."""
         held = set(slots.values())
-        assert all(parent in held for parent in self._parents if parent != _NONE), "a parent is not held"
+        linked = {child: slot for slot in range(len(self._parents)) for child in self._children(slot)}
+        parents = {slot: parent for slot, parent in enumerate(self._parents) if parent != _NONE}
+        assert linked == parents, "links do not lead both ways"
+        assert parents.keys() | set(parents.values()) <= held, "a link to what is not held"
         assert {slot for waiting in self._waiting.values() for slot in waiting} == self._awaited.keys()
         for slot, parent_key in self._awaited.items():
             assert slot in held
+            assert slot not in parents
+            assert slot in self._waiting[parent_key]
             assert parent_key not in slots, "a block waits for a parent that is here"
 
+    def _children(self, slot: int) -> Iterator[int]:
+        child = self._first_children[slot]
+        while child != _NONE:
+            yield child
+            child = self._next_siblings[child]
+
     def _link(self, slot: int, parent: int) -> None:
+        following = self._first_children[parent]
         self._parents[slot] = parent
-        self._num_children[parent] += 1
+        self._first_children[parent] = slot
+        self._next_siblings[slot] = following
+        if following != _NONE:
+            self._previous_siblings[following] = slot
+
+    def _unlink(self, slot: int, parent: int) -> None:
+        previous, following = self._previous_siblings[slot], self._next_siblings[slot]
+        if previous == _NONE:
+            self._first_children[parent] = following
+        else:
+            self._next_siblings[previous] = following
+        if following != _NONE:
+            self._previous_siblings[following] = previous
+        self._parents[slot] = self._next_siblings[slot] = self._previous_siblings[slot] = _NONE
 
     def _wait(self, slot: int, parent_key: BlockKey) -> None:
-        self._waiting.setdefault(parent_key, []).append(slot)
+        self._waiting.setdefault(parent_key, set()).add(slot)
         self._awaited[slot] = parent_key

@@ -9,9 +9,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from kvstore.blocks import BlockKey
 from kvstore.disk_io import Disk, IoThread
+from kvstore.errors import DiskFailed
 from kvstore.placement import stretches
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.tier import BlockRun
@@ -20,6 +22,7 @@ MAX_WAITING_BLOCKS = 4096
 MAX_BLOCKS_PER_WRITE = 128
 MAX_JOBS = 64  # one write, and drops
 _logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 class DiskBacklog:
@@ -30,7 +33,9 @@ class DiskBacklog:
         self._thread = IoThread("kv-disk-writes", max_jobs=MAX_JOBS)
         # A hung write must not keep most of the memory pinned.
         self._max_blocks = max(1, min(MAX_BLOCKS_PER_WRITE, memory.num_slots // 4))
-        self._waiting: OrderedDict[BlockKey, BlockRun] = OrderedDict()  # by the key of the last block
+        self._waiting: OrderedDict[BlockKey, BlockRun] = (
+            OrderedDict()
+        )  # by the key of the last block, once each
         self._writing: BlockRun | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -44,21 +49,27 @@ class DiskBacklog:
                 self._enqueue(run.part(first, min(stop, first + self._max_blocks)))
         self._write_next()
 
-    async def drop(self, root: BlockKey | None, *, timeout_s: float) -> None:
-        """Nothing of this root waits any more; what is being written is dropped after that, and all of it erased.
-
-        A disk that is not done in time goes on without us.
-        """
+    def forget(self, root: BlockKey | None) -> None:
+        """Nothing of this root, or just nothing, waits any more."""
         for last_key, run in tuple(self._waiting.items()):
             if root is None or run.root == root:
-                del self._waiting[last_key]
-                self.num_waiting_blocks -= len(run.keys)
+                self._take_out(last_key)
+
+    def is_writing(self, key: BlockKey) -> bool:
+        return self._writing is not None and key in self._writing.keys
+
+    def erase(self, root: BlockKey | None, *, on_done: Callable[[], None]) -> "asyncio.Future[int]":
+        """Drops a root from the disk, or just all, once what is being written is there: how many blocks that were.
+
+        `on_done` is called whatever comes of it, even if nobody waits any more.
+        """
         erasing = self._thread.submit(partial(self._erase, root))
         if erasing is None:
             _logger.warning("too many drops wait for the disk tier: one is not erased until the next write")
-            return
-        erasing.add_done_callback(self._note_erased)
-        await asyncio.wait({erasing}, timeout=timeout_s)
+            erasing = asyncio.get_running_loop().create_future()
+            erasing.set_result(self._disk.drop(root))
+        erasing.add_done_callback(partial(self._note_erased, on_done))
+        return erasing
 
     async def close(self, *, timeout_s: float) -> None:
         """Writes what waits, within `timeout_s`."""
@@ -74,15 +85,25 @@ class DiskBacklog:
         await self._thread.close(timeout_s=max(0.0, deadline_s - loop.time()))
 
     def _enqueue(self, run: BlockRun) -> None:
+        known = self._waiting.get(run.keys[-1])
+        if known is not None and len(known.keys) >= len(run.keys):
+            return  # memory gave them away and has them again, or they were offered twice
         if self.num_waiting_blocks + len(run.keys) > MAX_WAITING_BLOCKS:
             self._miss(len(run.keys))
             return
-        self.num_waiting_blocks += len(run.keys)
         before = self._waiting.get(run.parent)
         if before is not None and self._fit_one_write(before, run):
-            del self._waiting[run.parent]
+            self._take_out(run.parent)
             run = before.extended(run.keys)
+        if run.keys[-1] in self._waiting:
+            self._take_out(run.keys[-1])
         self._waiting[run.keys[-1]] = run
+        self.num_waiting_blocks += len(run.keys)
+
+    def _take_out(self, last_key: BlockKey) -> BlockRun:
+        run = self._waiting.pop(last_key)
+        self.num_waiting_blocks -= len(run.keys)
+        return run
 
     def _fit_one_write(self, before: BlockRun, run: BlockRun) -> bool:
         return (
@@ -93,8 +114,7 @@ class DiskBacklog:
 
     def _write_next(self) -> None:
         while self._writing is None and self._waiting:
-            _, run = self._waiting.popitem(last=False)
-            self.num_waiting_blocks -= len(run.keys)
+            run = self._take_out(next(iter(self._waiting)))
             slots = self._memory.pin(run.keys)
             self._miss(len(run.keys) - len(slots))
             if slots:
@@ -121,16 +141,21 @@ class DiskBacklog:
         self._on_change()
         self._write_next()
 
-    def _erase(self, root: BlockKey | None) -> None:
-        self._disk.drop(root)
-        self._disk.erase_dropped()
+    def _erase(self, root: BlockKey | None) -> int:
+        num_dropped = self._disk.drop(root)
+        try:
+            self._disk.erase_dropped()
+        except DiskFailed as error:
+            _logger.warning("what was dropped is erased from the disk tier with the next write: %s", error)
+        return num_dropped
 
-    def _note_erased(self, erasing: "asyncio.Future[None]") -> None:
+    def _note_erased(self, on_done: Callable[[], None], erasing: "asyncio.Future[int]") -> None:
         self._note_failure(erasing)
         self._on_change()
+        on_done()
 
-    def _note_failure(self, done: "asyncio.Future[None]") -> bool:
-        error = None if done.cancelled() else done.exception()
+    def _note_failure(self, done: "asyncio.Future[_Result]") -> bool:
+        error = done.exception()
         if error is None:
             return False
         _logger.warning("writing to the disk tier failed: %s", error)

@@ -45,6 +45,7 @@ class DiskReader:
         self._timeout_s = timeout_s
         self._thread = IoThread("kv-disk-reads", max_jobs=MAX_READS)
         self._reads: dict[BlockKey, Read] = {}
+        self._refused: list[BlockKey | None] = []
         self.is_hung = False
         self.num_errors = 0
 
@@ -81,10 +82,16 @@ class DiskReader:
                 self._memory.unpin(read.pinned)
                 read.pinned = []
 
-    def drop(self, root: BlockKey | None) -> None:
-        """What is being read of this root is not kept."""
+    def refuse(self, root: BlockKey | None) -> None:
+        """Until it is allowed again nothing of this root, or just nothing, comes from disk: no read begins, and what
+        is being read is not kept."""
+        self._refused.append(root)
         for read in self._reads.values():
-            read.is_dropped |= root is None or read.run.root == root
+            read.is_dropped |= self._is_refused(read.run.root)
+
+    def allow(self, root: BlockKey | None) -> None:
+        """Takes one `refuse` back."""
+        self._refused.remove(root)
 
     async def close(self, *, timeout_s: float) -> None:
         await self._thread.close(timeout_s=timeout_s)
@@ -97,7 +104,7 @@ class DiskReader:
 
     def _begin(self, keys: Sequence[BlockKey]) -> Read | None:
         run = None if self.is_hung else self._disk.run(keys)
-        if run is None:
+        if run is None or self._is_refused(run.root):
             return None
         slots = self._memory.reserve(len(run.keys))
         if not slots:
@@ -113,6 +120,9 @@ class DiskReader:
         self._reads.update(dict.fromkeys(run.keys, read))
         reading.add_done_callback(partial(self._finish, read))
         return read
+
+    def _is_refused(self, root: BlockKey) -> bool:
+        return None in self._refused or root in self._refused
 
     def _finish(self, read: Read, reading: "asyncio.Future[int]") -> None:
         self.is_hung = False

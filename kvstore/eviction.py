@@ -6,17 +6,25 @@ from heapq import heappop, heappush
 
 from kvstore.placement import Policy, cost_class, retention_value
 
+_LAST_POSITION = 2**32 - 1
+_SLOT_BITS = 32
+_TIME_SHIFT = 64
+
 
 class EvictionOrder:
     """A queue is a heap of (last used, minus position, slot) in which an entry may be older than its slot's last use,
     never younger; it is put right when it comes to the head. Using a block therefore costs one store.
+
+    An entry is one integer, 48 bytes; as a tuple it was 150, and the garbage collector went through all of them. Times
+    are not negative, and such floats have the order of their bits.
     """
 
     def __init__(self, num_slots: int, *, policy: Policy) -> None:
         self._policy = policy
-        self._queues: dict[int, list[tuple[float, int, int]]] = {}
+        self._queues: dict[int, list[int]] = {}
         self._last_used_s = array("d", [0.0]) * num_slots
-        self._positions = array("l", [0]) * num_slots
+        self._last_used_bits = memoryview(self._last_used_s).cast("B").cast("q")
+        self._positions = array("I", [0]) * num_slots
         self._classes = array("b", [0]) * num_slots
         self._is_queued = bytearray(num_slots)
 
@@ -39,43 +47,52 @@ class EvictionOrder:
         """The block may leave, as far as is known; no effect if it is queued already."""
         if not self._is_queued[slot]:
             self._is_queued[slot] = True
-            entry = (self._last_used_s[slot], -self._positions[slot], slot)
-            heappush(self._queues.setdefault(self._classes[slot], []), entry)
+            heappush(self._queues.setdefault(self._classes[slot], []), self._entry(slot))
 
     def next(self, *, now_s: float, may_leave: Callable[[int], bool]) -> int | None:
         """The slot of the least valuable block of those queued that may leave, which is queued no more."""
         for of_class in tuple(self._queues):
             self._settle_head(of_class, may_leave)
-        least, least_value = None, float("inf")
+        least, least_value = None, (float("inf"), 0)
         for of_class, queue in self._queues.items():
             if queue:
-                value = retention_value(of_class, idle_s=now_s - queue[0][0])
-                if least is None or (value, queue[0]) < (least_value, least[0]):
+                idle_s = now_s - self._last_used_s[_slot_of(queue[0])]
+                value = retention_value(of_class, idle_s=idle_s), queue[0]
+                if value < least_value:
                     least, least_value = queue, value
         if least is None:
             return None
-        _, _, slot = heappop(least)
+        slot = _slot_of(heappop(least))
         self._is_queued[slot] = False
         return slot
-
-    def _settle_head(self, of_class: int, may_leave: Callable[[int], bool]) -> None:
-        queue = self._queues[of_class]
-        while queue:
-            last_used_s, _, slot = queue[0]
-            if not may_leave(slot):
-                heappop(queue)
-                self._is_queued[slot] = False
-            elif last_used_s != self._last_used_s[slot] or of_class != self._classes[slot]:
-                heappop(queue)  # used since, or holding another block
-                self._is_queued[slot] = False
-                self.queue(slot)
-            else:
-                return
 
     def is_queued(self, slot: int) -> bool:
         return bool(self._is_queued[slot])
 
     def check(self) -> None:
         """That a slot is queued once or not at all, never later than it was last used."""
-        queued = sorted(slot for queue in self._queues.values() for _, _, slot in queue)
-        assert queued == [slot for slot, is_queued in enumerate(self._is_queued) if is_queued]
+        entries = [entry for queue in self._queues.values() for entry in queue]
+        assert sorted(map(_slot_of, entries)) == [
+            n for n, is_queued in enumerate(self._is_queued) if is_queued
+        ]
+        assert all(entry >> _TIME_SHIFT <= self._last_used_bits[_slot_of(entry)] for entry in entries)
+
+    def _settle_head(self, of_class: int, may_leave: Callable[[int], bool]) -> None:
+        queue = self._queues[of_class]
+        while queue:
+            slot = _slot_of(queue[0])
+            is_idle = may_leave(slot)
+            if is_idle and queue[0] == self._entry(slot) and of_class == self._classes[slot]:
+                return
+            heappop(queue)
+            self._is_queued[slot] = False
+            if is_idle:  # used since, or holding another block
+                self.queue(slot)
+
+    def _entry(self, slot: int) -> int:
+        after_position = _LAST_POSITION - self._positions[slot]
+        return self._last_used_bits[slot] << _TIME_SHIFT | after_position << _SLOT_BITS | slot
+
+
+def _slot_of(entry: int) -> int:
+    return entry & (1 << _SLOT_BITS) - 1

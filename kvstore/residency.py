@@ -6,7 +6,8 @@ A slot is free, reserved, or holds a block. Held blocks leave leaf first, so wha
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
 from kvstore.chains import Chains
@@ -14,6 +15,9 @@ from kvstore.eviction import EvictionOrder
 from kvstore.placement import POLICIES
 from kvstore.prefix_index import PrefixIndex
 from kvstore.tiers.tier import BlockRun, HeldPrefix
+
+# What `drop_in_parts` looks at in one part.
+SLOTS_PER_PART = 512
 
 # Looking for prefixes ends after so many blocks: 2 ms, and the longest-lived come first.
 MAX_SCANNED_BLOCKS = 10_000
@@ -32,12 +36,12 @@ class Residency:
         self._reserved: set[int] = set()
         self._keys: list[BlockKey | None] = [None] * num_slots
         self._roots: list[BlockKey | None] = [None] * num_slots
-        self._since_s = [0.0] * num_slots
-        self._num_hits = [0] * num_slots
+        self._since_s = array("d", [0.0]) * num_slots
+        self._num_hits = array("L", [0]) * num_slots
         self._pins: dict[int, int] = {}
         self._chains = Chains(num_slots)
         self._order = EvictionOrder(num_slots, policy=POLICIES[policy])
-        self._now_s = -math.inf
+        self._now_s = 0.0
 
     def __len__(self) -> int:
         """Held blocks."""
@@ -84,28 +88,23 @@ class Residency:
                 slot = self._order.next(now_s=at_s, may_leave=self._may_leave)
                 if slot is None:
                     break
-                dropped.append(self._evict(slot))
+                key = self._keys[slot]
+                assert key is not None
+                self._take_out(slot, key)
+                dropped.append(key)
             slots.append(self._free.pop())
         self._reserved.update(slots)
         return slots, dropped
 
-    def commit(self, slot: int, *, run: BlockRun, index: int, now_s: float) -> bool:
-        """The reserved slot holds block `index` of `run` from now on; if another does already, it is freed: False."""
-        self._reserved.remove(slot)
-        key, position = run.keys[index], run.first_position + index
-        if not self._index.put(key, slot):
-            self._free.append(slot)
-            return False
+    def commit(self, slots: Sequence[int], *, run: BlockRun, now_s: float) -> list[bool]:
+        """The reserved slots hold the leading blocks of `run` from now on. False where another does already: this
+        one is free then."""
         at_s = self._tick(now_s)
-        self._keys[slot], self._roots[slot] = key, run.root
-        self._since_s[slot], self._num_hits[slot] = at_s, 0
-        parent_key = run.keys[index - 1] if index else run.parent if position else None
-        parent = None if parent_key is None else self._index.get(parent_key)
-        self._chains.add(slot, key, parent_key=parent_key, parent=parent)
-        first_token = position * self._block_size_tokens
-        self._order.place(slot, position=position, first_token=first_token, at_s=at_s)
-        self._queue_if_idle(slot)
-        return True
+        is_new = [self._hold(slot, run=run, index=index, at_s=at_s) for index, slot in enumerate(slots)]
+        # Only now that all are linked: inner blocks would be queued for nothing.
+        for slot in slots:
+            self._queue_if_idle(slot)
+        return is_new
 
     def free(self, slots: Iterable[int]) -> None:
         """Reserved slots that nothing was committed to."""
@@ -130,20 +129,32 @@ class Residency:
             else:
                 self._queue_if_idle(slot)
 
-    def drop(self, root: BlockKey | None) -> list[BlockKey]:
-        """Forgets all blocks of a root, or just all, and says which; slots of pinned ones are free once unpinned."""
-        return self._forget_all(
-            {
-                slot: key
-                for slot, key in enumerate(self._keys)
-                if key is not None and (root is None or self._roots[slot] == root)
-            }
-        )
+    def drop_in_parts(self, root: BlockKey | None) -> Iterator[list[BlockKey]]:
+        """Forgets all blocks of a root, or just all, and says which; slots of pinned ones are free once unpinned.
+
+        Anything may happen between two parts; what is committed meanwhile may stay.
+        """
+        for first in range(0, self._num_slots, SLOTS_PER_PART):
+            keys = self._keys[first : first + SLOTS_PER_PART]
+            roots = self._roots[first : first + SLOTS_PER_PART]
+            yield self.remove(
+                key
+                for key, of_root in zip(keys, roots, strict=True)
+                if key is not None and (root is None or of_root == root)
+            )
 
     def remove(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
-        """Forgets single blocks, as `drop` does; those that continue them can no longer be reached and age."""
-        slots = {key: self._index.get(key) for key in keys}
-        return self._forget_all({slot: key for key, slot in slots.items() if slot is not None})
+        """Forgets single blocks; those that continue them can no longer be reached and age.
+
+        Says which were held; slots of pinned ones are free once unpinned.
+        """
+        removed: list[BlockKey] = []
+        for key in keys:
+            slot = self._index.get(key)
+            if slot is not None:
+                self._take_out(slot, key)
+                removed.append(key)
+        return removed
 
     def run(self, keys: Sequence[BlockKey]) -> BlockRun:
         """Where these consecutive blocks are in their chain; the first one is held."""
@@ -168,7 +179,7 @@ class Residency:
             slot = self._index.get(key)
             assert slot is not None
             root = self._roots[slot]
-            if root is not None and self._chains.num_children(slot) != 1:
+            if root is not None and not self._chains.is_inner(slot):
                 found.append(
                     HeldPrefix(
                         root=root,
@@ -199,31 +210,33 @@ class Residency:
         self._now_s = max(now_s, math.nextafter(self._now_s, math.inf))
         return self._now_s
 
+    def _hold(self, slot: int, *, run: BlockRun, index: int, at_s: float) -> bool:
+        self._reserved.remove(slot)
+        key, position = run.keys[index], run.first_position + index
+        if not self._index.put(key, slot):
+            self._free.append(slot)
+            return False
+        self._keys[slot], self._roots[slot] = key, run.root
+        self._since_s[slot], self._num_hits[slot] = at_s, 0
+        parent_key = run.keys[index - 1] if index else run.parent if position else None
+        parent = None if parent_key is None else self._index.get(parent_key)
+        self._chains.add(slot, key, parent_key=parent_key, parent=parent)
+        first_token = position * self._block_size_tokens
+        self._order.place(slot, position=position, first_token=first_token, at_s=at_s)
+        return True
+
     def _may_leave(self, slot: int) -> bool:
-        return (
-            self._keys[slot] is not None and slot not in self._pins and self._chains.num_children(slot) == 0
-        )
+        return self._keys[slot] is not None and slot not in self._pins and self._chains.is_leaf(slot)
 
     def _queue_if_idle(self, slot: int) -> None:
         if self._may_leave(slot):
             self._order.queue(slot)
 
-    def _evict(self, slot: int) -> BlockKey:
-        parent = self._chains.remove(slot)
-        if parent is not None:
-            self._queue_if_idle(parent)
-        return self._forget(slot)
-
-    def _forget_all(self, keys: Mapping[int, BlockKey]) -> list[BlockKey]:
-        for parent in self._chains.cut(keys):
-            self._queue_if_idle(parent)
-        return [self._forget(slot) for slot in keys]
-
-    def _forget(self, slot: int) -> BlockKey:
-        key = self._keys[slot]
-        assert key is not None
+    def _take_out(self, slot: int, key: BlockKey) -> None:
         self._index.remove(key)
         self._keys[slot] = self._roots[slot] = None
+        parent = self._chains.remove(slot, key)
+        if parent is not None:
+            self._queue_if_idle(parent)
         if slot not in self._pins:
             self._free.append(slot)
-        return key

@@ -5,8 +5,11 @@ fills, hangs or vanishes is counted, and memory goes on alone.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -24,6 +27,8 @@ from kvstore.tiers.tier import BlockRun, HeldPrefix, Tier, TierStats
 
 # Past it the disk counts as hung, and is not asked again until it answers.
 DISK_TIMEOUT_S = 5.0
+# While a drop goes through the disk's index: about 3,000 blocks, which are noted in a millisecond.
+NOTE_EVERY_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +40,7 @@ class StoreDescription:
     num_missed_writes: int  # blocks that never reached the disk
 
 
-class _Closing:
+class _Closing(ABC):
     def __enter__(self) -> Self:
         return self
 
@@ -44,8 +49,8 @@ class _Closing:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 class PinnedBlocks(_Closing):
@@ -139,6 +144,9 @@ class BlockStore:
         else:
             slots = self._memory.pin(keys)
         self._memory.hit(keys[: len(slots)])
+        if self._backlog is not None and slots:
+            # What is used again belongs on disk, even if the disk was behind, or failed, when it was stored.
+            self._backlog.offer(self._memory.run(keys[: len(slots)]))
         return PinnedBlocks(self._memory, slots=slots, tiers=tiers[: len(slots)])
 
     def reserve(self, num_blocks: int) -> Reservation | None:
@@ -152,16 +160,23 @@ class BlockStore:
         return Reservation(self._memory, slots=slots, backlog=self._backlog)
 
     async def drop(self, root: BlockKey | None) -> int:
-        """Forgets all blocks of a root, or just all, in every tier, and how many they were."""
-        dropped = self._memory.drop(root)
+        """Forgets all blocks of a root, or just all, that any tier holds now, and says how many they were.
+
+        It happens in parts, between which all else goes on; a disk that is not done in time goes on without us, and
+        serves nothing of the root until it is. Cancelled, it may leave some in memory.
+        """
         if self._disk is None or self._reader is None or self._backlog is None:
-            return len(dropped)
-        num_blocks = sum(key not in self._disk for key in dropped)
-        self._reader.drop(root)
-        num_blocks += self._disk.drop(root)
-        self._note_disk()
-        await self._backlog.drop(root, timeout_s=self._disk_timeout_s)
-        return num_blocks
+            return len([key async for key in self._drop_from_memory(root)])
+        self._reader.refuse(root)
+        self._backlog.forget(root)
+        num_blocks = 0
+        try:
+            async for key in self._drop_from_memory(root):
+                num_blocks += key not in self._disk and not self._backlog.is_writing(key)
+        finally:
+            # Not earlier: until now what is in memory could go on its way to the disk.
+            erasing = self._backlog.erase(root, on_done=partial(self._reader.allow, root))
+        return num_blocks + await self._erased(erasing)
 
     def check(self) -> None:
         self._memory.check()
@@ -206,6 +221,20 @@ class BlockStore:
         finally:
             self._reader.leave(reads)
             self._memory.unpin(pinned)
+
+    async def _drop_from_memory(self, root: BlockKey | None) -> AsyncIterator[BlockKey]:
+        for dropped in self._memory.drop_in_parts(root):
+            for key in dropped:
+                yield key
+            await asyncio.sleep(0)
+
+    async def _erased(self, erasing: "asyncio.Future[int]") -> int:
+        """How many blocks; 0 if the disk is not done in time, or fails."""
+        deadline_s = time.monotonic() + self._disk_timeout_s
+        while not erasing.done() and time.monotonic() < deadline_s:
+            await asyncio.wait({erasing}, timeout=NOTE_EVERY_S)
+            self._note_disk()
+        return erasing.result() if erasing.done() and erasing.exception() is None else 0
 
     def _note_disk(self) -> None:
         if self._disk is not None:

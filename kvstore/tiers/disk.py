@@ -35,6 +35,9 @@ from kvstore.tiers.segment_files import SegmentFiles
 from kvstore.tiers.segment_header import Origin
 from kvstore.tiers.tier import BlockRun, HeldPrefix, TierStats
 
+# A lock is taken by whoever runs, not by whoever waits: those get their turn while the others sleep.
+PAUSE_BETWEEN_PARTS_S = 0.5e-3
+
 logger = logging.getLogger(__name__)
 
 Block = NDArray[np.uint8]
@@ -134,11 +137,23 @@ class DiskTier:
         return found.num_blocks
 
     def drop(self, root: BlockKey | None) -> int:
-        """Forgets all blocks of a root, or just all, at once. Their bytes are erased by `erase_dropped`."""
-        with self._changing:
-            # Also those where its blocks are dead: the next start would find them.
-            self._to_erase.update(self._files.segments_of(root))
-            return self._index.drop(root)
+        """Forgets all blocks of a root, or just all. Their bytes are erased by `erase_dropped`.
+
+        It takes microseconds a block, in parts: others get at the index, and at the interpreter, between them.
+        """
+        parts = self._index.drop_in_parts(root)
+        num_dropped = 0
+        while True:
+            with self._changing:
+                num_blocks = next(parts, None)
+                if num_blocks is None:
+                    # Also those where its blocks are dead: the next start would find them. Last, as blocks may have
+                    # moved to other segments meanwhile.
+                    self._to_erase.update(self._files.segments_of(root))
+                    return num_dropped
+            num_dropped += num_blocks
+            if num_blocks:
+                time.sleep(PAUSE_BETWEEN_PARTS_S)
 
     def erase_dropped(self) -> None:
         """Takes from the disk what `drop` forgot; the next write does it otherwise. Raises DiskFailed."""

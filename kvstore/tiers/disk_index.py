@@ -1,6 +1,7 @@
 """Which block lies where on disk, and what of each segment is still wanted. Pure bookkeeping, changed under a lock."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from kvstore.blocks import BlockKey
 from kvstore.placement import stretches
@@ -56,28 +57,36 @@ class DiskIndex:
 
     def reserve(self, run: BlockRun, *, now_s: float) -> list[int]:
         """Slots for the leading blocks of the run: fewer than it has if the rest of the slots is reserved too."""
-        return self._reserve(run.parent, len(run.keys), now_s=now_s)
+        # What the run continues must not be dropped for it.
+        pinned = self._residency.pin([run.parent])
+        slots, dropped = self._residency.reserve(len(run.keys), now_s=now_s)
+        self._residency.unpin(pinned)
+        for key in dropped:
+            self._take_out(key)
+        self.num_evicted += len(dropped)
+        return slots
 
     def free(self, slots: Sequence[int]) -> None:
         self._residency.free(slots)
 
     def put(self, slots: Sequence[int], blocks: Sequence[Placed], *, now_s: float) -> None:
-        """The reserved slots stand for these blocks; one that is held already frees its slot."""
-        for slot, block in zip(slots, blocks, strict=True):
-            if self._residency.commit(slot, run=block.run, index=block.nth, now_s=now_s):
-                self._put_in(block, now_s=now_s)
+        """The reserved slots stand for these consecutive blocks; one that is held already frees its slot."""
+        if not blocks:
+            return
+        is_new = self._residency.commit(slots, run=_run_of(blocks), now_s=now_s)
+        for index in itertools.compress(range(len(blocks)), is_new):
+            self._put_in(blocks[index], now_s=now_s)
 
     def restore(self, blocks: Sequence[Placed], *, used_s: float) -> None:
         """Blocks of one record that was there at the start. Of two copies the younger one counts."""
-        new = []
-        for block in blocks:
-            known = self._placed.get(block.key)
-            if known is None:
-                new.append(block)
-            elif _age(block) > _age(known):
-                self.move(known, block)
-        slots = self._reserve(blocks[0].run.parent, len(new), now_s=used_s)
-        self.put(slots, new[: len(slots)], now_s=used_s)
+        known = [self._placed.get(block.key) for block in blocks]
+        for old, block in zip(known, blocks, strict=True):
+            if old is not None and _age(block) > _age(old):
+                self.move(old, block)
+        for start, stop in stretches([old is None for old in known]):
+            new = blocks[start:stop]
+            slots = self.reserve(_run_of(new), now_s=used_s)
+            self.put(slots, new[: len(slots)], now_s=used_s)
 
     def begin(self) -> None:
         """All is restored: what was found twice or did not fit any more was never here."""
@@ -103,12 +112,12 @@ class DiskIndex:
         """Takes them out because their room is needed."""
         self.num_evicted += self.forget(blocks)
 
-    def drop(self, root: BlockKey | None) -> int:
-        """Takes out all blocks of a root, or just all; how many that were."""
-        keys = self._residency.drop(root)
-        for key in keys:
-            self._take_out(key)
-        return len(keys)
+    def drop_in_parts(self, root: BlockKey | None) -> Iterator[int]:
+        """Takes out all blocks of a root, or just all; how many that were. Between two parts, all else may go on."""
+        for keys in self._residency.drop_in_parts(root):
+            for key in keys:
+                self._take_out(key)
+            yield len(keys)
 
     def live_in(self, segment: Segment) -> list[Placed]:
         """Its blocks that are still wanted, in the order of the file."""
@@ -144,16 +153,6 @@ class DiskIndex:
         for key, block in self._placed.items():
             assert block.key == key, "a block lies under another key"
 
-    def _reserve(self, parent: BlockKey, num_slots: int, *, now_s: float) -> list[int]:
-        # What the blocks continue must not be dropped for them.
-        pinned = self._residency.pin([parent])
-        slots, dropped = self._residency.reserve(num_slots, now_s=now_s)
-        self._residency.unpin(pinned)
-        for key in dropped:
-            self._take_out(key)
-        self.num_evicted += len(dropped)
-        return slots
-
     def _live_share(self, segment: Segment) -> float:
         return len(self._live.get(segment, ())) * segment.stored_bytes / segment.size_bytes
 
@@ -183,6 +182,12 @@ def placed_blocks(segment: Segment, first_block: int, record: RecordHeader) -> l
         Placed(segment, first_block + index * segment.stored_bytes, checksum, record.run, index)
         for index, checksum in enumerate(record.checksums)
     ]
+
+
+def _run_of(blocks: Sequence[Placed]) -> BlockRun:
+    """Of consecutive blocks of one record."""
+    first = blocks[0]
+    return first.run.part(first.nth, first.nth + len(blocks))
 
 
 def _age(block: Placed) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The memory tier: one arena of equal slots, and the book of what is in them."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,10 @@ class MemoryTier:
     def longest_prefix(self, keys: Sequence[BlockKey]) -> int:
         return len(self._residency.longest_prefix(keys, len(keys)))
 
+    def run(self, keys: Sequence[BlockKey]) -> BlockRun:
+        """Where these consecutive blocks are in their chain; the first one is held."""
+        return self._residency.run(keys)
+
     def pin(self, keys: Sequence[BlockKey]) -> list[int]:
         """The slots of the leading blocks that are held, which stay until they are unpinned."""
         return self._residency.pin(keys)
@@ -72,11 +76,7 @@ class MemoryTier:
 
     def commit(self, run: BlockRun, slots: Sequence[int]) -> list[bool]:
         """The reserved slots hold these blocks; False where another slot did already: this one is free then."""
-        now_s = self._now_s()
-        is_new = [
-            self._residency.commit(slot, run=run, index=index, now_s=now_s)
-            for index, slot in enumerate(slots)
-        ]
+        is_new = self._residency.commit(slots, run=run, now_s=self._now_s())
         stored = [key for key, is_stored in zip(run.keys, is_new, strict=True) if is_stored]
         self._num_stored += len(stored)
         self.holdings.note(Tier.MEMORY, stored=stored)
@@ -85,10 +85,11 @@ class MemoryTier:
     def free(self, slots: Iterable[int]) -> None:
         self._residency.free(slots)
 
-    def drop(self, root: BlockKey | None) -> list[BlockKey]:
-        dropped = self._residency.drop(root)
-        self.holdings.note(Tier.MEMORY, removed=dropped)
-        return dropped
+    def drop_in_parts(self, root: BlockKey | None) -> Iterator[list[BlockKey]]:
+        """As `Residency.drop_in_parts`."""
+        for dropped in self._residency.drop_in_parts(root):
+            self.holdings.note(Tier.MEMORY, removed=dropped)
+            yield dropped
 
     def stats(self) -> TierStats:
         block_bytes = self.arena_SX.shape[1]

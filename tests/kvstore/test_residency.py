@@ -27,12 +27,15 @@ def run_of(*names: str, root: BlockKey = ROOTS[0], after: str = "", first_positi
     )
 
 
+def drop(tier: Residency, root: BlockKey | None) -> list[BlockKey]:
+    return [key for part in tier.drop_in_parts(root) for key in part]
+
+
 def keep(tier: Residency, run: BlockRun, *, now_s: float) -> list[BlockKey]:
     """Stores a run whole, and says what left for it."""
     slots, dropped = tier.reserve(len(run.keys), now_s=now_s)
     assert len(slots) == len(run.keys)
-    for index, slot in enumerate(slots):
-        assert tier.commit(slot, run=run, index=index, now_s=now_s)
+    assert all(tier.commit(slots, run=run, now_s=now_s))
     tier.check()
     return dropped
 
@@ -106,8 +109,8 @@ def test_the_second_of_two_writers_of_a_block_loses_quietly() -> None:
     tier = Residency(2, policy="lru")
     run = run_of("a")
     (first, second), _ = tier.reserve(2, now_s=0.0)
-    assert tier.commit(first, run=run, index=0, now_s=0.0)
-    assert not tier.commit(second, run=run, index=0, now_s=0.0)
+    assert tier.commit([first], run=run, now_s=0.0) == [True]
+    assert tier.commit([second], run=run, now_s=0.0) == [False]
     assert tier.get(run.keys[0]) == first
     assert tier.num_idle == 2
     tier.check()
@@ -127,10 +130,10 @@ def test_one_root_is_dropped_and_others_stay() -> None:
     tier = Residency(4, policy="lru")
     keep(tier, run_of("a", "b"), now_s=0.0)
     keep(tier, run_of("c", "d", root=ROOTS[1]), now_s=0.0)
-    assert set(tier.drop(ROOTS[0])) == {key_of("a"), key_of("b")}
+    assert set(drop(tier, ROOTS[0])) == {key_of("a"), key_of("b")}
     tier.check()
     assert set(tier) == {key_of("c"), key_of("d")}
-    assert len(tier.drop(None)) == 2
+    assert len(drop(tier, None)) == 2
     assert len(tier.reserve(4, now_s=1.0)[0]) == 4
 
 
@@ -138,7 +141,7 @@ def test_a_dropped_block_is_gone_at_once_and_its_slot_when_it_is_unpinned() -> N
     tier = Residency(1, policy="lru")
     keep(tier, run_of("a"), now_s=0.0)
     pinned = tier.pin([key_of("a")])
-    assert tier.drop(None) == [key_of("a")]
+    assert drop(tier, None) == [key_of("a")]
     assert key_of("a") not in tier
     assert tier.reserve(1, now_s=1.0) == ([], [])
     tier.check()
@@ -161,7 +164,7 @@ def test_a_peer_that_lies_about_a_root_breaks_nothing() -> None:
     tier = Residency(3, policy="lru")
     keep(tier, run_of("a"), now_s=0.0)
     keep(tier, run_of("b", after="a", first_position=1, root=ROOTS[1]), now_s=0.0)
-    assert tier.drop(ROOTS[0]) == [key_of("a")]
+    assert drop(tier, ROOTS[0]) == [key_of("a")]
     tier.check()
     assert tier.reserve(3, now_s=1.0)[1] == [key_of("b")]
 
@@ -240,12 +243,13 @@ class Books(RuleBasedStateMachine):
     @rule(name=st.text("ab", min_size=1, max_size=4), root=st.sampled_from(ROOTS), data=st.data())
     def commit(self, name: str, root: BlockKey, data: st.DataObject) -> None:
         run = self.chain(name, root)
-        index = data.draw(st.integers(0, len(name) - 1))
-        slot = self.reserved.pop()
-        is_new = self.tier.commit(slot, run=run, index=index, now_s=self.now_s)
-        assert is_new == (run.keys[index] not in self.held.values())
-        if is_new:
-            self.held[slot] = run.keys[index]
+        part = run.part(data.draw(st.integers(0, len(name) - 1)), len(name))
+        slots = [self.reserved.pop() for _ in part.keys[: len(self.reserved)]]
+        is_new = self.tier.commit(slots, run=part, now_s=self.now_s)
+        for slot, key, is_held in zip(slots, part.keys, is_new, strict=False):
+            assert is_held == (key not in self.held.values())
+            if is_held:
+                self.held[slot] = key
 
     @precondition(lambda self: self.reserved)
     @rule()
@@ -268,7 +272,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(root=st.sampled_from((None, *ROOTS)))
     def drop(self, root: BlockKey | None) -> None:
-        dropped = self.tier.drop(root)
+        dropped = drop(self.tier, root)
         if root is None:
             assert set(dropped) == set(self.held.values())
         self.left(dropped)
