@@ -23,7 +23,7 @@ from workers.block_wire import (
 )
 from workers.errors import InvalidRequest
 from workers.kv_metrics import KvMetrics
-from workers.offer_intake import OfferIntake
+from workers.offer_intake import OfferIntake, TooManyOffers
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -103,7 +103,10 @@ class BlockService:
             runs, holder = runs_from_wire(request.runs), holder_from_wire(request.holder)
         except InvalidRequest as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        taken = await self._intake.take(runs, holder)
+        try:
+            taken = await self._intake.take(runs, holder)
+        except TooManyOffers as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         return kv_pb2.PutReply(num_taken=taken.num_taken, num_known=taken.num_known)
 
     async def describe(

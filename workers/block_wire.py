@@ -37,6 +37,11 @@ def runs_from_wire(messages: Sequence[kv_pb2.OfferedRun]) -> tuple[BlockRun, ...
     """Raises InvalidRequest."""
     if len(messages) > MAX_RUNS_PER_OFFER:
         raise InvalidRequest(f"an offer has at most {MAX_RUNS_PER_OFFER} runs, got {len(messages)}")
+    num_bytes = sum(len(message.block_keys) for message in messages)
+    if num_bytes > MAX_KEYS_PER_PULL * DIGEST_BYTES:
+        raise InvalidRequest(
+            f"an offer has at most {MAX_KEYS_PER_PULL} blocks, got {num_bytes} bytes of digests"
+        )
     return tuple(map(_run_from_wire, messages))
 
 
@@ -46,12 +51,10 @@ def _run_from_wire(message: kv_pb2.OfferedRun) -> BlockRun:
         raise InvalidRequest(
             f"the parent of block {message.first_position} must {'' if root != parent else 'not '}be the root"
         )
-    return BlockRun(
-        root=root,
-        parent=parent,
-        first_position=message.first_position,
-        keys=keys_from_wire(message.block_keys),
-    )
+    keys = keys_from_wire(message.block_keys)
+    if len({parent, *keys}) <= len(keys):
+        raise InvalidRequest(f"a block continues itself in the run after {parent.hex()}")
+    return BlockRun(root=root, parent=parent, first_position=message.first_position, keys=keys)
 
 
 def runs_to_wire(runs: Iterable[BlockRun]) -> list[kv_pb2.OfferedRun]:

@@ -1,8 +1,9 @@
 """A store's side of an offer: what it does not hold yet it pulls from the offerer, raw, and keeps."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +13,16 @@ import numpy as np
 from kvstore.block_stream import RAW_LEVEL, chunk_blocks
 from kvstore.store import BlockStore, Reservation
 from kvstore.tiers.tier import BlockRun
-from workers.errors import PullError
+from workers.errors import PullError, PullRefused
 from workers.fetch import BlockFetcher, Chunk, Fetch
 from workers.logs import log_event
 from workers.request import KvHolder
 from workers.threads import run_to_end
 
 NUM_WANTS = 2  # chunks asked for at a time
+MAX_WAITING_OFFERS = 256  # each worker has one under way
+# Of one offer, whatever its caller is ready to wait: the next one shall have its turn.
+MAX_OFFER_S = 30.0
 
 _logger = logging.getLogger(__name__)
 
@@ -31,39 +35,68 @@ class Taken:
     num_known: int
 
 
+class TooManyOffers(Exception):
+    """So many wait for their turn."""
+
+
 class OfferIntake:
     """At most `max_offers` are pulled at a time; others wait for them until their deadline."""
 
-    def __init__(self, store: BlockStore, *, fetcher: BlockFetcher, max_offers: int) -> None:
+    def __init__(
+        self, store: BlockStore, *, fetcher: BlockFetcher, max_offers: int, timeout_s: float = MAX_OFFER_S
+    ) -> None:
         self._store = store
         self._fetcher = fetcher
         self._chunk_blocks = chunk_blocks(block_bytes=store.arena_SX.shape[1])
         self._turns = asyncio.Semaphore(max_offers)
+        self._num_waiting = 0
+        self._timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="intake")
 
     async def take(self, runs: Sequence[BlockRun], holder: KvHolder) -> Taken:
-        """Whatever the offerer does, it costs no more than the offer. Cancelled, it leaves nothing behind."""
-        num_taken = num_known = 0
-        async with self._turns:
-            for run in runs:
-                num_held = len(self._store.lookup(run.keys))
-                num_known += num_held
-                if num_held < len(run.keys):
-                    try:
-                        num_taken += await self._pull(run.part(num_held, len(run.keys)), holder)
-                    except PullError as error:
-                        log_event(
-                            _logger,
-                            "offer_lost",
-                            level=logging.WARNING,
-                            holder=holder.worker_id,
-                            detail=str(error),
-                        )
-        return Taken(num_taken, num_known)
+        """Whatever the offerer does, it costs no more than the offer. Cancelled, it leaves nothing behind.
+
+        Raises TooManyOffers.
+        """
+        async with self._turn():
+            taken = Taken(0, 0)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    for run in runs:
+                        taken = await self._take(run, holder, taken)
+            except TimeoutError:
+                _lost(holder, f"it took longer than {self._timeout_s:g} s")
+            except PullError as error:  # an offerer that is away or lies is not asked for the other runs
+                _lost(holder, str(error))
+        return taken
 
     def close(self) -> None:
         """After the last `take` has ended."""
         self._threads.shutdown()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        if self._num_waiting >= MAX_WAITING_OFFERS:
+            raise TooManyOffers(f"{self._num_waiting} offers wait, the most this store takes")
+        self._num_waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._num_waiting -= 1
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    async def _take(self, run: BlockRun, holder: KvHolder, so_far: Taken) -> Taken:
+        num_held = len(self._store.lookup(run.keys))
+        num_taken = 0
+        if num_held < len(run.keys):
+            try:
+                num_taken = await self._pull(run.part(num_held, len(run.keys)), holder)
+            except PullRefused as error:  # of this run: its blocks may be gone there
+                _lost(holder, str(error))
+        return Taken(so_far.num_taken + num_taken, so_far.num_known + num_held)
 
     async def _pull(self, run: BlockRun, holder: KvHolder) -> int:
         async with await self._fetcher.open(holder, run.keys) as fetch:
@@ -96,3 +129,7 @@ class OfferIntake:
     def _copy(self, chunk: Chunk, reservation: Reservation) -> None:
         blocks_NX = np.frombuffer(chunk.payload, np.uint8).reshape(chunk.num_blocks, -1)
         self._store.arena_SX[list(reservation.slots)] = blocks_NX
+
+
+def _lost(holder: KvHolder, detail: str) -> None:
+    log_event(_logger, "offer_lost", level=logging.WARNING, holder=holder.worker_id, detail=detail)

@@ -2,27 +2,33 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import pytest
 
-from kvstore.blocks import FORMAT_VERSION
+from kvstore.blocks import FORMAT_VERSION, BlockKey
 from kvstore.tiers.tier import BlockRun, Tier
 from protos import kv_pb2, kv_pb2_grpc
 from tests.workers.block_ends import (
     EPOCH,
     FINGERPRINT,
     LAYOUT,
+    TIMEOUTS,
     Peer,
     assert_holds,
     chain,
     fill,
+    make_fetcher,
+    make_store,
     running_peer,
 )
 from tests.workers.handoff_ends import wait_until
 from workers.block_wire import holder_to_wire, runs_to_wire
+from workers.fetch import BlockFetcher, Fetch
 from workers.handoff_wire import layout_to_wire
+from workers.offer_intake import MAX_WAITING_OFFERS, OfferIntake, TooManyOffers
 from workers.offers import OfferLimits, Offers, StoreAddress
 from workers.request import KvHolder
 
@@ -165,6 +171,49 @@ async def test_an_offerer_that_is_gone_costs_a_store_nothing() -> None:
         assert (taken.num_taken, taken.num_known) == (0, 0)
 
 
+async def test_an_offerer_that_is_away_is_not_asked_run_after_run() -> None:
+    asked: list[BlockRun] = []
+
+    class Away(BlockFetcher):
+        async def open(self, holder: KvHolder, keys: Sequence[BlockKey]) -> Fetch:
+            asked.append(RUN)
+            return await super().open(holder, keys)
+
+    fetcher = Away(model_fingerprint=FINGERPRINT, layout=LAYOUT, profile_id=b"", timeouts=TIMEOUTS)
+    intake = OfferIntake(make_store(), fetcher=fetcher, max_offers=1)
+    gone = KvHolder(worker_id="gone", epoch=1, control_address="127.0.0.1:1", num_blocks=0)
+    await intake.take([RUN.part(start, start + 4) for start in range(0, 40, 4)], gone)
+    assert len(asked) == 1
+    await fetcher.close()
+    intake.close()
+
+
+async def test_an_offerer_that_never_answers_does_not_keep_others_from_their_turn(worker: Peer) -> None:
+    store, fetcher = make_store(), make_fetcher()
+    intake = OfferIntake(store, fetcher=fetcher, max_offers=1, timeout_s=0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        holder = KvHolder(worker_id="silent", epoch=1, control_address=address, num_blocks=0)
+        lost, taken = await asyncio.gather(intake.take([RUN], holder), intake.take([RUN], worker.holder()))
+    assert (lost.num_taken, taken.num_taken) == (0, 40)
+    await fetcher.close()
+    intake.close()
+
+
+async def test_no_more_offers_wait_than_a_store_can_remember(worker: Peer) -> None:
+    store, fetcher = make_store(), make_fetcher()
+    intake = OfferIntake(store, fetcher=fetcher, max_offers=1)
+    offers = [asyncio.create_task(intake.take([RUN], worker.holder())) for _ in range(MAX_WAITING_OFFERS + 2)]
+    done, rest = await asyncio.wait(offers, return_when=asyncio.FIRST_EXCEPTION)
+    assert [type(task.exception()) for task in done if task.exception()] == [TooManyOffers]
+    for task in rest:
+        task.cancel()
+    await asyncio.wait(rest)
+    assert (await intake.take([RUN], worker.holder())).num_known >= 0, "a turn is lost"
+    await fetcher.close()
+    intake.close()
+
+
 async def test_a_full_store_forgets_the_old_for_the_new(worker: Peer) -> None:
     async with running_peer(takes_offers=True, num_slots=24) as store, offering(worker, [store]) as offers:
         other = chain(24, first_token=5000)
@@ -219,6 +268,9 @@ def _run(**fields: object) -> kv_pb2.OfferedRun:
         (_put(runs=[_run(first_position=3)]), grpc.StatusCode.INVALID_ARGUMENT),
         (_put(runs=[_run(parent=bytes(16))]), grpc.StatusCode.INVALID_ARGUMENT),
         (_put(runs=[_run()] * 257), grpc.StatusCode.INVALID_ARGUMENT),
+        (_put(runs=[_run(block_keys=RUN.keys[0] * 2)]), grpc.StatusCode.INVALID_ARGUMENT),
+        (_put(runs=[_run(parent=RUN.keys[0], first_position=1)]), grpc.StatusCode.INVALID_ARGUMENT),
+        (_put(runs=[_run(block_keys=b"".join(RUN.keys) * 820)] * 2), grpc.StatusCode.INVALID_ARGUMENT),
         (_put(holder=None), grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
