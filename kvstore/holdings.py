@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from kvstore.blocks import BlockKey
 from kvstore.tiers.tier import Tier
 
-# Of keys that came or went unheard, 100 MB. Past it, hearing everything anew is shorter.
-MAX_PENDING_KEYS = 2**20
-
 # By a block's bits (bit t: held in tier t), its fastest tier plus one; 0 for none. What was heard is kept likewise.
 _FASTEST = bytes((bits & -bits).bit_length() for bits in range(8))
 # Not Tier(fastest - 1): that took a third of the time of a large portion.
@@ -30,87 +27,97 @@ class HoldingChanges:
 
 
 class Holdings:
-    """All of it is used by one thread."""
+    """All of it is used by one thread.
 
-    def __init__(self, *, max_pending_keys: int = MAX_PENDING_KEYS) -> None:
-        self._max_pending_keys = max_pending_keys
-        self._held: dict[BlockKey, int] = {}
-        self._heard: dict[BlockKey, int] = {}
-        self._snapshot: list[BlockKey] = []  # goes before what is pending; oldest last
-        self._pending: dict[BlockKey, None] = {}
-        self._restart = True
+    A held block is settled, if the directory knows its fastest tier, or pending. What was heard of and is gone is
+    pending too; what came and went unheard is forgotten. So there is never more than the tiers hold, and held when
+    the directory last listened.
+    """
+
+    def __init__(self) -> None:
+        self._settled: dict[BlockKey, int] = {}
+        self._pending: dict[BlockKey, int] = {}
+        self._heard: dict[BlockKey, int] = {}  # of what is pending
+        self._is_new = True
+
+    @property
+    def num_pending(self) -> int:
+        """Blocks of which the directory has yet to hear, if only that nothing changed."""
+        return len(self._pending)
 
     def note(self, tier: Tier, *, stored: Iterable[BlockKey] = (), removed: Iterable[BlockKey] = ()) -> None:
         """What a tier holds from now on, and what no longer."""
         bit = 1 << tier
         for key in removed:
-            self._change(key, self._held.get(key, 0) & ~bit)
+            self._change(key, self._bits(key) & ~bit)
         for key in stored:
-            self._change(key, self._held.get(key, 0) | bit)
-        if len(self._pending) > max(self._max_pending_keys, len(self._held)):
-            self.restart()
+            self._change(key, self._bits(key) | bit)
 
     def tier(self, key: BlockKey) -> Tier | None:
         """The fastest that holds it."""
-        fastest = _FASTEST[self._held.get(key, 0)]
+        fastest = _FASTEST[self._bits(key)]
         return _TIERS[fastest] if fastest else None
 
     def restart(self) -> None:
         """The next `take_changes` starts over with everything that is held."""
-        self._restart = True
-        self._snapshot, self._pending = [], {}
+        self._is_new = True
+        for key in self._heard:
+            if not self._pending[key]:
+                del self._pending[key]
+        self._heard = {}
+        # No walk through all that is held where there is much of it: the smaller part joins the larger.
+        more, fewer = self._settled, self._pending
+        if len(more) < len(fewer):
+            more, fewer = fewer, more
+        more.update(fewer)
+        self._pending, self._settled = more, {}
 
     def take_changes(self, max_keys: int) -> HoldingChanges:
-        """The next changes, oldest first; they count as heard."""
-        snapshot, self._restart = self._restart, False
-        if snapshot:
-            self._heard = {}
-            self._snapshot = list(reversed(self._held))
+        """The next changes, oldest first; they count as heard. 0.6 us a key, where they are 300,000."""
+        snapshot, self._is_new = self._is_new, False
+        keys = list(itertools.islice(self._pending, max_keys))
         stored: list[BlockKey] = []
         tiers: list[Tier] = []
         removed: list[BlockKey] = []
-        held, heard = self._held, self._heard
-        for key in self._next(max_keys):
-            fastest = _FASTEST[held.get(key, 0)]
-            if fastest == heard.get(key, 0):
-                continue
-            if fastest:
-                heard[key] = fastest
-                stored.append(key)
-                tiers.append(_TIERS[fastest])
+        for key in keys:
+            bits, heard = self._pending.pop(key), self._heard.pop(key, 0)
+            if bits:
+                self._settled[key] = bits
+                if _FASTEST[bits] != heard:
+                    stored.append(key)
+                    tiers.append(_TIERS[_FASTEST[bits]])
             else:
-                del heard[key]
                 removed.append(key)
         return HoldingChanges(
             snapshot=snapshot, stored=tuple(stored), tiers=tuple(tiers), removed=tuple(removed)
         )
 
     def check(self) -> None:
-        """That whatever the directory should hear and has not is on its way to it."""
-        assert 0 not in self._held.values()
-        assert self._heard.keys() <= self._held.keys() | self._pending.keys() or self._restart
-        if not self._restart:
-            coming = self._pending.keys() | set(self._snapshot)
-            for key, bits in self._held.items():
-                assert self._heard.get(key) == _FASTEST[bits] or key in coming
+        """That a block is in one place, and only what was heard of outlives its tiers."""
+        assert not self._settled.keys() & self._pending.keys()
+        assert self._heard.keys() <= self._pending.keys()
+        assert 0 not in self._settled.values()
+        assert 0 not in self._heard.values()
+        gone = {key for key, bits in self._pending.items() if not bits}
+        assert gone <= self._heard.keys()
+        assert not self._is_new or not (self._settled or self._heard)
 
-    def _next(self, max_keys: int) -> list[BlockKey]:
-        if self._snapshot:
-            keys = self._snapshot[-max_keys:]
-            del self._snapshot[-max_keys:]
-            return keys[::-1]
-        if len(self._pending) <= max_keys:
-            pending, self._pending = self._pending, {}
-            return list(pending)
-        keys = list(itertools.islice(self._pending, max_keys))
-        for key in keys:
-            del self._pending[key]
-        return keys
+    def _bits(self, key: BlockKey) -> int:
+        return self._settled.get(key) or self._pending.get(key, 0)
 
     def _change(self, key: BlockKey, bits: int) -> None:
-        if bits:
-            self._held[key] = bits
-        else:
-            self._held.pop(key, None)
-        if not self._restart:
-            self._pending[key] = None
+        if key in self._pending:
+            if bits or key in self._heard:
+                self._pending[key] = bits
+            else:
+                del self._pending[key]
+            return
+        heard = _FASTEST[self._settled.get(key, 0)]
+        if _FASTEST[bits] == heard:
+            if bits:
+                self._settled[key] = bits
+            return
+        if heard:
+            del self._settled[key]
+            self._heard[key] = heard
+        self._pending[key] = bits

@@ -27,8 +27,8 @@ FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 # Another process may serve the directory: it is asked at once, but not by all workers in the same moment.
 FAIL_OVER_S = 0.05
-# What one heartbeat carries at most: 2 MiB, half of what gRPC accepts. The rest goes with the next one.
-MAX_KEYS_PER_HEARTBEAT = 2**17
+# What one heartbeat carries at most: to find them holds the event loop for 2 ms. The rest follows at once.
+MAX_KEYS_PER_HEARTBEAT = 2**12
 
 _logger = logging.getLogger(__name__)
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -51,6 +51,10 @@ class BlockReport:
             events = self._take_device_events()
             self._holdings.note(Tier.DEVICE, stored=events.stored, removed=events.removed)
         return self._holdings.take_changes(max_keys)
+
+    @property
+    def has_more(self) -> bool:
+        return self._holdings.num_pending > 0
 
 
 class Membership:
@@ -155,7 +159,8 @@ class Membership:
             if reply.resend_blocks:
                 self._blocks.restart()
             self._on_stores([_store_from_wire(store) for store in reply.stores])
-            await asyncio.sleep(every_s)
+            if reply.resend_blocks or not self._blocks.has_more:
+                await asyncio.sleep(every_s)
 
     async def _say_goodbye(self, stub: "directory_pb2_grpc.DirectoryAsyncStub") -> None:
         worker = self._describe()

@@ -58,24 +58,28 @@ def test_a_snapshot_comes_in_portions_of_which_only_the_first_says_so() -> None:
     holdings.restart()
     first = holdings.take_changes(4)
     holdings.note(Tier.MEMORY, removed=[KEYS[0], KEYS[5]])
-    second, third = holdings.take_changes(4), holdings.take_changes(4)
+    second = holdings.take_changes(4)
     assert (first.snapshot, first.stored) == (True, tuple(KEYS[:4]))
-    assert second == HoldingChanges(stored=(KEYS[4],), tiers=(Tier.MEMORY,))
-    assert third == HoldingChanges(removed=(KEYS[0],))
+    assert second == HoldingChanges(stored=(KEYS[4],), tiers=(Tier.MEMORY,), removed=(KEYS[0],))
+    assert holdings.take_changes(4) == HoldingChanges()
 
 
-def test_too_much_that_nobody_heard_becomes_a_snapshot() -> None:
-    holdings = heard(Holdings(max_pending_keys=3))
-    holdings.note(Tier.MEMORY, stored=KEYS)
-    holdings.note(Tier.MEMORY, removed=KEYS[1:])
-    changes = holdings.take_changes(10)
-    assert (changes.snapshot, changes.stored) == (True, (A,))
+def test_what_comes_and_goes_while_nobody_listens_does_not_pile_up() -> None:
+    holdings = heard(Holdings())
+    holdings.note(Tier.MEMORY, stored=[A, B])
+    holdings.take_changes(10)
+    holdings.note(Tier.MEMORY, removed=[A])
+    for key in KEYS[2:]:
+        holdings.note(Tier.MEMORY, stored=[key])
+        holdings.note(Tier.MEMORY, removed=[key])
+    assert holdings.num_pending == 1
+    assert holdings.take_changes(1) == HoldingChanges(removed=(A,))
 
 
 class Directory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.holdings = Holdings(max_pending_keys=4)
+        self.holdings = Holdings()
         self.held: dict[Tier, set[BlockKey]] = {tier: set() for tier in (Tier.DEVICE, Tier.MEMORY, Tier.DISK)}
         self.known: dict[BlockKey, Tier] = {}
 
