@@ -79,6 +79,8 @@ class Loader:
 
     def watch(self) -> None:
         """Gives up what is late, and what nobody waits for any more."""
+        if not self._active:
+            return  # it is called before every step
         stalled = {request.request_id for request in self._parts.state.stalled()}
         for request_id, active in list(self._active.items()):
             load = active.load
@@ -125,7 +127,7 @@ class Loader:
         local_end = first_block + len(tiers)
         holders = tuple(holder for holder in request.kv_holders if holder.num_blocks > local_end)
         found = Found(
-            root=self._parts.state.root_of(request),
+            root=request.root,
             keys=keys,
             first_block=first_block,
             memory_end=first_block + num_in_memory,

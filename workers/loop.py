@@ -172,6 +172,8 @@ class RequestLoop:
 
     def _rest(self) -> None:
         self._metrics.set_load(self._state.load())
+        if self._tiers is not None:
+            self._tiers.rested()
         now_s = time.monotonic()
         if now_s - self._last_check_s >= CHECK_EVERY_S:
             self._last_check_s = now_s
@@ -206,7 +208,6 @@ class RequestLoop:
                 self._tiers.step_ended(plan, step_s=step_s)
         for progress in self._state.export_progress():
             self._exports.progress(progress)
-        self._tell_tiers()
 
     def _tell_tiers(self) -> None:
         computed = self._state.take_computed_runs()

@@ -153,6 +153,7 @@ class Request:
     loads: list[LoadRegion] = field(default_factory=list)  # in token order
     page_ids: tuple[PageId, ...] = ()
     status: Status = Status.WAITING
+    root: BlockKey = field(default=BlockKey(b""))  # of its chain, once it is queued
     block_keys: list[BlockKey] = field(default_factory=list)  # of the full blocks of known tokens, in order
     timeline: Timeline = field(default_factory=Timeline)
 

@@ -134,6 +134,8 @@ class RequestLoad:
             self._stop(region, self._reached.get(region, region.end_block))
 
     async def _bring_memory(self, region: LoadRegion) -> None:
+        if region not in self.request.loads:
+            return  # pages had all of it when the request was admitted
         source = LocalSource(self.found.keys, parts=self._parts, sources=self._sources)
         [raw] = source.levels()
         await source.want(Span(region.first_block, region.end_block), raw)

@@ -134,9 +134,10 @@ class EngineState:
         if len(self._waiting) >= self._limits.max_num_waiting:
             message = f"{len(self._waiting)} requests are waiting, the most this worker takes"
             raise QueueFull(message, retry_after_s=RETRY_AFTER_S)
-        request.block_keys = list(
-            chain_keys(self.root_of(request), request.token_range(0, request.num_tokens))
+        request.root = root_key(
+            model_fingerprint=self._limits.model_fingerprint, cache_salt=request.cache_salt
         )
+        request.block_keys = list(chain_keys(request.root, request.token_range(0, request.num_tokens)))
         request.timeline.stamp(timeline.RECEIVED, request.arrival_s)
         request.timeline.stamp(timeline.QUEUED, now_s)
         self._requests[request.request_id] = request
@@ -371,9 +372,6 @@ class EngineState:
 
     # Inside.
 
-    def root_of(self, request: Request) -> BlockKey:
-        return root_key(model_fingerprint=self._limits.model_fingerprint, cache_salt=request.cache_salt)
-
     def _admit(
         self, request: Request, page_ids: tuple[PageId, ...], num_cached: int, *, now_s: float
     ) -> None:
@@ -440,7 +438,7 @@ class EngineState:
 
     def _cache_blocks(self, request: Request, num_computed_tokens: int) -> list[bool]:
         """Blocks that became full can be shared from now on; says which of them are new here, and exact."""
-        keys, root, new = request.block_keys, self.root_of(request), []
+        keys, root, new = request.block_keys, request.root, []
         first_block = request.num_computed_tokens // BLOCK_SIZE_TOKENS
         for block in range(first_block, num_computed_tokens // BLOCK_SIZE_TOKENS):
             start, stop = block * BLOCK_SIZE_TOKENS, (block + 1) * BLOCK_SIZE_TOKENS
@@ -454,7 +452,7 @@ class EngineState:
         return new
 
     def _run_of(self, request: Request, first_block: int, end_block: int) -> ComputedRun:
-        root, keys = self.root_of(request), request.block_keys
+        root, keys = request.root, request.block_keys
         run = BlockRun(
             root=root,
             parent=keys[first_block - 1] if first_block else root,

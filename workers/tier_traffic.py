@@ -43,6 +43,10 @@ class TierTraffic:
             self._write_behind.take(run)
         self._loader.watch()
 
+    def rested(self) -> None:
+        """The engine has nothing to do."""
+        self._write_behind.flush()
+
     def gone(self, request_id: RequestId) -> None:
         self._loader.end(request_id)
 

@@ -204,6 +204,10 @@ class End:
         """Nothing moves any more, and everything is where it was."""
         async with asyncio.timeout(SOON_S):
             await self.loop.settled()
+            # A write to disk pins what it writes.
+            has_disk = Tier.DISK in self.store.describe().tiers
+            while has_disk and self.memory.num_idle < self.memory.num_slots:  # noqa: ASYNC110
+                await asyncio.sleep(0)
         self.state.check()
         self.memory.check()
         load = self.state.load()
@@ -243,6 +247,7 @@ async def running_end(
     max_level: int = 0,
     limits: dict[str, Any] | None = None,
     max_pinned_share: float = 1.0,
+    linger_s: float = 0.01,
 ) -> AsyncIterator[End]:
     engine = load_engine(model_path=checkpoint, num_pages=num_pages)
     model, pool = engine.model, engine.kv_pool
@@ -299,7 +304,7 @@ async def running_end(
         WriteParts(
             state=state, kv_pool=pool, store=store, metrics=kv_metrics, offer=offered.append, post=post
         ),
-        limits=WriteLimits(max_pinned_share=max_pinned_share),
+        limits=WriteLimits(max_pinned_share=max_pinned_share, linger_s=linger_s),
     )
     exports = Exports(
         pool, limits=ExportLimits(lease_s=30.0), on_released=lambda _: None, on_expired=lambda _: None

@@ -47,6 +47,25 @@ async def test_prompt_and_generated_blocks_are_written_in_the_order_of_their_cha
     assert end.memory.longest_prefix(keys) == len(keys)
 
 
+async def test_generated_blocks_are_written_together_and_at_the_latest_when_the_engine_rests(
+    checkpoint: Path,
+) -> None:
+    async with running_end(checkpoint, num_pages=256, linger_s=SOON_S) as end:
+        await end.answer(PROMPT, max_tokens=1)
+        await end.settled()
+        end.offered.clear()
+        await end.answer(PROMPT, max_tokens=16 * 12)
+        await end.settled()
+        assert [len(run.keys) for run in end.offered] == [8, 4]
+
+
+async def test_generated_blocks_wait_a_bounded_time_for_more_of_their_chain(checkpoint: Path) -> None:
+    async with running_end(checkpoint, num_pages=256, linger_s=0.0) as end:
+        await end.answer(PROMPT, max_tokens=16 * 12)
+        assert len(end.offered) > 3
+        await end.settled()
+
+
 async def test_what_the_tiers_hold_is_not_written_again(end: End) -> None:
     await end.answer(PROMPT)
     await end.settled()
