@@ -1,7 +1,7 @@
 """The source's side of a pull by key: which blocks a ticket is for, and chunks of them as they are wanted.
 
 A ticket pins nothing. Each want pins its own blocks while it is encoded, so a puller that dawdles costs nothing, and
-one that comes when its blocks are gone is told so.
+one that comes when its blocks are gone is told so. What was encoded is kept for a while: contexts are coded once.
 """
 
 import asyncio
@@ -9,22 +9,24 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
-
-from kvstore.block_stream import MAX_OUTSTANDING_WANTS, RAW_LEVEL, Want, receive_want, seal_chunk
+from kvstore.block_stream import RAW_LEVEL, Want, receive_want
 from kvstore.blocks import BlockKey
 from kvstore.codec.codec import KvCodec
+from kvstore.coded_chunks import CodedChunks
 from kvstore.data_plane import Connection, SealedFrame
 from kvstore.errors import TransferError, TransferRefused
 from kvstore.frames import FrameKind
 from kvstore.store import BlockStore
 from kvstore.tiers.tier import Tier
 from kvstore.transfer import MIN_KEEP_ALIVE_S, TICKET_BYTES, refuse, send_payload
-from workers.threads import run_to_end
+from workers.chunk_frames import ChunkFrames
+from workers.kv_metrics import KvMetrics
+
+# Chunks of one connection that are encoded at a time, or lie in memory until the link has taken those before them.
+MAX_CODING = 3
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class BlockExportLimits:
     max_tickets: int = 1024
     keep_alive_s: float = 1.0  # how often a puller hears from a source that still encodes
     num_threads: int = 2  # that encode, beside those that compute
+    coded_bytes: int = 16 * 2**20  # of chunks that are kept coded
 
     def __post_init__(self) -> None:
         if self.keep_alive_s < MIN_KEEP_ALIVE_S:
@@ -50,6 +53,8 @@ class BlockExportLimits:
         for name in ("ticket_s", "max_tickets", "num_threads"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.coded_bytes < 0:
+            raise ValueError(f"coded_bytes must not be negative, got {self.coded_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,13 +74,25 @@ class BlockExports:
     """All methods run in the thread of the event loop. `close` when no connection is served any more."""
 
     def __init__(
-        self, store: BlockStore, *, codec: KvCodec, limits: BlockExportLimits = BlockExportLimits()
+        self,
+        store: BlockStore,
+        *,
+        codec: KvCodec,
+        metrics: KvMetrics,
+        limits: BlockExportLimits = BlockExportLimits(),
     ) -> None:
         self._store = store
         self._codec = codec
         self._limits = limits
         self._tickets: OrderedDict[bytes, _Ticket] = OrderedDict()  # the next to be void comes first
         self._threads = ThreadPoolExecutor(limits.num_threads, thread_name_prefix="encode")
+        self._chunks = ChunkFrames(
+            store,
+            codec=codec,
+            coded=CodedChunks(capacity_bytes=limits.coded_bytes),
+            metrics=metrics,
+            threads=self._threads,
+        )
 
     @property
     def codec_profile(self) -> bytes:
@@ -108,12 +125,14 @@ class BlockExports:
         if issued is None:
             return False
         try:
-            await _Stream(connection, issued, self._store, self._codec, self._threads).run(
-                keep_alive_s=self._limits.keep_alive_s
-            )
+            await _Stream(connection, issued, self._chunks).run(keep_alive_s=self._limits.keep_alive_s)
         except* TransferError as errors:
             logger.debug("pull of %d blocks ended: %s", len(issued.keys), errors.exceptions)
         return True
+
+    def drop_coded(self) -> None:
+        """Blocks were dropped from the store: nothing coded of them is sent any more."""
+        self._chunks.coded.drop()
 
     def close(self) -> None:
         self._tickets.clear()
@@ -126,73 +145,46 @@ class BlockExports:
 
 
 class _Stream:
-    """One connection: a task reads wants, one encodes, one sends, so that all three overlap."""
+    """One connection: wants are read and encoded while the chunks before them are sent, in the order of the wants."""
 
-    def __init__(
-        self, connection: Connection, ticket: _Ticket, store: BlockStore, codec: KvCodec, threads: Executor
-    ) -> None:
+    def __init__(self, connection: Connection, ticket: _Ticket, chunks: ChunkFrames) -> None:
         self._connection = connection
         self._ticket = ticket
-        self._store = store
-        self._codec = codec
-        self._threads = threads
-        self._wants: asyncio.Queue[Want] = asyncio.Queue(MAX_OUTSTANDING_WANTS)
-        self._chunks: asyncio.Queue[SealedFrame | TransferRefused] = asyncio.Queue(1)
-        self._num_unanswered = 0
+        self._chunks = chunks
+        # With the one that is sent and the one that waits for room: MAX_CODING are coded or wait for the link.
+        self._coding: asyncio.Queue[asyncio.Task[SealedFrame | TransferRefused]]
+        self._coding = asyncio.Queue(MAX_CODING - 2)
 
     async def run(self, *, keep_alive_s: float) -> None:
         """Until an ExceptionGroup says why it ended: the puller left or lied, or we had to refuse."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read())
-            tasks.create_task(self._encode())
+            tasks.create_task(self._read(tasks))
             tasks.create_task(self._send(keep_alive_s=keep_alive_s))
 
-    async def _read(self) -> None:
-        num_blocks, block_bytes = len(self._ticket.keys), self._codec.layout.block_bytes
+    async def _read(self, tasks: asyncio.TaskGroup) -> None:
+        num_blocks, block_bytes = len(self._ticket.keys), self._chunks.codec.layout.block_bytes
         while True:
             want = await receive_want(self._connection, num_blocks=num_blocks, block_bytes=block_bytes)
-            self._num_unanswered += 1
-            await self._wants.put(want)
-
-    async def _encode(self) -> None:
-        while True:
-            want = await self._wants.get()
-            try:
-                await self._chunks.put(await self._chunk(want))
-            except TransferRefused as refusal:
-                await self._chunks.put(refusal)
+            await self._coding.put(tasks.create_task(self._code(want)))
 
     async def _send(self, *, keep_alive_s: float) -> None:
         while True:
-            try:
-                async with asyncio.timeout(keep_alive_s):
-                    chunk = await self._chunks.get()
-            except TimeoutError:
-                if self._num_unanswered > 0:
-                    await send_payload(self._connection, FrameKind.KEEP_ALIVE, b"")
-                continue
+            coding = await self._coding.get()
+            while not (await asyncio.wait({coding}, timeout=keep_alive_s))[0]:
+                await send_payload(self._connection, FrameKind.KEEP_ALIVE, b"")
+            chunk = coding.result()
             if isinstance(chunk, TransferRefused):
                 await refuse(self._connection, str(chunk))
                 raise chunk
             await self._connection.send_sealed(chunk)
-            self._num_unanswered -= 1
 
-    async def _chunk(self, want: Want) -> SealedFrame:
-        num_levels = len(self._codec.levels) if self._ticket.may_code else RAW_LEVEL + 1
+    async def _code(self, want: Want) -> SealedFrame | TransferRefused:
+        """A refusal is no exception here: the chunks before it are still to be sent."""
+        num_levels = len(self._chunks.codec.levels) if self._ticket.may_code else RAW_LEVEL + 1
         if want.level >= num_levels:
-            raise TransferRefused(f"level {want.level} cannot be had, only those below {num_levels}")
-        end_block = want.first_block + want.num_blocks
-        with await self._store.pin(self._ticket.keys[want.first_block : end_block]) as pinned:
-            if len(pinned.slots) < want.num_blocks:
-                raise TransferRefused(f"block {want.first_block + len(pinned.slots)} is not held any more")
-            return await run_to_end(self._threads, partial(self._seal, want, pinned.slots))
-
-    def _seal(self, want: Want, slots: Sequence[int]) -> SealedFrame:
-        """In a thread."""
-        arena_SX = self._store.arena_SX
-        if want.level == RAW_LEVEL:
-            # Not arena_SX[slots]: that took 193 ms for 32 MiB on one of two busy cores, this 13.
-            raw_NX = np.empty((len(slots), arena_SX.shape[1]), np.uint8)
-            np.take(arena_SX, slots, axis=0, out=raw_NX, mode="clip")
-            return seal_chunk(want, raw_NX.reshape(-1).data)
-        return seal_chunk(want, memoryview(self._codec.encode(arena_SX, slots, level=want.level)))
+            return TransferRefused(f"level {want.level} cannot be had, only those below {num_levels}")
+        keys = self._ticket.keys[want.first_block : want.first_block + want.num_blocks]
+        try:
+            return await self._chunks.make(want, keys)
+        except TransferRefused as refusal:
+            return refusal

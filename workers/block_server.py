@@ -140,7 +140,10 @@ class BlockService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         # Device pages first: they must not be written behind again.
         num_blocks = 0 if self._device is None else self._device.drop(root)
-        num_blocks += await self._store.drop(root)
+        try:
+            num_blocks += await self._store.drop(root)
+        finally:
+            self._exports.drop_coded()  # not earlier: what is left of the root may be encoded meanwhile
         return kv_pb2.DropReply(num_blocks=num_blocks)
 
     async def agree(self, disagreement: Disagreement | None, context: Context) -> None:

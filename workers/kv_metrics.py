@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -51,6 +51,17 @@ class KvMetrics:
         )
         self._raw_bytes = self._counter("penstock_kv_chunk_raw_bytes", "KV received, decoded", "level")
         self._coded_bytes = self._counter("penstock_kv_chunk_coded_bytes", "KV received, as coded", "level")
+        self._coded = self._counter(
+            "penstock_kv_coded_cache_chunks",
+            "Chunks that peers wanted, by whether they were coded before: hit, miss",
+            "outcome",
+        )
+        self._coded_cache_bytes = Gauge(
+            "penstock_kv_coded_cache_bytes",
+            "Bytes of chunks that are kept coded",
+            ("model_name",),
+            registry=registry,
+        ).labels(model_name)
         self._decisions = self._counter(
             "penstock_kv_decisions",
             "Prefixes found elsewhere, by what was done: load, recompute, mixed",
@@ -92,6 +103,11 @@ class KvMetrics:
         )
         self._raw_bytes.labels(self._model_name, level_name).inc(raw_bytes)
         self._coded_bytes.labels(self._model_name, level_name).inc(coded_bytes)
+
+    def coded_cache(self, outcome: Literal["hit", "miss"], *, num_bytes: int) -> None:
+        """A peer wants a coded chunk; `num_bytes` are kept."""
+        self._coded.labels(self._model_name, outcome).inc()
+        self._coded_cache_bytes.set(num_bytes)
 
     def decided(self, choice: Choice) -> None:
         self._decisions.labels(self._model_name, choice).inc()

@@ -21,7 +21,7 @@ from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.seal import resolve_key
 from workers.arena import allocate_arena
-from workers.block_exports import BlockExports
+from workers.block_exports import BlockExportLimits, BlockExports
 from workers.config import WorkerConfig
 from workers.fetch import BlockFetcher, FetchTimeouts
 from workers.kv_metrics import KvMetrics
@@ -29,6 +29,8 @@ from workers.logs import log_event
 from workers.model.info import ModelInfo
 
 TELL_EVERY_S = 1.0
+# So large a part of the memory tier's bytes is had beside it for chunks that are kept coded.
+CODED_SHARE = 16
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +76,12 @@ def open_tiers(
     return Tiers(
         store=store,
         codec=codec,
-        exports=BlockExports(store, codec=codec),
+        exports=BlockExports(
+            store,
+            codec=codec,
+            metrics=metrics,
+            limits=BlockExportLimits(coded_bytes=config.memory_tier_bytes // CODED_SHARE),
+        ),
         fetcher=BlockFetcher(
             model_fingerprint=model.fingerprint,
             layout=model.layout,

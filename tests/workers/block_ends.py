@@ -87,7 +87,7 @@ def make_fetcher(
 async def serving(store: BlockStore, *, fingerprint: bytes, layout: KvLayout) -> AsyncIterator[KvHolder]:
     """Pulls by key from `store`, whatever its model."""
     metrics = KvMetrics(CollectorRegistry(), model_name="tiny")
-    exports = BlockExports(store, codec=KvCodec(layout, profile=None))
+    exports = BlockExports(store, codec=KvCodec(layout, profile=None), metrics=metrics)
     listener = Listener(TicketDesk([exports]).serve, max_connections=8, idle_timeout_s=SOON_S)
     await listener.start(TcpAddress(host="127.0.0.1", port=0))
     identity = SourceIdentity(
@@ -114,7 +114,7 @@ class Peer:
         self.codec = KvCodec(LAYOUT, profile=None)
         self.registry = CollectorRegistry()
         self.metrics = KvMetrics(self.registry, model_name="tiny")
-        self.exports = BlockExports(self.store, codec=self.codec, limits=limits)
+        self.exports = BlockExports(self.store, codec=self.codec, metrics=self.metrics, limits=limits)
         self.fetcher = make_fetcher()
         self.intake = OfferIntake(self.store, fetcher=self.fetcher, max_offers=2) if takes_offers else None
         self.listener = Listener(TicketDesk([self.exports]).serve, max_connections=8, idle_timeout_s=SOON_S)
@@ -148,8 +148,13 @@ class Peer:
         return KvHolder(worker_id="peer", epoch=epoch, control_address=self.control_address, num_blocks=0)
 
     def num_mismatches(self, what: str) -> float:
-        labels = {"model_name": "tiny", "what": what}
-        return self.registry.get_sample_value("penstock_kv_mismatches_total", labels) or 0.0
+        return self._count("penstock_kv_mismatches_total", what=what)
+
+    def num_coded(self, outcome: str) -> float:
+        return self._count("penstock_kv_coded_cache_chunks_total", outcome=outcome)
+
+    def _count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, {"model_name": "tiny", **labels}) or 0.0
 
 
 @contextlib.asynccontextmanager

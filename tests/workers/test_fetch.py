@@ -15,7 +15,7 @@ from kvstore.blocks import FORMAT_VERSION
 from kvstore.data_plane import Connection
 from kvstore.errors import TransferError
 from kvstore.frames import FrameKind
-from kvstore.tiers.tier import Tier
+from kvstore.tiers.tier import BlockRun, Tier
 from kvstore.transfer import receive_ticket, send_payload
 from protos import kv_pb2, kv_pb2_grpc
 from tests.workers.block_ends import (
@@ -109,6 +109,46 @@ async def test_a_coded_chunk_decodes_to_about_the_same(peer: Peer, fetcher: Bloc
             exact = peer.store.arena_SX[list(pinned.slots)].view(np.float32)
         error = np.abs(store.arena_SX.view(np.float32) - exact).mean()
         assert error < 0.2 * np.abs(exact).mean()
+
+
+# What was coded is kept.
+
+
+async def coded(peer: Peer, fetcher: BlockFetcher, run: BlockRun, *, num_blocks: int = 10) -> bytes:
+    """The first blocks at level 1."""
+    async with await fetcher.open(peer.holder(), run.keys) as fetch:
+        await fetch.want(first_block=0, num_blocks=num_blocks, level=1)
+        return bytes((await fetch.receive()).payload)
+
+
+async def test_a_chunk_is_encoded_once_for_all_who_want_it(peer: Peer, fetcher: BlockFetcher) -> None:
+    first = await coded(peer, fetcher, RUN)
+    assert await coded(peer, fetcher, RUN) == first
+    assert (peer.num_coded("miss"), peer.num_coded("hit")) == (1, 1)
+    await coded(peer, fetcher, RUN, num_blocks=9)
+    assert (peer.num_coded("miss"), peer.num_coded("hit")) == (2, 1)
+
+
+async def test_the_coded_chunks_of_one_tenant_are_not_those_of_another(
+    peer: Peer, fetcher: BlockFetcher
+) -> None:
+    of_another = chain(10, cache_salt="another")
+    fill(peer.store, of_another)
+    assert await coded(peer, fetcher, RUN) != await coded(peer, fetcher, of_another)
+    assert (peer.num_coded("miss"), peer.num_coded("hit")) == (2, 0)
+
+
+async def test_what_was_dropped_is_not_had_coded_either(peer: Peer, fetcher: BlockFetcher) -> None:
+    await coded(peer, fetcher, RUN)
+    async with await fetcher.open(peer.holder(), RUN.keys) as fetch:
+        async with grpc.aio.insecure_channel(peer.control_address) as channel:
+            await kv_pb2_grpc.KvTransferStub(channel).Drop(kv_pb2.DropRequest(source_epoch=EPOCH))
+        await fetch.want(first_block=0, num_blocks=10, level=1)
+        with pytest.raises(PullRefused, match="block 0 is not held any more"):
+            await fetch.receive()
+    fill(peer.store, RUN)
+    await coded(peer, fetcher, RUN)
+    assert (peer.num_coded("miss"), peer.num_coded("hit")) == (2, 0)
 
 
 async def test_a_puller_that_leaves_early_leaves_nothing_pinned(peer: Peer, fetcher: BlockFetcher) -> None:

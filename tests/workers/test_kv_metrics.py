@@ -69,3 +69,13 @@ def test_a_scrape_shows_the_tiers_as_they_stood_last() -> None:
     assert value(registry, "penstock_kv_tier_capacity_bytes", tier="disk") == 1000
     assert value(registry, "penstock_kv_tier_evicted_blocks_total", tier="disk") == 4
     assert value(registry, "penstock_kv_tier_errors_total", tier="memory") == 1
+
+
+def test_wanted_chunks_are_counted_by_whether_they_were_coded_before() -> None:
+    metrics, registry = make()
+    metrics.coded_cache("miss", num_bytes=0)
+    metrics.coded_cache("hit", num_bytes=700)
+    metrics.coded_cache("hit", num_bytes=700)
+    assert value(registry, "penstock_kv_coded_cache_chunks_total", outcome="hit") == 2
+    assert value(registry, "penstock_kv_coded_cache_chunks_total", outcome="miss") == 1
+    assert value(registry, "penstock_kv_coded_cache_bytes") == 700
