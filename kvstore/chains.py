@@ -2,10 +2,19 @@
 
 from array import array
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from kvstore.blocks import BlockKey
 
 _NONE = -1
+
+
+class Place(NamedTuple):
+    """A block, and how many come before it in its chain. Peers say both: as nothing continues what does not lie right
+    before it, no lie of theirs makes a chain that has no leaf, whose blocks could never leave."""
+
+    key: BlockKey
+    position: int
 
 
 class Chains:
@@ -17,8 +26,8 @@ class Chains:
         self._parents, self._first_children, self._next_siblings, self._previous_siblings = (
             array("i", [_NONE]) * num_slots for _ in range(4)
         )
-        self._waiting: dict[BlockKey, set[int]] = {}
-        self._awaited: dict[int, BlockKey] = {}
+        self._waiting: dict[Place, set[int]] = {}
+        self._awaited: dict[int, Place] = {}
 
     def is_leaf(self, slot: int) -> bool:
         return self._first_children[slot] == _NONE
@@ -33,38 +42,38 @@ class Chains:
         parent = self._parents[slot]
         return None if parent == _NONE else parent
 
-    def awaited(self, slot: int) -> BlockKey | None:
-        """The key of the block that this one continues, if that is not held."""
+    def awaited(self, slot: int) -> Place | None:
+        """The block that this one continues, if that is not held."""
         return self._awaited.get(slot)
 
-    def add(self, slot: int, key: BlockKey, *, parent_key: BlockKey | None, parent: int | None) -> None:
-        """`parent_key` is None for the first block of a chain; `parent` is the slot of that key if it is held."""
+    def add(self, slot: int, block: Place, *, continued: Place | None, parent: int | None) -> None:
+        """`continued` is None for the first block of a chain; `parent` is its slot if it is held."""
         if parent is not None:
             self._link(slot, parent)
-        elif parent_key is not None:
-            self._wait(slot, parent_key)
-        for child in self._waiting.pop(key, ()):
+        elif continued is not None:
+            self._wait(slot, continued)
+        for child in self._waiting.pop(block, ()):
             del self._awaited[child]
             self._link(child, slot)
 
-    def remove(self, slot: int, key: BlockKey) -> int | None:
+    def remove(self, slot: int, block: Place) -> int | None:
         """Takes a block out and says which one it continued; those that continue it wait for it to come back."""
         for child in tuple(self._children(slot)):
             self._unlink(child, slot)
-            self._wait(child, key)
+            self._wait(child, block)
         parent = self._parents[slot]
         if parent != _NONE:
             self._unlink(slot, parent)
             return parent
-        parent_key = self._awaited.pop(slot, None)
-        if parent_key is not None:
-            siblings = self._waiting[parent_key]
+        continued = self._awaited.pop(slot, None)
+        if continued is not None:
+            siblings = self._waiting[continued]
             siblings.remove(slot)
             if not siblings:
-                del self._waiting[parent_key]
+                del self._waiting[continued]
         return None
 
-    def check(self, slots: dict[BlockKey, int]) -> None:
+    def check(self, slots: dict[Place, int]) -> None:
         """That links lead both ways, between held blocks alone, of which `slots` has all."""
         held = set(slots.values())
         linked = {child: slot for slot in range(len(self._parents)) for child in self._children(slot)}
@@ -72,11 +81,11 @@ class Chains:
         assert linked == parents, "links do not lead both ways"
         assert parents.keys() | set(parents.values()) <= held, "a link to what is not held"
         assert {slot for waiting in self._waiting.values() for slot in waiting} == self._awaited.keys()
-        for slot, parent_key in self._awaited.items():
+        for slot, continued in self._awaited.items():
             assert slot in held
             assert slot not in parents
-            assert slot in self._waiting[parent_key]
-            assert parent_key not in slots, "a block waits for a parent that is here"
+            assert slot in self._waiting[continued]
+            assert continued not in slots, "a block waits for a parent that is here"
 
     def _children(self, slot: int) -> Iterator[int]:
         child = self._first_children[slot]
@@ -102,6 +111,6 @@ class Chains:
             self._previous_siblings[following] = previous
         self._parents[slot] = self._next_siblings[slot] = self._previous_siblings[slot] = _NONE
 
-    def _wait(self, slot: int, parent_key: BlockKey) -> None:
-        self._waiting.setdefault(parent_key, set()).add(slot)
-        self._awaited[slot] = parent_key
+    def _wait(self, slot: int, continued: Place) -> None:
+        self._waiting.setdefault(continued, set()).add(slot)
+        self._awaited[slot] = continued

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
-from kvstore.chains import Chains
+from kvstore.chains import Chains, Place
 from kvstore.eviction import EvictionOrder
 from kvstore.placement import POLICIES
 from kvstore.prefix_index import PrefixIndex
@@ -157,17 +157,20 @@ class Residency:
         return removed
 
     def run(self, keys: Sequence[BlockKey]) -> BlockRun:
-        """Where these consecutive blocks are in their chain; the first one is held."""
+        """The leading ones of these that continue each other, and where they are. The first one is held."""
         slot = self._index.get(keys[0])
         assert slot is not None, f"block {keys[0].hex()} is not held"
-        root, parent = self._roots[slot], self._chains.parent(slot)
+        root, parent, awaited = self._roots[slot], self._chains.parent(slot), self._chains.awaited(slot)
         assert root is not None
-        parent_key = self._chains.awaited(slot) if parent is None else self._keys[parent]
+        parent_key = (
+            self._keys[parent] if parent is not None else awaited.key if awaited is not None else root
+        )
+        assert parent_key is not None
         return BlockRun(
             root=root,
-            parent=root if parent_key is None else parent_key,
+            parent=parent_key,
             first_position=self._order.position(slot),
-            keys=tuple(keys),
+            keys=tuple(keys[: self._num_in_chain(keys, slot)]),
         )
 
     def prefixes(self, max_prefixes: int, *, now_s: float) -> list[HeldPrefix]:
@@ -202,7 +205,7 @@ class Residency:
         assert all(num_pins > 0 for num_pins in self._pins.values())
         for slot in slots.values():
             assert self._order.is_queued(slot) or not self._may_leave(slot), f"slot {slot} can never leave"
-        self._chains.check(slots)
+        self._chains.check({Place(key, self._order.position(slot)): slot for key, slot in slots.items()})
         self._order.check()
 
     def _tick(self, now_s: float) -> float:
@@ -218,12 +221,26 @@ class Residency:
             return False
         self._keys[slot], self._roots[slot] = key, run.root
         self._since_s[slot], self._num_hits[slot] = at_s, 0
-        parent_key = run.keys[index - 1] if index else run.parent if position else None
-        parent = None if parent_key is None else self._index.get(parent_key)
-        self._chains.add(slot, key, parent_key=parent_key, parent=parent)
+        continued = Place(run.keys[index - 1] if index else run.parent, position - 1) if position else None
         first_token = position * self._block_size_tokens
         self._order.place(slot, position=position, first_token=first_token, at_s=at_s)
+        self._chains.add(slot, Place(key, position), continued=continued, parent=self._slot_of(continued))
         return True
+
+    def _slot_of(self, block: Place | None) -> int | None:
+        if block is None or (slot := self._index.get(block.key)) is None:
+            return None
+        return slot if self._order.position(slot) == block.position else None
+
+    def _num_in_chain(self, keys: Sequence[BlockKey], slot: int) -> int:
+        """Of these, so many continue each other; the first one is in `slot`."""
+        num_blocks = 1
+        while num_blocks < len(keys) and (following := self._index.get(keys[num_blocks])) is not None:
+            if self._chains.parent(following) != slot:
+                break
+            slot = following
+            num_blocks += 1
+        return num_blocks
 
     def _may_leave(self, slot: int) -> bool:
         return self._keys[slot] is not None and slot not in self._pins and self._chains.is_leaf(slot)
@@ -235,7 +252,7 @@ class Residency:
     def _take_out(self, slot: int, key: BlockKey) -> None:
         self._index.remove(key)
         self._keys[slot] = self._roots[slot] = None
-        parent = self._chains.remove(slot, key)
+        parent = self._chains.remove(slot, Place(key, self._order.position(slot)))
         if parent is not None:
             self._queue_if_idle(parent)
         if slot not in self._pins:

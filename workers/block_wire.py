@@ -15,16 +15,20 @@ from workers.request import KvHolder
 
 MAX_RUNS_PER_OFFER = 256
 MAX_PREFIXES = 1000
+MAX_CHAIN_BLOCKS = 2**31
 
 
 def keys_from_wire(data: bytes) -> tuple[BlockKey, ...]:
-    """Raises InvalidRequest unless these are 1 to MAX_KEYS_PER_PULL digests."""
+    """Raises InvalidRequest unless these are 1 to MAX_KEYS_PER_PULL digests, none of them twice."""
     num_keys, rest = divmod(len(data), DIGEST_BYTES)
     if rest or not 1 <= num_keys <= MAX_KEYS_PER_PULL:
         raise InvalidRequest(
             f"block_keys must be 1 to {MAX_KEYS_PER_PULL} digests of {DIGEST_BYTES} bytes, got {len(data)} bytes"
         )
-    return tuple(BlockKey(data[start : start + DIGEST_BYTES]) for start in range(0, len(data), DIGEST_BYTES))
+    keys = tuple(BlockKey(data[start : start + DIGEST_BYTES]) for start in range(0, len(data), DIGEST_BYTES))
+    if len(set(keys)) < num_keys:
+        raise InvalidRequest(f"block_keys must be {num_keys} different digests, got {len(set(keys))}")
+    return keys
 
 
 def key_from_wire(data: bytes, *, name: str) -> BlockKey:
@@ -52,8 +56,12 @@ def _run_from_wire(message: kv_pb2.OfferedRun) -> BlockRun:
             f"the parent of block {message.first_position} must {'' if root != parent else 'not '}be the root"
         )
     keys = keys_from_wire(message.block_keys)
-    if len({parent, *keys}) <= len(keys):
-        raise InvalidRequest(f"a block continues itself in the run after {parent.hex()}")
+    if parent in keys:
+        raise InvalidRequest(f"block {parent.hex()} cannot continue itself")
+    if message.first_position + len(keys) > MAX_CHAIN_BLOCKS:
+        raise InvalidRequest(
+            f"a chain has at most {MAX_CHAIN_BLOCKS} blocks, got {len(keys)} from {message.first_position} on"
+        )
     return BlockRun(root=root, parent=parent, first_position=message.first_position, keys=keys)
 
 

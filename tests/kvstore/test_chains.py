@@ -1,16 +1,16 @@
 import pytest
 
 from kvstore.blocks import BlockKey
-from kvstore.chains import Chains
+from kvstore.chains import Chains, Place
 
-A, B, C, D = (BlockKey(bytes([letter]) * 16) for letter in b"ABCD")
+A, B, C, D = (Place(BlockKey(bytes([letter]) * 16), 7) for letter in b"ABCD")
 
 
 def test_a_block_knows_what_it_continues_and_how_many_continue_it() -> None:
     chains = Chains(4)
-    chains.add(0, A, parent_key=None, parent=None)
-    chains.add(1, B, parent_key=A, parent=0)
-    chains.add(2, C, parent_key=A, parent=0)
+    chains.add(0, A, continued=None, parent=None)
+    chains.add(1, B, continued=A, parent=0)
+    chains.add(2, C, continued=A, parent=0)
     assert [chains.is_leaf(slot) for slot in range(4)] == [False, True, True, True]
     assert not chains.is_inner(0)
     assert chains.parent(2) == 0
@@ -21,10 +21,10 @@ def test_a_block_knows_what_it_continues_and_how_many_continue_it() -> None:
 
 def test_blocks_that_come_before_their_parent_are_linked_when_it_comes() -> None:
     chains = Chains(4)
-    chains.add(3, C, parent_key=B, parent=None)
-    chains.add(2, D, parent_key=B, parent=None)
+    chains.add(3, C, continued=B, parent=None)
+    chains.add(2, D, continued=B, parent=None)
     assert chains.awaited(3) == B
-    chains.add(0, B, parent_key=A, parent=None)
+    chains.add(0, B, continued=A, parent=None)
     assert (chains.parent(3), chains.awaited(3)) == (0, None)
     assert not chains.is_leaf(0)
     chains.check({B: 0, C: 3, D: 2})
@@ -32,26 +32,26 @@ def test_blocks_that_come_before_their_parent_are_linked_when_it_comes() -> None
 
 def test_one_that_waits_can_leave() -> None:
     chains = Chains(2)
-    chains.add(0, C, parent_key=B, parent=None)
-    chains.add(1, D, parent_key=B, parent=None)
+    chains.add(0, C, continued=B, parent=None)
+    chains.add(1, D, continued=B, parent=None)
     assert chains.remove(0, C) is None
     chains.check({D: 1})
     assert chains.remove(1, D) is None
-    chains.add(0, B, parent_key=None, parent=None)
+    chains.add(0, B, continued=None, parent=None)
     assert chains.is_leaf(0)
     chains.check({B: 0})
 
 
 def test_what_continues_a_block_that_is_taken_out_waits_for_it_to_come_back() -> None:
     chains = Chains(4)
-    chains.add(0, A, parent_key=None, parent=None)
-    chains.add(1, B, parent_key=A, parent=0)
-    chains.add(2, C, parent_key=B, parent=1)
-    chains.add(3, D, parent_key=B, parent=1)
+    chains.add(0, A, continued=None, parent=None)
+    chains.add(1, B, continued=A, parent=0)
+    chains.add(2, C, continued=B, parent=1)
+    chains.add(3, D, continued=B, parent=1)
     assert chains.remove(1, B) == 0
     assert chains.is_leaf(0)
     chains.check({A: 0, C: 2, D: 3})
-    chains.add(1, B, parent_key=A, parent=0)
+    chains.add(1, B, continued=A, parent=0)
     assert (chains.parent(2), chains.parent(3)) == (1, 1)
     chains.check({A: 0, B: 1, C: 2, D: 3})
 
@@ -61,7 +61,7 @@ def test_any_of_several_that_continue_a_block_can_leave(gone: int) -> None:
     chains = Chains(4)
     held = {A: 0, B: 1, C: 2, D: 3}
     for key, slot in held.items():
-        chains.add(slot, key, parent_key=A if slot else None, parent=0 if slot else None)
+        chains.add(slot, key, continued=A if slot else None, parent=0 if slot else None)
     key = (B, C, D)[gone]
     assert chains.remove(held.pop(key), key) == 0
     chains.check(held)
@@ -72,6 +72,6 @@ def test_any_of_several_that_continue_a_block_can_leave(gone: int) -> None:
 def test_a_whole_chain_can_be_taken_out_from_its_beginning() -> None:
     chains = Chains(3)
     for slot, (key, parent_key) in enumerate(((A, None), (B, A), (C, B))):
-        chains.add(slot, key, parent_key=parent_key, parent=slot - 1 if slot else None)
+        chains.add(slot, key, continued=parent_key, parent=slot - 1 if slot else None)
     assert [chains.remove(slot, key) for slot, key in enumerate((A, B, C))] == [None, None, None]
     chains.check({})

@@ -169,6 +169,34 @@ def test_a_peer_that_lies_about_a_root_breaks_nothing() -> None:
     assert tier.reserve(3, now_s=1.0)[1] == [key_of("b")]
 
 
+@pytest.mark.parametrize(
+    "lies",
+    [
+        [run_of("a", after="a", first_position=1)],
+        [run_of("a", after="b", first_position=5), run_of("b", after="a", first_position=5)],
+        [run_of("a", after="b", first_position=1), run_of("b", after="a", first_position=2)],
+        [run_of("c", "a", after="b", first_position=3), run_of("a", "b", "c")],
+    ],
+)
+def test_a_peer_that_lies_about_what_continues_what_makes_no_block_stay_for_ever(
+    lies: list[BlockRun],
+) -> None:
+    tier = Residency(4, policy="lru")
+    for run in lies:
+        slots, _ = tier.reserve(len(run.keys), now_s=0.0)
+        tier.commit(slots, run=run, now_s=0.0)
+        tier.check()
+    assert len(tier.reserve(4, now_s=1.0)[0]) == 4
+
+
+def test_a_run_goes_as_far_as_blocks_continue_each_other() -> None:
+    tier = Residency(8, policy="lru")
+    keep(tier, run_of("a", "b", "c"), now_s=0.0)
+    keep(tier, run_of("x", "y", root=ROOTS[1]), now_s=0.0)
+    for names in (("a", "b", "y"), ("a", "b", "a"), ("a", "b", "unheard")):
+        assert tier.run(tuple(map(key_of, names))) == run_of("a", "b")
+
+
 def test_a_run_is_placed_from_its_first_key() -> None:
     tier = Residency(4, policy="lru")
     chain = run_of("a", "b", "c")

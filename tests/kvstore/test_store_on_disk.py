@@ -96,6 +96,30 @@ async def test_what_memory_gave_away_comes_back_from_disk(reopen: Callable[..., 
     assert await found(store, chain(8)) == (Tier.DISK,) * 8
 
 
+async def test_blocks_asked_for_out_of_order_come_back_as_what_they_are(
+    reopen: Callable[..., BlockStore],
+) -> None:
+    """A peer may name what it likes; nothing is believed of blocks but what was written with them."""
+    first = reopen()
+    ours, theirs = chain(4, salt="A"), chain(4, salt="B")
+    keep(first, ours)
+    keep(first, theirs)
+    await first.close()
+    store = reopen()
+    odd = ours.keys[1], theirs.keys[2], theirs.keys[0], theirs.keys[2]
+    for keys in (ours.keys[::-1], odd, theirs.keys):
+        with await store.pin(keys) as pinned:
+            assert len(pinned.slots) == len(keys)
+        store.check()
+    assert await store.drop(ours.root) == 4
+    assert store.lookup(ours.keys) == ()
+    assert await found(store, theirs) == (Tier.MEMORY,) * 4
+    await store.drop(None)
+    reservation = store.reserve(NUM_SLOTS)
+    assert reservation is not None
+    reservation.close()
+
+
 @pytest.mark.parametrize("salts", [("A", "B"), ("", "A"), ("A", "a")])
 async def test_no_tenant_finds_the_blocks_of_another_in_any_tier(
     reopen: Callable[..., BlockStore], salts: tuple[str, str]

@@ -270,7 +270,8 @@ def _run(**fields: object) -> kv_pb2.OfferedRun:
         (_put(runs=[_run()] * 257), grpc.StatusCode.INVALID_ARGUMENT),
         (_put(runs=[_run(block_keys=RUN.keys[0] * 2)]), grpc.StatusCode.INVALID_ARGUMENT),
         (_put(runs=[_run(parent=RUN.keys[0], first_position=1)]), grpc.StatusCode.INVALID_ARGUMENT),
-        (_put(runs=[_run(block_keys=b"".join(RUN.keys) * 820)] * 2), grpc.StatusCode.INVALID_ARGUMENT),
+        (_put(runs=[_run(parent=bytes(16), first_position=2**32 - 1)]), grpc.StatusCode.INVALID_ARGUMENT),
+        (_put(runs=[_run(block_keys=bytes(16 * 40_000))] * 2), grpc.StatusCode.INVALID_ARGUMENT),
         (_put(holder=None), grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
