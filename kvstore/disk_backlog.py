@@ -33,18 +33,18 @@ class DiskBacklog:
         self._thread = IoThread("kv-disk-writes", max_jobs=MAX_JOBS)
         # A hung write must not keep most of the memory pinned.
         self._max_blocks = max(1, min(MAX_BLOCKS_PER_WRITE, memory.num_slots // 4))
-        self._waiting: OrderedDict[BlockKey, BlockRun] = (
-            OrderedDict()
-        )  # by the key of the last block, once each
-        self._writing: BlockRun | None = None
+        self._waiting: OrderedDict[BlockKey, BlockRun] = OrderedDict()  # by the key of the last block
+        self._queued: set[BlockKey] = set()  # waiting or being written
+        self._is_writing = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_waiting_blocks = 0
         self.num_missed_blocks = 0
 
     def offer(self, run: BlockRun) -> None:
-        """Blocks of which memory holds the bytes. Those that are on disk already are not written again."""
-        for start, stop in stretches([key not in self._disk for key in run.keys]):
+        """Blocks of which memory holds the bytes. Those that are on disk or on their way are not written again."""
+        is_news = [key not in self._queued and key not in self._disk for key in run.keys]
+        for start, stop in stretches(is_news):
             for first in range(start, stop, self._max_blocks):
                 self._enqueue(run.part(first, min(stop, first + self._max_blocks)))
         self._write_next()
@@ -53,10 +53,13 @@ class DiskBacklog:
         """Nothing of this root, or just nothing, waits any more."""
         for last_key, run in tuple(self._waiting.items()):
             if root is None or run.root == root:
-                self._take_out(last_key)
+                del self._waiting[last_key]
+                self.num_waiting_blocks -= len(run.keys)
+                self._queued.difference_update(run.keys)
 
-    def is_writing(self, key: BlockKey) -> bool:
-        return self._writing is not None and key in self._writing.keys
+    def is_queued(self, key: BlockKey) -> bool:
+        """It waits, or is being written."""
+        return key in self._queued
 
     def erase(self, root: BlockKey | None, *, on_done: Callable[[], None]) -> "asyncio.Future[int]":
         """Drops a root from the disk, or just all, once what is being written is there: how many blocks that were.
@@ -80,30 +83,20 @@ class DiskBacklog:
                 await self._idle.wait()
         except TimeoutError:
             self._miss(self.num_waiting_blocks)
-            self.num_waiting_blocks = 0
-            self._waiting.clear()
+            self.forget(None)
         await self._thread.close(timeout_s=max(0.0, deadline_s - loop.time()))
 
     def _enqueue(self, run: BlockRun) -> None:
-        known = self._waiting.get(run.keys[-1])
-        if known is not None and len(known.keys) >= len(run.keys):
-            return  # memory gave them away and has them again, or they were offered twice
         if self.num_waiting_blocks + len(run.keys) > MAX_WAITING_BLOCKS:
             self._miss(len(run.keys))
             return
+        self._queued.update(run.keys)
+        self.num_waiting_blocks += len(run.keys)
         before = self._waiting.get(run.parent)
         if before is not None and self._fit_one_write(before, run):
-            self._take_out(run.parent)
+            del self._waiting[run.parent]
             run = before.extended(run.keys)
-        if run.keys[-1] in self._waiting:
-            self._take_out(run.keys[-1])
         self._waiting[run.keys[-1]] = run
-        self.num_waiting_blocks += len(run.keys)
-
-    def _take_out(self, last_key: BlockKey) -> BlockRun:
-        run = self._waiting.pop(last_key)
-        self.num_waiting_blocks -= len(run.keys)
-        return run
 
     def _fit_one_write(self, before: BlockRun, run: BlockRun) -> bool:
         return (
@@ -113,33 +106,40 @@ class DiskBacklog:
         )
 
     def _write_next(self) -> None:
-        while self._writing is None and self._waiting:
-            run = self._take_out(next(iter(self._waiting)))
+        while not self._is_writing and self._waiting:
+            _, run = self._waiting.popitem(last=False)
+            self.num_waiting_blocks -= len(run.keys)
             slots = self._memory.pin(run.keys)
-            self._miss(len(run.keys) - len(slots))
+            missed = run.keys[len(slots) :]
+            self._miss(len(missed))
+            self._queued.difference_update(missed)
             if slots:
                 self._write(run.part(0, len(slots)), slots)
-        if self._writing is None:
+        if not self._is_writing:
             self._idle.set()
 
     def _write(self, run: BlockRun, slots: list[int]) -> None:
         blocks = [self._memory.arena_SX[slot] for slot in slots]
         writing = self._thread.submit(partial(self._disk.write, run, blocks))
         if writing is None:
-            self._memory.unpin(slots)
+            self._let_go(run, slots)
             self._miss(len(slots))
             return
-        self._writing = run
+        self._is_writing = True
         self._idle.clear()
-        writing.add_done_callback(partial(self._finish, slots))
+        writing.add_done_callback(partial(self._finish, run, slots))
 
-    def _finish(self, slots: list[int], writing: "asyncio.Future[None]") -> None:
-        self._memory.unpin(slots)
+    def _finish(self, run: BlockRun, slots: list[int], writing: "asyncio.Future[None]") -> None:
+        self._let_go(run, slots)
         if self._note_failure(writing):
             self._miss(len(slots))
-        self._writing = None
+        self._is_writing = False
         self._on_change()
         self._write_next()
+
+    def _let_go(self, run: BlockRun, slots: list[int]) -> None:
+        self._memory.unpin(slots)
+        self._queued.difference_update(run.keys)
 
     def _erase(self, root: BlockKey | None) -> int:
         num_dropped = self._disk.drop(root)

@@ -172,7 +172,7 @@ class BlockStore:
         num_blocks = 0
         try:
             async for key in self._drop_from_memory(root):
-                num_blocks += key not in self._disk and not self._backlog.is_writing(key)
+                num_blocks += key not in self._disk and not self._backlog.is_queued(key)
         finally:
             # Not earlier: until now what is in memory could go on its way to the disk.
             erasing = self._backlog.erase(root, on_done=partial(self._reader.allow, root))

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
-from kvstore import disk_backlog
+from kvstore import disk_backlog, residency
 from kvstore.blocks import BlockKey, chain_keys, root_key
 from kvstore.disk_io import Disk
 from kvstore.errors import DiskFailed
@@ -526,6 +526,97 @@ async def test_what_is_dropped_while_it_waits_or_is_written_is_not_on_disk(
     await until(lambda: chain(2, salt="B").keys[1] in disk)
     assert disk.stats().num_blocks == 2
     assert store.holdings.tier(chain(2, salt="A").keys[0]) is None
+
+
+async def test_a_drop_lets_others_go_on_and_takes_all_that_was_there(
+    store: BlockStore, disk: ScriptedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "SLOTS_PER_PART", 1)
+    keep(store, chain(4, salt="A"))
+    await until(lambda: chain(4, salt="A").keys[3] in disk)
+    keep(store, chain(4, salt="B"))
+    dropping = asyncio.create_task(store.drop(chain(1, salt="A").root))
+    await asyncio.sleep(0)
+    assert len(store.lookup(chain(4, salt="B").keys)) == 4
+    pinned = await store.pin(chain(4, salt="A").keys)
+    store.check()
+    assert await dropping == 4
+    assert store.lookup(chain(4, salt="A").keys) == ()
+    assert len(store.lookup(chain(4, salt="B").keys)) == 4
+    pinned.close()
+
+
+async def test_nothing_of_a_root_is_read_from_disk_until_it_is_erased_there(
+    store: BlockStore, disk: ScriptedDisk
+) -> None:
+    ours, theirs = chain(2, salt="A"), chain(2, salt="B")
+    disk.hold(ours)
+    disk.hold(theirs)
+    disk.go.clear()
+    keep(store, chain(1, number=1))
+    await begun(disk)  # the write, which the erasure waits for
+    dropping = asyncio.create_task(store.drop(ours.root))
+    await asyncio.sleep(0)
+    assert ours.keys[0] in disk
+    with await store.pin(ours.keys) as pinned:
+        assert pinned.slots == ()
+    reading = asyncio.create_task(store.pin(theirs.keys))
+    disk.go.set()
+    assert await dropping == 2
+    with await reading as pinned:
+        assert len(pinned.slots) == 2
+    disk.hold(ours)
+    with await store.pin(ours.keys) as pinned:
+        assert len(pinned.slots) == 2
+
+
+async def test_a_drop_that_is_cancelled_still_erases_what_is_on_disk(
+    store: BlockStore, disk: ScriptedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "SLOTS_PER_PART", 1)
+    disk.hold(chain(4))
+    keep(store, chain(4))
+    dropping = asyncio.create_task(store.drop(None))
+    await asyncio.sleep(0)
+    dropping.cancel()
+    await asyncio.wait({dropping})
+    await until(lambda: disk.num_erased == 1)
+    assert disk.stats().num_blocks == 0
+    store.check()
+    assert await store.drop(None) > 0
+    assert store.lookup(chain(4).keys) == ()
+
+
+async def test_blocks_that_come_or_are_used_again_while_they_wait_are_written_once(
+    store: BlockStore, disk: ScriptedDisk
+) -> None:
+    disk.go.clear()
+    keep(store, chain(2, number=1))
+    await begun(disk)
+    run = chain(4)
+    keep(store, run)
+    with await store.pin(run.keys[:3]):
+        reserve(store, 3).close()
+        assert len(store.lookup(run.keys)) == 3
+    keep(store, run.part(3, 4))
+    assert store.describe().num_waiting_writes == 4
+    disk.go.set()
+    await until(lambda: run.keys[3] in disk)
+    assert disk.writes[1:] == [run.keys[:2], run.keys[2:]]
+    assert store.describe().num_waiting_writes == 0
+
+
+async def test_blocks_that_a_disk_missed_are_written_when_they_are_used_again(
+    store: BlockStore, disk: ScriptedDisk
+) -> None:
+    run = chain(4)
+    disk.failure = DiskFailed("full")
+    keep(store, run)
+    await until(lambda: store.describe().num_missed_writes == 4)
+    disk.failure = None
+    (await store.pin(run.keys[:3])).close()
+    await until(lambda: run.keys[2] in disk)
+    assert run.keys[3] not in disk
 
 
 async def test_closing_writes_what_waits(disk: ScriptedDisk) -> None:
