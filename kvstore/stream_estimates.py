@@ -23,17 +23,18 @@ _LEAST_SAMPLE_S = 1e-6
 class LinkEstimate:
     """How fast bytes come from one source, and how long the first one takes."""
 
-    def __init__(self) -> None:
-        self._throughput_bytes_s = PRIOR_THROUGHPUT_BYTES_S
+    def __init__(self, *, prior_bytes_s: float = PRIOR_THROUGHPUT_BYTES_S) -> None:
+        self._prior_bytes_s = prior_bytes_s
+        self._throughput_bytes_s = prior_bytes_s
         self._latency_s: float | None = None
         self._measured_at_s: float | None = None
 
     def throughput_bytes_s(self, *, now_s: float) -> float:
         """What was measured, drifting towards the prior while nothing is."""
         if self._measured_at_s is None:
-            return PRIOR_THROUGHPUT_BYTES_S
+            return self._prior_bytes_s
         belief = 0.5 ** (max(0.0, now_s - self._measured_at_s) / _HALF_LIFE_S)
-        return _between(PRIOR_THROUGHPUT_BYTES_S, self._throughput_bytes_s, share=belief)
+        return _between(self._prior_bytes_s, self._throughput_bytes_s, share=belief)
 
     @property
     def latency_s(self) -> float:

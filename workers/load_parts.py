@@ -16,6 +16,9 @@ from workers.messages import BlocksPlaced, LoadFailed, PagesFree
 from workers.state import EngineState
 
 MAX_PEERS = 256  # whose speed is remembered
+# After a restart the disk is all that holds anything, and nothing was measured: it is tried. One that is slower has
+# shown it after a chunk.
+PRIOR_DISK_BYTES_S = 1e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,7 @@ class Sources:
     """What was learned of where blocks come from; outlives single loads."""
 
     levels: LevelEstimates
-    disk: LinkEstimate = field(default_factory=LinkEstimate)
+    disk: LinkEstimate = field(default_factory=lambda: LinkEstimate(prior_bytes_s=PRIOR_DISK_BYTES_S))
     peers: dict[str, LinkEstimate] = field(default_factory=dict)  # by control address
 
     def peer(self, address: str) -> LinkEstimate:

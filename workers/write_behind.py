@@ -1,7 +1,7 @@
 """Blocks that were computed here, on their way from device pages into the tiers below and to the stores.
 
 Beside the steps: the pages are pinned, a thread copies them into slots of the memory tier, and they are free again. It
-never holds up a step or a request: only a small share of the pages may be pinned, and what comes beyond that is not
+never holds up a step or a request: only a share of the pages may be pinned, and what comes beyond that is not
 written (its pages keep it for as long as they can).
 
 A request that generates fills a block every 16 steps. Such short runs wait a little for what continues them: each write
@@ -30,14 +30,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WriteLimits:
-    max_pinned_share: float = 0.125  # of all pages; at least one
+    max_pinned_share: float = 0.5  # of all pages, for the milliseconds that copying takes; at least one
+    max_lingering_share: float = 0.0625  # of all pages, for up to `linger_s`
     max_batch_blocks: int = 64  # copied at a time
     run_blocks: int = 8  # so many of a chain are written at once, fewer wait for more,
     linger_s: float = 0.5  # but no longer than this, nor when the engine has nothing to do
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.max_pinned_share <= 1.0:
-            raise ValueError(f"max_pinned_share must be in (0, 1], got {self.max_pinned_share}")
+        for name in ("max_pinned_share", "max_lingering_share"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.max_batch_blocks < 1:
             raise ValueError(f"max_batch_blocks must be at least 1, got {self.max_batch_blocks}")
         if not 1 <= self.run_blocks <= self.max_batch_blocks:
@@ -63,6 +65,7 @@ class WriteBehind:
         self._parts = parts
         self._limits = limits
         self._max_pinned = max(1, int(parts.kv_pool.num_pages * limits.max_pinned_share))
+        self._max_lingering = int(parts.kv_pool.num_pages * limits.max_lingering_share)
         self._lingering: dict[BlockKey, ComputedRun] = {}  # by the key of the last block
         self._linger: asyncio.TimerHandle | None = None
         self._ready: deque[ComputedRun] = deque()
@@ -89,8 +92,8 @@ class WriteBehind:
             self._parts.state.pin_pages(page_ids)
             self._num_pinned += len(page_ids)
             self._collect(ComputedRun(run=computed.run.part(start, stop), page_ids=page_ids))
-        if self._num_pinned > self._max_pinned // 2:
-            self.flush()  # before anything is let go for want of room
+        if sum(map(_num_blocks, self._lingering.values())) > self._max_lingering:
+            self.flush()
         elif self._lingering and self._linger is None:
             self._linger = asyncio.get_running_loop().call_later(self._limits.linger_s, self.flush)
         self._start()
