@@ -7,6 +7,7 @@ coded is a few bits a value: a sixteenth of a tier's bytes holds about as many t
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Self
 
 from kvstore.blocks import BlockKey
@@ -14,15 +15,15 @@ from kvstore.blocks import BlockKey
 
 @dataclass(frozen=True, slots=True)
 class ChunkId:
-    """Which blocks, at which level. A key is a digest of all blocks before it too, and of the tenant: one will do."""
+    """Which blocks, at which level. Of all their keys: in a chain the last one says all, but peers may name any blocks
+    together, and whoever wants the chain must not get those."""
 
-    last_key: BlockKey
-    num_blocks: int
+    digest: bytes
     level: int
 
     @classmethod
     def of(cls, keys: Sequence[BlockKey], *, level: int) -> Self:
-        return cls(keys[-1], len(keys), level)
+        return cls(blake2b(b"".join(keys), digest_size=16).digest(), level)
 
 
 class CodedChunks:

@@ -121,6 +121,15 @@ async def coded(peer: Peer, fetcher: BlockFetcher, run: BlockRun, *, num_blocks:
         return bytes((await fetch.receive()).payload)
 
 
+async def test_what_was_coded_for_who_names_other_blocks_before_the_last_is_for_nobody_else(
+    peer: Peer, fetcher: BlockFetcher
+) -> None:
+    other = chain(10, first_token=5000, cache_salt="another tenant")
+    fill(peer.store, other)
+    odd = BlockRun(root=other.root, parent=other.root, first_position=0, keys=(*other.keys[:9], RUN.keys[9]))
+    assert await coded(peer, fetcher, odd) != await coded(peer, fetcher, RUN)
+
+
 async def test_a_chunk_is_encoded_once_for_all_who_want_it(peer: Peer, fetcher: BlockFetcher) -> None:
     first = await coded(peer, fetcher, RUN)
     assert await coded(peer, fetcher, RUN) == first
