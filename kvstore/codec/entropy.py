@@ -16,7 +16,7 @@ all of them:
 
 Million symbols per second on one core (AMD EPYC, Zen 5): 340-510 encoded; decoded 740 with up to 31 symbols, 670 with
 63 and 310 with 255 (AVX-512), or 300, 250 and 120 (AVX2). zstd 1: 280-550 encoded, 1100-2300 decoded. At 2 bits a
-symbol a core keeps up with a link of 1 Gbit/s; chunks are independent, so that more cores decode for a faster one.
+symbol a core with AVX-512 keeps up with a link of 1 Gbit/s; chunks are independent: more cores decode for a faster one.
 """
 
 from dataclasses import dataclass

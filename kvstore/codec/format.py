@@ -49,6 +49,9 @@ class Section(IntEnum):
     DELTAS = 6
 
 
+_KINDS = {section.value: section for section in Section}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkHeader:
     """`profile_id` is empty if the chunk needs no profile."""
@@ -112,7 +115,9 @@ def unpack_chunk(
     """
     view = memoryview(data).cast("B")
     if not _HEADER.size + _CHECKSUM.size <= len(view) <= MAX_CHUNK_BYTES:
-        raise CodecCorrupted(f"a chunk of {len(view)} bytes, allowed are 52 to {MAX_CHUNK_BYTES}")
+        raise CodecCorrupted(
+            f"a chunk of {len(view)} bytes, allowed are {_HEADER.size + _CHECKSUM.size} to {MAX_CHUNK_BYTES}"
+        )
     magic, version, level, dtype, num_sections, *facts, digest = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise CodecCorrupted(f"not a chunk: starts with {magic!r}, must be {MAGIC!r}")
@@ -164,6 +169,3 @@ def _split(body: memoryview, num_sections: int) -> dict[Section, memoryview]:
     if start != len(body):
         raise CodecCorrupted(f"{len(body) - start} bytes after the last section")
     return sections
-
-
-_KINDS = {section.value: section for section in Section}

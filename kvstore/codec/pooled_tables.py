@@ -19,9 +19,8 @@ from kvstore.codec.entropy import Symbols, SymbolTables, count_symbols, fit_freq
 from kvstore.errors import CodecCorrupted
 
 MAX_TABLES = 64
-_SYMBOLS_PER_TABLE = (
-    2**14
-)  # a table of 63 symbols takes 100 bytes: 2 % of what it serves, at 2.5 bits a symbol
+# A table of 63 symbols takes 100 bytes: 2 % of what it serves, at 2.5 bits a symbol.
+_SYMBOLS_PER_TABLE = 2**14
 _NUM_ROUNDS = 3
 _HEAD_BYTES = 2
 _MAX_NUMBER_BYTES = 3
@@ -56,7 +55,7 @@ def pack_tables(tables: SymbolTables) -> bytes:
 
 
 def unpack_tables(data: bytes | memoryview, *, num_rows: int) -> SymbolTables:
-    """Raises CodecCorrupted for what `pack_tables` would not have written for that many rows."""
+    """Raises CodecCorrupted unless these are tables for that many rows, and nothing else."""
     if len(data) < _HEAD_BYTES + num_rows:
         raise CodecCorrupted(f"tables of {num_rows} rows in {len(data)} bytes")
     num_tables, num_symbols = data[0], data[1] + 1
