@@ -19,8 +19,8 @@ from kvstore.tiers.tier import BlockRun, HeldPrefix
 # What `drop_in_parts` looks at in one part.
 SLOTS_PER_PART = 512
 
-# Looking for prefixes ends after so many blocks: 2 ms, and the longest-lived come first.
-MAX_SCANNED_BLOCKS = 10_000
+# Looking for prefixes ends after so many blocks: 1 to 2 ms, and the longest-lived come first.
+MAX_SCANNED_BLOCKS = 5_000
 
 
 class Residency:
