@@ -60,6 +60,30 @@ WORKLOADS = {
     ),
 }
 
+# Unlike the traces: agents that come back within seconds, and conversations over an afternoon.
+OTHER_WORKLOADS = {
+    "agents": Workload(
+        num_requests=3_993,
+        duration_s=1_022.0,
+        goes_on=0.90,
+        pause_s=8.0,
+        median_tokens=4_000.0,
+        spread=0.5,
+        tokens_per_turn=2_500.0,
+        num_shared_blocks=0,
+    ),
+    "afternoon": Workload(
+        num_requests=4_000,
+        duration_s=14_000.0,
+        goes_on=0.50,
+        pause_s=900.0,
+        median_tokens=6_000.0,
+        spread=1.13,
+        tokens_per_turn=1_500.0,
+        num_shared_blocks=1,
+    ),
+}
+
 
 def read_trace(path: Path) -> Iterator[TracedRequest]:
     with path.open() as lines:

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from bench.kv_reuse import CAPACITIES_MTOKENS, DATA, EXPECTED, Prompt, prompts, replay
+from bench.kv_reuse import CAPACITIES_MTOKENS, DATA, EXPECTED, Prompt, mismatches, prompts, replay
 from bench.mooncake import WORKLOADS, generate, read_trace
 
 # The bench replays all of it; the conversations take seconds.
@@ -39,3 +39,9 @@ def test_the_cost_aware_policy_saves_more_flops_where_memory_is_short() -> None:
         replay(generated("synthetic"), capacity_tokens=1_000_000, policy=policy) for policy in ("lru", "cost")
     )
     assert cost.saved_flops > lru.saved_flops
+
+
+def test_a_figure_that_is_not_the_reference_is_said_loudly() -> None:
+    assert mismatches("conversation", [5.34, 13.6, 28.5, 36.4]) == []
+    (said,) = mismatches("conversation", [5.36, 13.6, 28.5, 36.4])
+    assert "5.36 % of conversation at 1 M tokens, must be 5.3" in said

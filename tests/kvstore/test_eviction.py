@@ -37,10 +37,10 @@ def test_a_block_that_costs_twice_as_much_is_kept_until_it_is_idle_for_twice_as_
     evictions = order("cost", expensive, cheap)
     evictions.use(0, at_s=0.0)
     evictions.use(1, at_s=100.0)
-    assert drain(evictions, now_s=190.0) == [0, 1]
+    assert drain(evictions, now_s=180.0) == [0, 1]
     for slot in range(2):
         evictions.queue(slot)
-    assert drain(evictions, now_s=210.0) == [1, 0]
+    assert drain(evictions, now_s=200.0) == [1, 0]
 
 
 def test_what_may_not_leave_is_passed_over_until_it_is_queued_again() -> None:
