@@ -86,7 +86,6 @@ class ChunkStream:
         self._block_bytes = block_bytes
         self._max_keep_alives = max_keep_alives  # for one chunk
         self._outstanding: deque[Want] = deque()
-        self._staging = memoryview(b"")
 
     @property
     def num_outstanding(self) -> int:
@@ -103,7 +102,7 @@ class ChunkStream:
         await self._connection.send(_header(FrameKind.WANT, want, payload_bytes=0), FrameBuffer(0))
 
     async def receive(self) -> tuple[Want, memoryview]:
-        """What the oldest want asked for; the memory is valid until the next call.
+        """What the oldest want asked for, in memory of its own: it may be decoded while the next one comes.
 
         Raises TransferRefused, TransferInterrupted or TransferCorrupted.
         """
@@ -116,7 +115,8 @@ class ChunkStream:
             match header.kind:
                 case FrameKind.CHUNK:
                     self._check(header, expected)
-                    payload = self._staged(header.payload_bytes)
+                    # Not a bytearray: that would write 64 MiB of zeros first.
+                    payload = np.empty(header.payload_bytes, np.uint8).data
                     await self._connection.receive_payload(header, into=payload)
                     self._outstanding.popleft()
                     return expected, payload
@@ -150,12 +150,6 @@ class ChunkStream:
             raise TransferCorrupted(
                 f"a coded chunk of {header.payload_bytes} bytes, its blocks have {raw_bytes}"
             )
-
-    def _staged(self, num_bytes: int) -> memoryview:
-        if len(self._staging) < num_bytes:
-            # Not a bytearray: that would write 64 MiB of zeros first.
-            self._staging = np.empty(num_bytes, np.uint8).data
-        return self._staging[:num_bytes]
 
 
 def _header(kind: FrameKind, want: Want, *, payload_bytes: int) -> FrameHeader:

@@ -48,7 +48,7 @@ class Chunk:
     first_block: int
     num_blocks: int
     level: int
-    payload: memoryview  # valid until the next `receive`
+    payload: memoryview
 
 
 class Fetch:

@@ -28,7 +28,7 @@ class LoadLimits:
     max_num_loads: int = 16  # at a time
     chunk_blocks: int = 16
     max_ahead_chunks: int = 16  # of one load, in slots and not in pages
-    max_outstanding: int = 2  # chunks asked for and not here
+    max_outstanding: int = 3  # chunks asked for and not here: one on the wire, two being decoded
     timeout_s: float = 60.0  # of a whole load, the wait for pages included
     least_patience_s: float = 0.01  # with a chunk that computing overtakes: waking threads takes as long
 

@@ -22,7 +22,7 @@ from workers.errors import PullCorrupted
 from workers.fetch import Fetch
 from workers.load_parts import Arrived, LoadParts, Sources
 from workers.load_plan import Span
-from workers.threads import run_to_end
+from workers.threads import cancel_to_end, run_to_end
 
 
 class BlocksMissing(Exception):
@@ -78,9 +78,17 @@ class _Wanted:
     room: Reservation
     asked_s: float
 
+    @property
+    def num_tokens(self) -> int:
+        return self.span.num_blocks * BLOCK_SIZE_TOKENS
+
 
 class PeerSource:
-    """One open pull. Lossy chunks stay in reserved slots; raw ones are exact, and this worker's from now on."""
+    """One open pull. Lossy chunks stay in reserved slots; raw ones are exact, and this worker's from now on.
+
+    While a chunk is decoded the next ones travel: at 1 Gbit/s one core takes as long for the one as the wire for the
+    other.
+    """
 
     def __init__(
         self,
@@ -98,8 +106,9 @@ class PeerSource:
         self._sources = sources
         self._threads = threads
         self._link = link
-        self._wanted: deque[_Wanted] = deque()
-        self._last_s = time.monotonic()
+        self._coming: deque[tuple[_Wanted, asyncio.Task[Arrived]]] = deque()
+        self._wire = asyncio.Lock()  # fair: chunks are received in the order in which they were asked for
+        self._received_s = self._decoded_s = 0.0  # when that of the last chunk ended
 
     def levels(self) -> Sequence[LevelCost]:
         costs = self._sources.levels.costs()
@@ -109,54 +118,63 @@ class PeerSource:
         room = self._parts.store.reserve(span.num_blocks)
         if room is None:
             return False
-        if not self._wanted:
-            self._last_s = time.monotonic()
-        self._wanted.append(_Wanted(span, cost, room, time.monotonic()))
-        await self._fetch.want(
-            first_block=span.first_block - self._chain.first_position,
-            num_blocks=span.num_blocks,
-            level=cost.level,
-        )
+        wanted = _Wanted(span, cost, room, time.monotonic())
+        try:
+            await self._fetch.want(
+                first_block=span.first_block - self._chain.first_position,
+                num_blocks=span.num_blocks,
+                level=cost.level,
+            )
+        except BaseException:
+            room.close()
+            raise
+        self._coming.append((wanted, asyncio.create_task(self._bring(wanted))))
         return True
 
     async def receive(self) -> Arrived:
-        wanted = self._wanted[0]
-        num_tokens = wanted.span.num_blocks * BLOCK_SIZE_TOKENS
+        arrived = await self._coming[0][1]
+        del self._coming[0]
+        return arrived
+
+    async def aclose(self) -> None:
+        """Gives back what was reserved for chunks that did not come. Idempotent."""
+        try:
+            await cancel_to_end([task for _, task in self._coming])
+        finally:
+            for wanted, task in self._coming:
+                wanted.room.close()
+                if not task.cancelled() and task.exception() is None:
+                    task.result().held.close()
+            self._coming.clear()
+
+    async def _bring(self, wanted: _Wanted) -> Arrived:
+        async with self._wire:
+            payload = await self._receive(wanted)
+            if wanted.cost.level == RAW:
+                # The largest chunks, and the fastest to unpack: no second one is in memory meanwhile.
+                await self._unpack(payload, wanted)
+        if wanted.cost.level != RAW:
+            await self._unpack(payload, wanted)
+        level = self._parts.codec.levels[wanted.cost.level]
+        raw_bytes = wanted.span.num_blocks * self._parts.codec.layout.block_bytes
+        self._parts.metrics.chunk(level.name, raw_bytes, len(payload))
+        if wanted.cost.level == RAW:
+            return await self._keep(wanted)
+        return Arrived(span=wanted.span, held=wanted.room, tier=Tier.PEER, is_exact=False)
+
+    async def _receive(self, wanted: _Wanted) -> memoryview:
+        began_s = max(wanted.asked_s, self._received_s)
         try:
             chunk = await self._fetch.receive()
         except asyncio.CancelledError:
             # What is not here after so long is news too: the next load should not wait for it.
             now_s = time.monotonic()
-            expected_bytes = int(wanted.cost.bytes_per_token * num_tokens)
-            self._link.overdue(expected_bytes, waited_s=now_s - self._last_s, now_s=now_s)
+            expected_bytes = int(wanted.cost.bytes_per_token * wanted.num_tokens)
+            self._link.overdue(expected_bytes, waited_s=now_s - began_s, now_s=now_s)
             raise
-        came_s, num_bytes = time.monotonic(), len(chunk.payload)
-        self._link.received(num_bytes, receive_s=came_s - self._last_s, now_s=came_s)
-        # The next chunk may travel while this one is decoded: counted from here, the slower of the two decides.
-        self._last_s = came_s
-        del self._wanted[0]
-        try:
-            await self._unpack(chunk.payload, wanted)
-        except BaseException:
-            wanted.room.close()
-            raise
-        self._sources.levels.observe(
-            wanted.cost.level,
-            num_tokens=num_tokens,
-            coded_bytes=num_bytes,
-            seconds={"decode": time.monotonic() - came_s},
-        )
-        block_bytes = self._parts.codec.layout.block_bytes
-        level = self._parts.codec.levels[wanted.cost.level]
-        self._parts.metrics.chunk(level.name, wanted.span.num_blocks * block_bytes, num_bytes)
-        if wanted.cost.level == RAW:
-            return await self._keep(wanted)
-        return Arrived(span=wanted.span, held=wanted.room, tier=Tier.PEER, is_exact=False)
-
-    def close(self) -> None:
-        """Gives back what was reserved for chunks that did not come. Idempotent."""
-        while self._wanted:
-            self._wanted.pop().room.close()
+        self._received_s = now_s = time.monotonic()
+        self._link.received(len(chunk.payload), receive_s=now_s - began_s, now_s=now_s)
+        return chunk.payload
 
     async def _unpack(self, payload: memoryview, wanted: _Wanted) -> None:
         arena_SX, slots = self._parts.store.arena_SX, wanted.room.slots
@@ -166,7 +184,16 @@ class PeerSource:
             if len(payload) != expected_bytes:
                 raise PullCorrupted(f"{len(slots)} raw blocks are {expected_bytes} bytes, got {len(payload)}")
             work = functools.partial(_copy_raw, payload, arena_SX, slots)
+        began_s = time.monotonic()
         await run_to_end(self._threads, work)
+        # Of two that are decoded at a time, each counts for what it adds: that is how fast decoding goes on.
+        began_s, self._decoded_s = max(began_s, self._decoded_s), time.monotonic()
+        self._sources.levels.observe(
+            wanted.cost.level,
+            num_tokens=wanted.num_tokens,
+            coded_bytes=len(payload),
+            seconds={"decode": self._decoded_s - began_s},
+        )
 
     async def _keep(self, wanted: _Wanted) -> Arrived:
         """Commits raw blocks, and pins them before anybody can take their slots."""

@@ -171,7 +171,7 @@ class RequestLoad:
                     end_block = chain.first_position + fetch.num_blocks
                     self._parts.state.shorten_load(self.request.request_id, region, end_block)
                     planner = self._plan_for(Span(chain.first_position, end_block), link)
-                with contextlib.closing(source):
+                async with contextlib.aclosing(source):
                     await self._stream(region, source, planner)
             return
         self._stop(region, region.end_block)

@@ -2,11 +2,25 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+
+async def cancel_to_end(tasks: Collection["asyncio.Task[Any]"]) -> None:
+    """Returns when all have ended, however often this is cancelled meanwhile."""
+    for task in tasks:
+        task.cancel()
+    cancelled = False
+    while pending := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def run_to_end(executor: Executor, work: Callable[[], Result]) -> Result:

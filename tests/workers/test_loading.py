@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.codec.codec import KvCodec
 from kvstore.disk_reader import DiskReader
 from kvstore.streaming import plan_stream
 from tests.workers.loading_ends import CHUNK_BLOCKS, HOLDER, SOON_S, End, running_end
@@ -321,6 +322,48 @@ async def test_an_abort_while_a_chunk_is_decoded_leaves_nothing(
     await end.ended(request_id)
     go.set()
     await end.settled()
+
+
+@pytest.fixture
+async def lossy(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[End]:
+    """Only the peer has the blocks, and all are fetched at level 1."""
+    monkeypatch.setattr(load_plan, "plan_stream", lambda *view: replace(plan_stream(*view), level=1))
+    async with running_end(checkpoint, max_level=1) as end:
+        await end.answer(PROMPT)
+        await end.settled()
+        end.give_to(end.peer)
+        end.state.drop(None)
+        await end.store.drop(None)
+        yield end
+
+
+async def test_the_next_chunks_travel_while_one_is_decoded(
+    lossy: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Blocked(monkeypatch, KvCodec, "decode")
+    request_id = lossy.submit(PROMPT, kv_holders=(HOLDER,))
+    async with asyncio.timeout(SOON_S):
+        while len(lossy.peer.sent) < NUM_CHUNKS:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    decode.go.set()
+    assert (await lossy.ended(request_id)).num_cached_tokens == NUM_BLOCKS * 16
+    await lossy.settled()
+
+
+async def test_an_abort_while_two_chunks_are_decoded_and_one_is_waited_for_leaves_nothing(
+    lossy: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Blocked(monkeypatch, KvCodec, "decode")
+    request_id = lossy.submit(PROMPT, kv_holders=(HOLDER,))
+    async with asyncio.timeout(SOON_S):
+        while len(lossy.peer.sent) < NUM_CHUNKS - 1:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await decode.is_reached()
+    lossy.peer.sending.shut()
+    lossy.loop.abort(lossy.session_id, request_id)
+    await lossy.ended(request_id)
+    decode.go.set()
+    await lossy.settled()
 
 
 async def test_a_step_that_fails_while_blocks_come_leaves_nothing(
