@@ -7,7 +7,7 @@ every gateway goes on with what it knows:
 - Who has missed something, asks for it and tells in turn all that he knows at first hand: members at once, blocks
   when the worker has been asked for a snapshot. That is the one repair, whatever was lost.
 - Members of another gateway are let go only while the stream demonstrably works and says nothing of them. While
-  it does not, their sessions tell who is dead.
+  it does not, their sessions tell who is dead, and those of our own members too: they may have gone to another.
 - Which incarnation of a worker is the newest is settled where the order of all registrations is known, in Redis
   (`redis_link`); without Redis by each gateway for itself, and again when it is back.
 
@@ -56,20 +56,27 @@ class Outgoing:
 
 
 class RedisDirectory:
-    """A `Directory` (server.py) over `memory`, which routing and sessions go on to read. Used from one event loop."""
+    """A `Directory` (server.py) over `memory`, which routing and sessions go on to read. Used from one event loop.
 
-    def __init__(self, memory: MemoryDirectory, *, gateway_id: str) -> None:
+    `is_reached`: whether this gateway has an open session with that worker.
+    """
+
+    def __init__(
+        self, memory: MemoryDirectory, *, gateway_id: str, is_reached: Callable[[Incarnation], bool]
+    ) -> None:
         self.memory = memory
         self.gateway_id = gateway_id
+        self._is_reached = is_reached
         self.has_outgoing = asyncio.Event()
         self._outgoing: deque[Outgoing] = deque()
         self._num_written = 0
         self._is_linked = False
         self._witnesses = Witnesses(gateway_id=gateway_id, ttl_s=memory.ttl_s)
-        self._claims: dict[
-            WorkerId, int
-        ] = {}  # the entries of claims that are on their way through the stream
+        # The numbers of the entries of claims that are on their way through the stream.
+        self._claims: dict[WorkerId, int] = {}
         self._to_ask: set[WorkerId] = set()  # for a snapshot, at their next heartbeat
+        self._owes_blocks = False
+        self._asked_workers_s = float("-inf")
         self._announced_s = 0.0
 
     @property
@@ -118,7 +125,8 @@ class RedisDirectory:
 
     def expire(self, *, now_s: float) -> tuple[Member, ...]:
         for member in self.memory.members():
-            if not self._witnesses.may_be_dead(member.worker_id, now_s=now_s):
+            is_reached = self._is_reached(member.incarnation)
+            if not self._witnesses.may_be_dead(member.worker_id, now_s=now_s, is_reached=is_reached):
                 self.memory.spare(member.worker_id, now_s=now_s)
         silent = self.memory.expire(now_s=now_s)
         for member in silent:
@@ -146,6 +154,7 @@ class RedisDirectory:
         self._write(Kind.HERE)
         if now_s - self._announced_s >= REANNOUNCE_S:
             self._announce(now_s=now_s)
+        self._ask_workers(now_s=now_s)
 
     def take_outgoing(self, max_entries: int) -> list[Outgoing]:
         """The next entries, in order. Those that cannot be written are lost."""
@@ -249,7 +258,14 @@ class RedisDirectory:
     def _tell_all(self, *, now_s: float) -> None:
         """What we know at first hand: members now, blocks as soon as their workers have sent them again."""
         self._announce(now_s=now_s)
-        self._to_ask.update(member.worker_id for member in self._own_members())
+        self._owes_blocks = True
+        self._ask_workers(now_s=now_s)
+
+    def _ask_workers(self, *, now_s: float) -> None:
+        """Once in a ttl: gateways that link up one after the other all ask, and a snapshot may be large."""
+        if self._owes_blocks and now_s - self._asked_workers_s >= self.ttl_s:
+            self._owes_blocks, self._asked_workers_s = False, now_s
+            self._to_ask.update(member.worker_id for member in self._own_members())
 
     def _announce(self, *, now_s: float) -> None:
         self._announced_s = now_s

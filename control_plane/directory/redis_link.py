@@ -64,12 +64,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RedisSettings:
-    """`url` may hold a password: it is never logged. `call_timeout_s`: of each call, however slow Redis is."""
+    """`url` may hold a password: it is in no log and no error. `call_timeout_s`: of each call.
+
+    Raises ValueError for a URL that redis-py cannot use, which it would find out at the first call only.
+    """
 
     url: str
     prefix: str
     heartbeat_s: float
     call_timeout_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        try:
+            Redis.from_url(self.url).connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, RedisError):
+            # Their messages quote parts of the URL.
+            raise ValueError(
+                "url cannot be used: its port, its options or a character that needs %-encoding"
+            ) from None
 
 
 class RedisLink:

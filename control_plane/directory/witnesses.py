@@ -75,11 +75,18 @@ class Witnesses:
     def asks_everybody(self, *, now_s: float) -> None:
         self._asked_all_s = now_s
 
-    def may_be_dead(self, worker_id: WorkerId, *, now_s: float) -> bool:
-        """Whether silence of this worker means anything."""
+    def may_be_dead(self, worker_id: WorkerId, *, now_s: float, is_reached: bool) -> bool:
+        """Whether silence of this worker means anything. `is_reached`: there is an open session with it.
+
+        Whom we heard ourselves may have gone to another gateway, which cannot tell us while the stream does not
+        work. A session that is open then shows that it lives: those of the dead and the frozen break.
+        """
         sign = self._signs.get(worker_id)
-        if sign is None or sign.through == self._own_id:
+        if sign is None:
             return True
+        if sign.through == self._own_id:
+            works_for_s = now_s - self._works_since_s if self._is_fresh(self._own_id, now_s=now_s) else 0.0
+            return not is_reached or works_for_s >= TTLS_THROUGH_OTHERS * self._ttl_s
         if not self._is_fresh(self._own_id, now_s=now_s):
             return False
         num_ttls = (

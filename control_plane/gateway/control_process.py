@@ -72,8 +72,8 @@ async def serve(
     gateway = config.gateway
     http_port = replica_port(gateway.port, replica)
     memory = MemoryDirectory(ttl_s=config.directory.ttl_s)
-    directory, link = _directory(config, memory)
     sessions = SessionPool(SessionSettings(gateway_id=f"{socket.gethostname()}:{http_port}"))
+    directory, link = _directory(config, memory, sessions)
     memory.subscribe(sessions.on_change)
     memory.subscribe(warn_of_other_formats)
     dispatcher = PoolDispatcher(memory, sessions, policy=_policy(config), settings=_dispatch_settings(config))
@@ -138,17 +138,22 @@ async def serve(
         await asyncio.gather(*stops)
 
 
-def _directory(config: ClusterConfig, memory: MemoryDirectory) -> tuple[Directory, RedisLink | None]:
+def _directory(
+    config: ClusterConfig, memory: MemoryDirectory, sessions: SessionPool
+) -> tuple[Directory, RedisLink | None]:
     """What workers speak to. Without Redis, that is what this gateway knows."""
     if not config.directory.redis_url:
         return memory, None
-    # A new one at every start, as entries are numbered from 1.
-    directory = RedisDirectory(memory, gateway_id=secrets.token_hex(8))
-    settings = RedisSettings(
-        url=config.directory.redis_url,
-        prefix=config.directory.redis_prefix,
-        heartbeat_s=config.directory.heartbeat_s,
-    )
+    try:
+        settings = RedisSettings(
+            url=config.directory.redis_url,
+            prefix=config.directory.redis_prefix,
+            heartbeat_s=config.directory.heartbeat_s,
+        )
+    except ValueError as error:
+        raise StartRefused(f"directory.redis_{error}") from error
+    # A new id at every start, as entries are numbered from 1.
+    directory = RedisDirectory(memory, gateway_id=secrets.token_hex(8), is_reached=sessions.is_ready)
     return directory, RedisLink(directory, settings)
 
 

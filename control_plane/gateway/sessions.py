@@ -286,6 +286,10 @@ class SessionPool:
         session = self._sessions.get(incarnation.worker_id)
         return session if session is not None and session.member.epoch == incarnation.epoch else None
 
+    def is_ready(self, incarnation: Incarnation) -> bool:
+        session = self.get(incarnation)
+        return session is not None and session.is_ready
+
     async def wait_for_change(self) -> None:
         """Until a worker joins, leaves or reports, or a session becomes ready or is lost."""
         await self._changed.wait()

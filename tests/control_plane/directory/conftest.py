@@ -10,7 +10,7 @@ import pytest
 
 from control_plane.directory.block_events import BlockEvents
 from control_plane.directory.errors import UnknownWorker
-from control_plane.directory.member import Member, Model, Role, WorkerId, WorkerLoad
+from control_plane.directory.member import Incarnation, Member, Model, Role, WorkerId, WorkerLoad
 from control_plane.directory.memory import MemoryDirectory
 from control_plane.directory.redis_directory import RedisDirectory
 from control_plane.directory.redis_link import RedisLink, RedisSettings
@@ -82,6 +82,7 @@ class Worker:
         self.member = member
         self.num_registrations = 0
         self.num_running = 0
+        self.num_snapshots = 0
         self.held: set[int] = set()
         self._new: set[int] = set()
         self._needs_snapshot = True
@@ -100,6 +101,7 @@ class Worker:
 
     def beat(self) -> None:
         snapshot, self._needs_snapshot = self._needs_snapshot, False
+        self.num_snapshots += snapshot
         stored = sorted(self.held if snapshot else self._new)
         self._new.clear()
         self._needs_snapshot = self.gateway.directory.heartbeat(
@@ -129,6 +131,7 @@ class Site:
 
     def __init__(self, redis: RedisServer | None) -> None:
         self.redis = redis
+        self.reached: set[Incarnation] = set()  # whom every gateway has an open session with
         self._gateways: list[Gateway] = []
         self._workers: list[Worker] = []
 
@@ -137,7 +140,9 @@ class Site:
         if self.redis is None:
             gateway = Gateway(memory, memory, None)
         else:
-            directory = RedisDirectory(memory, gateway_id=f"gateway-{len(self._gateways)}")
+            directory = RedisDirectory(
+                memory, gateway_id=f"gateway-{len(self._gateways)}", is_reached=self.reached.__contains__
+            )
             settings = RedisSettings(
                 url=self.redis.url, prefix="test", heartbeat_s=HEARTBEAT_S, call_timeout_s=0.2
             )

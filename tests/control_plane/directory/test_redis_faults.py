@@ -23,6 +23,28 @@ async def test_while_redis_is_gone_nobody_is_dropped_and_an_empty_one_is_filled_
     await heals(site, b, worker)
 
 
+async def test_a_worker_that_moves_while_redis_is_gone_stays_where_it_is_reached(site: Site) -> None:
+    a, b, worker = await shared(site)
+    site.reached.add(worker.member.incarnation)
+    site.redis.kill()
+    await until_down(site, a, b)
+    worker.gateway = b
+    await outlive_the_ttl(site, a, b, worker=worker)
+    site.redis.start()
+    await heals(site, a, worker)
+    await outlive_the_ttl(site, a, b, worker=worker)
+    await worker.fall_silent()
+    await site.until(lambda: not a.knows(worker) and not b.knows(worker))
+
+
+async def test_a_worker_that_dies_while_redis_is_gone_is_dropped_where_it_reported(site: Site) -> None:
+    a, b, worker = await shared(site)
+    site.redis.kill()
+    await until_down(site, a, b)
+    await worker.fall_silent()
+    await site.until(lambda: not a.knows(worker))
+
+
 async def test_a_frozen_redis_holds_up_nobody(site: Site) -> None:
     a, b, worker = await shared(site)
     site.redis.freeze()

@@ -1,6 +1,7 @@
 """Gateways that come and go, workers that change theirs, and what goes through the stream between them."""
 
 import asyncio
+import time
 
 import pytest
 from redis import Redis
@@ -33,6 +34,15 @@ async def test_a_gateway_that_starts_later_knows_everybody(site: Site) -> None:
     late = site.gateway()
     await site.until(lambda: late.num_blocks(worker, 1, 2) == 2)
     assert worker.num_registrations == 1
+
+
+async def test_many_gateways_that_start_at_once_ask_a_worker_for_its_blocks_once_in_a_ttl(site: Site) -> None:
+    a, _, worker = await shared(site)
+    started_s, num_before = time.monotonic(), worker.num_snapshots
+    late = [site.gateway() for _ in range(8)]
+    await site.until(lambda: all(gateway.num_blocks(worker, 1, 2) == 2 for gateway in late))
+    num_ttls = (time.monotonic() - started_s) / a.memory.ttl_s
+    assert worker.num_snapshots - num_before <= num_ttls + 1
 
 
 async def test_gateways_that_start_without_redis_serve_and_find_each_other_later(site: Site) -> None:

@@ -26,33 +26,46 @@ def run(witnesses: Witnesses, *gateway_ids: str, from_s: float, until_s: float, 
         from_s, number = from_s + 1.0, number + 1
 
 
+def may_be_dead(witnesses: Witnesses, *, now_s: float, is_reached: bool = False) -> bool:
+    return witnesses.may_be_dead(W, now_s=now_s, is_reached=is_reached)
+
+
 def test_a_worker_of_our_own_is_as_dead_as_it_is_silent() -> None:
     witnesses = make_witnesses()
     witnesses.heard(W, through="own", now_s=1.0)
-    assert witnesses.may_be_dead(W, now_s=1.1)
+    assert may_be_dead(witnesses, now_s=1.1)
+
+
+def test_a_worker_of_our_own_that_we_reach_may_have_moved_until_the_stream_would_tell() -> None:
+    witnesses = make_witnesses()
+    witnesses.heard(W, through="own", now_s=0.0)
+    assert not may_be_dead(witnesses, now_s=1e6, is_reached=True)
+    run(witnesses, "own", from_s=1e6, until_s=1e6 + TTLS_THROUGH_OTHERS * TTL_S)
+    assert not may_be_dead(witnesses, now_s=1e6 + TTLS_THROUGH_OTHERS * TTL_S - 0.1, is_reached=True)
+    assert may_be_dead(witnesses, now_s=1e6 + TTLS_THROUGH_OTHERS * TTL_S, is_reached=True)
 
 
 def test_a_worker_of_whom_a_living_gateway_says_nothing_may_be_dead() -> None:
     witnesses = make_witnesses()
     run(witnesses, "own", "other", from_s=1.0, until_s=TTLS_THROUGH_OTHERS * TTL_S)
-    assert not witnesses.may_be_dead(W, now_s=TTLS_THROUGH_OTHERS * TTL_S - 0.1)
-    assert witnesses.may_be_dead(W, now_s=TTLS_THROUGH_OTHERS * TTL_S)
+    assert not may_be_dead(witnesses, now_s=TTLS_THROUGH_OTHERS * TTL_S - 0.1)
+    assert may_be_dead(witnesses, now_s=TTLS_THROUGH_OTHERS * TTL_S)
 
 
 def test_a_worker_whose_gateway_died_has_time_to_find_another() -> None:
     witnesses = make_witnesses()
     run(witnesses, "own", from_s=1.0, until_s=TTLS_WITHOUT_A_GATEWAY * TTL_S)
-    assert not witnesses.may_be_dead(W, now_s=TTLS_WITHOUT_A_GATEWAY * TTL_S - 0.1)
-    assert witnesses.may_be_dead(W, now_s=TTLS_WITHOUT_A_GATEWAY * TTL_S)
+    assert not may_be_dead(witnesses, now_s=TTLS_WITHOUT_A_GATEWAY * TTL_S - 0.1)
+    assert may_be_dead(witnesses, now_s=TTLS_WITHOUT_A_GATEWAY * TTL_S)
 
 
 def test_while_we_do_not_read_our_own_entries_silence_means_nothing_and_neither_right_after() -> None:
     witnesses = make_witnesses()
-    assert not witnesses.may_be_dead(W, now_s=1e6)
+    assert not may_be_dead(witnesses, now_s=1e6)
     run(witnesses, "own", "other", from_s=1e6, until_s=1e6 + 3.0)
-    assert not witnesses.may_be_dead(W, now_s=1e6 + 3.0)
+    assert not may_be_dead(witnesses, now_s=1e6 + 3.0)
     run(witnesses, "own", "other", from_s=1e6 + 4.0, until_s=1e6 + 4.0, number=6)
-    assert witnesses.may_be_dead(W, now_s=1e6 + TTLS_THROUGH_OTHERS * TTL_S)
+    assert may_be_dead(witnesses, now_s=1e6 + TTLS_THROUGH_OTHERS * TTL_S)
 
 
 def test_numbers_tell_what_was_missed() -> None:

@@ -36,8 +36,8 @@ class SharedCluster:
     def add_gateway(self) -> None:
         memory = MemoryDirectory(ttl_s=60.0)
         name = f"gateway-{len(self.clusters)}"
-        directory = RedisDirectory(memory, gateway_id=name)
         sessions = SessionPool(SessionSettings(gateway_id=name))
+        directory = RedisDirectory(memory, gateway_id=name, is_reached=sessions.is_ready)
         memory.subscribe(sessions.on_change)
         settings = RedisSettings(url=self.redis.url, prefix="test", heartbeat_s=0.02)
         self._tasks.append(asyncio.create_task(RedisLink(directory, settings).run()))
