@@ -20,7 +20,7 @@ CLASSES_PER_OCTAVE = 4
 BUSY_S = 5.0
 # Added to all other ages, as between blocks used a moment ago, age tells little. Beside LRU, a memory of 10^6 tokens
 # saves 1.11 and 1.27 x the FLOPs on the Mooncake traces (bench/kv_reuse.py). To count the first minute as one moment
-# saved 1.46 and 1.35 x there, but 0.88 x where agents come back within seconds; this, 0.99 x.
+# saved 1.46 and 1.35 x there, but 0.88 x where agents come back within seconds; this, 0.99 to 1.01 x.
 GRACE_S = 10.0
 _LEAST_IDLE_S = 1e-3
 

@@ -27,8 +27,8 @@ FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 # Another process may serve the directory: it is asked at once, but not by all workers in the same moment.
 FAIL_OVER_S = 0.05
-# What one heartbeat carries at most: to find them holds the event loop for 2 ms. The rest follows at once.
-MAX_KEYS_PER_HEARTBEAT = 2**12
+# What one heartbeat carries at most: to find them holds the event loop for 1 to 2 ms. The rest follows at once.
+MAX_KEYS_PER_HEARTBEAT = 2**11
 
 _logger = logging.getLogger(__name__)
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
