@@ -49,6 +49,7 @@ class BlockIndex:
 
     def apply(self, worker_id: WorkerId, events: BlockEvents) -> bool:
         """Records `events`. False: earlier ones were missed, nothing was recorded, a snapshot is needed."""
+        is_new = worker_id not in self._last_sequence
         last_sequence = self._last_sequence.get(worker_id, 0)
         # An equal number is a further part, or a message sent again because its answer was lost: recording it
         # twice is harmless.
@@ -56,7 +57,7 @@ class BlockIndex:
             return False
         self._last_sequence[worker_id] = events.sequence
         holder = self._holder(worker_id)
-        if events.snapshot:
+        if events.snapshot and not is_new:
             self._table.clear(holder)
         if events.stored:
             tiers = np.frombuffer(events.stored_tiers or bytes(events.num_stored), np.uint8)

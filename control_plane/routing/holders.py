@@ -7,8 +7,10 @@ from control_plane.routing.view import ClusterView, Holding, RoutingRequest, Wor
 MAX_HOLDERS = 3
 
 
-def choose_holders(computes: Incarnation, request: RoutingRequest, view: ClusterView) -> tuple[Holding, ...]:
-    """Workers and stores with more leading blocks than it has itself, best first.
+def choose_holders(
+    computes: Incarnation, request: RoutingRequest, view: ClusterView, *, model_fingerprint: bytes
+) -> tuple[Holding, ...]:
+    """Workers and stores of its model with more leading blocks than it has itself, best first.
 
     More blocks are better; of equals, faster tiers; then who has less to do.
     """
@@ -19,6 +21,7 @@ def choose_holders(computes: Incarnation, request: RoutingRequest, view: Cluster
         if worker.is_healthy
         and worker.incarnation != computes
         and worker.incarnation not in request.excluded
+        and worker.model_fingerprint in (b"", model_fingerprint)
         and request.overlap(worker.incarnation.worker_id).num_blocks > num_own
     ]
     holders.sort(key=lambda worker: _order(worker, request))

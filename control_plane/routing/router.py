@@ -27,7 +27,7 @@ def route(request: RoutingRequest, view: ClusterView, policy: RoutingPolicy) -> 
     return Placement(
         decode=decode.incarnation,
         prefill=prefill,
-        kv_holders=choose_holders(computes, request, view),
+        kv_holders=choose_holders(computes, request, view, model_fingerprint=decode.model_fingerprint),
         num_uncached_tokens=request.num_prompt_tokens - request.num_cached_tokens(computes.worker_id),
     )
 

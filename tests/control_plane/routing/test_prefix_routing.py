@@ -121,6 +121,13 @@ def test_who_failed_this_request_or_cannot_be_reached_is_no_hint() -> None:
     assert hints(placement) == []
 
 
+def test_who_has_another_model_is_no_hint() -> None:
+    asked = request(other=device(80), store=device(70))
+    other = worker("other", model_fingerprint=b"other", num_assigned=90)
+    placement = place(asked, worker("w"), other, worker("store", Role.STORE, model_fingerprint=b""))
+    assert (placement.decode, hints(placement)) == (name("w"), [("store", 70)])
+
+
 def test_a_store_is_never_routed_to_but_hinted_at() -> None:
     store = worker("store", Role.STORE)
     placement = place(request(store=device(128)), worker("w"), store)
