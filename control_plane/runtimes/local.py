@@ -83,7 +83,9 @@ class LocalRuntime:
             resources.callback(remove_leftovers, run_dir)
             (run_dir / "logs").mkdir(exist_ok=True)
             self.config.socket_dir.mkdir(mode=0o700, exist_ok=True)
-            (run_dir / EFFECTIVE_CONFIG_FILE).write_text(dump(self.config))
+            effective = run_dir / EFFECTIVE_CONFIG_FILE
+            effective.touch(mode=0o600)  # directory.redis_url may hold a password
+            effective.write_text(dump(self.config))
             self._resources = resources.pop_all()
         return self
 

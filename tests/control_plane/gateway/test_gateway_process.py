@@ -255,6 +255,17 @@ async def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     assert "no tokenizer.json" in json.loads(stderr)["detail"]
 
 
+async def test_a_redis_url_that_cannot_be_used_is_refused_without_being_shown(
+    tmp_path: Path, model_path: Path
+) -> None:
+    process = await spawn(write_config(tmp_path, model_path, redis_url="redis://:secr/et@localhost:6379"))
+    _, stderr = await asyncio.wait_for(process.communicate(), TIMEOUT_S)
+    assert process.returncode == 2
+    (line,) = stderr.decode().splitlines()
+    assert json.loads(line)["detail"].startswith("directory.redis_url cannot be used: ")
+    assert "secr" not in line
+
+
 async def test_a_setting_that_does_not_exist_is_refused(tmp_path: Path, model_path: Path) -> None:
     process = await spawn(write_config(tmp_path, model_path, prot=1))
     _, stderr = await asyncio.wait_for(process.communicate(), TIMEOUT_S)

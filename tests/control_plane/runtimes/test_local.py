@@ -78,6 +78,8 @@ async def test_starts_every_process_and_leaves_only_logs(
         assert all(process.process_id and process.process_id.is_alive() for process in state.processes)
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.get(f"{state.http_url}/ready")).status_code == 200
+        # The URL of a Redis in it may hold a password.
+        assert (config.run_dir / "effective.yaml").stat().st_mode & 0o777 == 0o600
     assert_nothing_left(config.run_dir, watcher)
 
 
