@@ -27,7 +27,10 @@ def cache(
     ] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object for programs.")] = False,
 ) -> None:
-    """Show the tiers of every worker: blocks, bytes, hit rates, compression, prefixes. Exit code 1 if one is silent."""
+    """Show the tiers of every worker: blocks, bytes, hit rates, compression, prefixes.
+
+    Exit code 1 if one does not answer.
+    """
     if context.invoked_subcommand is not None:
         return
     with clean_errors():
@@ -40,7 +43,10 @@ def cache(
             print(json.dumps(report, indent=1))
         else:
             print_report(report)
-        if any(answer.reply is None for answer in answers):
+        silent = [answer for answer in answers if answer.reply is None]
+        for answer in silent:
+            say_error(f"{answer.worker.worker_id} does not say what it holds: {answer.failure}")
+        if silent:
             raise typer.Exit(FAILED)
 
 

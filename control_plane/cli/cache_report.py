@@ -98,8 +98,6 @@ def _tier_table(workers: Sequence[Report]) -> Table:
         ["worker", "tier"], ["blocks", "bytes", "capacity", "hit rate", "stored", "evicted", "errors"]
     )
     for worker in workers:
-        if worker["failure"] is not None:
-            table.add_row(worker["name"], f"does not answer: {worker['failure']}")
         for tier in worker.get("tiers", ()):
             table.add_row(worker["name"], tier["name"], *_tier_cells(tier))
     return table

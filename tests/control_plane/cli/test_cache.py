@@ -153,8 +153,9 @@ def test_a_worker_that_does_not_answer_is_named_and_is_a_failure(run_dir: Path, 
     serve(FakeTiers("decode-0"), FakeTiers("decode-1", failure="the disk is on fire"))
     result = run(run_dir)
     assert result.exit_code == 1
-    assert "does not answer: internal: the disk is on fire" in result.stdout
+    assert result.stderr == "penstock: decode-1 does not say what it holds: internal: the disk is on fire\n"
     assert "25.0%" in result.stdout
+    assert "decode-1" not in result.stdout
 
 
 def test_dropping_a_salt_names_the_tenants_root_to_every_worker(run_dir: Path, serve: Serve) -> None:
