@@ -6,6 +6,7 @@ import pytest
 from openai import OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
+from tests.end_to_end.kv_site import ONE_WORKER, Site
 
 DISAGGREGATED = {
     "routing": {"prefill_threshold_tokens": 32},
@@ -24,6 +25,23 @@ def disaggregated() -> Iterator[RunningCluster]:
 def mixed() -> Iterator[RunningCluster]:
     with running_cluster(MIXED) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("site"))
+    yield site
+    site.stop()
+
+
+@pytest.fixture(scope="session")
+def plain() -> Iterator[OpenAI]:
+    """A client of a cluster without tiers."""
+    with (
+        running_cluster({"pools": ONE_WORKER, "kv": {"memory_tier_bytes": 0}}) as cluster,
+        OpenAI(base_url=cluster.url, api_key="unused", max_retries=0, timeout=60) as client,
+    ):
+        yield client
 
 
 @pytest.fixture
