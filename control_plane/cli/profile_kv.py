@@ -6,7 +6,7 @@ The model runs in a process of its own: the control plane holds no tensors.
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,7 +20,9 @@ def profile_kv(
         Path | None,
         typer.Option("--text", metavar="FILE", help="UTF-8 text like what the model will read."),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="What the workers compute in.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="What the workers compute in.")
+    ] = "float32",
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=16, help="How much of the text to read.")
     ] = 32_768,
