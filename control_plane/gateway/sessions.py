@@ -25,7 +25,8 @@ FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 1.0
 
 # A worker that is frozen or cut off leaves the directory within its ttl, which closes the session as well. The
-# pings are for what the directory cannot see: a worker whose heartbeats arrive over a path that ours does not take.
+# pings are for what the directory cannot see: a worker whose heartbeats arrive over a path that ours does not take,
+# or, while Redis is away, at another gateway.
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 2000),
