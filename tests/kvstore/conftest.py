@@ -21,4 +21,4 @@ async def nothing_is_left() -> AsyncIterator[None]:
     yield
     await asyncio.sleep(0)  # done callbacks of the last task
     assert asyncio.all_tasks() - tasks - {asyncio.current_task()} == set()
-    assert process.num_fds() == num_fds
+    assert process.num_fds() <= num_fds  # fewer: a server of an earlier test has closed at last
