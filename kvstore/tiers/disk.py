@@ -215,8 +215,11 @@ class DiskTier:
         # The least recently used first, as if it all happened again; of one moment, parents before children.
         records.sort(key=lambda entry: (entry[2].used_s, entry[2].run.first_position))
         with self._changing:
+            now_s = self._now_s()
             for segment, first_block, record in records:
-                self._index.restore(placed_blocks(segment, first_block, record), used_s=record.used_s)
+                # A clock that was ahead once must not keep what it dated.
+                used_s = min(record.used_s, now_s)
+                self._index.restore(placed_blocks(segment, first_block, record), used_s=used_s)
             self._index.begin()
         with contextlib.suppress(DiskFailed), self._write_access():
             self._writer.make_room(0)

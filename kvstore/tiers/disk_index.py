@@ -79,7 +79,7 @@ class DiskIndex:
 
     def restore(self, blocks: Sequence[Placed], *, used_s: float) -> None:
         """Blocks of one record that was there at the start. Of two copies the younger one counts."""
-        known = [self._placed.get(block.key) for block in blocks]
+        known = [self._placed.get(key) for key in blocks[0].run.keys]
         for old, block in zip(known, blocks, strict=True):
             if old is not None and _age(block) > _age(old):
                 self.move(old, block)

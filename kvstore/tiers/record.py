@@ -17,6 +17,7 @@ All integers are little-endian. The seeds tie a header to its place and a block 
 another place than they were written to are never taken for what they are not.
 """
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from kvstore.tiers.tier import BlockRun
 MAGIC = b"PNSR"
 # One header then fits one page, and one record one pwritev (at most 1024 buffers).
 MAX_RECORD_BLOCKS = 160
+# What an index keeps in 32 bits, less the longest record.
+MAX_POSITION = 2**32 - 1 - MAX_RECORD_BLOCKS
 PAGE_BYTES = 4096
 ALIGNED_FROM_BYTES = 64 * PAGE_BYTES
 
@@ -48,9 +51,6 @@ class RecordHeader:
 
 def header_bytes(num_blocks: int) -> int:
     return _FIXED.size + num_blocks * _BLOCK.size + _CHECKSUM.size
-
-
-MAX_HEADER_BYTES = header_bytes(MAX_RECORD_BLOCKS)
 
 
 def first_block_offset(offset: int, *, num_blocks: int, stored_bytes: int) -> int:
@@ -84,13 +84,26 @@ def pack_record_header(header: RecordHeader, *, seed: int) -> bytes:
     return bytes(data + _CHECKSUM.pack(_digest(data, seed)))
 
 
-def unpack_record_header(data: bytes | memoryview, *, seed: int) -> RecordHeader | None:
-    """The header that `data` begins with; None if those bytes are no header written at this place."""
+def told_header_bytes(data: bytes) -> int | None:
+    """How long the header is that `data` seems to begin with; None if that is none."""
     if len(data) < _FIXED.size:
         return None
-    magic, num_blocks, first_position, used_s, root, parent = _FIXED.unpack_from(data)
-    if magic != MAGIC or not 0 < num_blocks <= MAX_RECORD_BLOCKS or len(data) < header_bytes(num_blocks):
+    magic, num_blocks, first_position, used_s, _, _ = _FIXED.unpack_from(data)
+    is_possible = (
+        magic == MAGIC
+        and 0 < num_blocks <= MAX_RECORD_BLOCKS
+        and first_position <= MAX_POSITION
+        and 0 <= used_s < math.inf
+    )
+    return header_bytes(num_blocks) if is_possible else None
+
+
+def unpack_record_header(data: bytes, *, seed: int) -> RecordHeader | None:
+    """The header that `data` begins with; None if those bytes are no header written at this place."""
+    size_bytes = told_header_bytes(data)
+    if size_bytes is None or len(data) < size_bytes:
         return None
+    _, num_blocks, first_position, used_s, root, parent = _FIXED.unpack_from(data)
     blocks_end = _FIXED.size + num_blocks * _BLOCK.size
     (checksum,) = _CHECKSUM.unpack_from(data, blocks_end)
     if checksum != _digest(data[:blocks_end], seed):

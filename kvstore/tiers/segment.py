@@ -25,10 +25,10 @@ from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
 from kvstore.tiers.record import (
     MAGIC,
-    MAX_HEADER_BYTES,
     RecordHeader,
     first_block_offset,
     pack_record_header,
+    told_header_bytes,
     unpack_record_header,
 )
 from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat, SegmentHeader
@@ -37,6 +37,8 @@ WRITE_BACK_BYTES = 8 * 2**20
 # Files occupy whole pages of the file system.
 FILE_SYSTEM_BLOCK_BYTES = 4096
 _SEARCH_BYTES = 2**20
+# Headers of up to 18 blocks are read at once; with more, most reads would wait for two pages of the disk.
+_SHORT_HEADER_BYTES = 512
 
 
 def occupied_bytes(size_bytes: int) -> int:
@@ -100,7 +102,8 @@ class Segment:
             raise
         self.size_bytes = end
         self.roots.add(record.run.root)
-        self._write_back()
+        if end - self._written_back >= WRITE_BACK_BYTES:
+            self.write_back()
         return first_block
 
     def read(self, offset: int, into: Sequence[memoryview]) -> None:
@@ -131,6 +134,13 @@ class Segment:
             self.taken_bytes = occupied_bytes(end)
         return Scan(records=tuple(records), num_gaps=num_gaps, tail_bytes=tail_bytes)
 
+    def write_back(self) -> None:
+        """Tells the kernel to write what it has of the end, and to forget what lies before."""
+        # The first advice on a range starts its write-back, the second drops what is clean by then.
+        start = max(0, self._written_back - WRITE_BACK_BYTES)
+        os.posix_fadvise(self._fd, start, self.size_bytes - start, os.POSIX_FADV_DONTNEED)
+        self._written_back = self.size_bytes
+
     def close(self) -> None:
         os.close(self._fd)
 
@@ -146,7 +156,12 @@ class Segment:
         return None
 
     def _record_at(self, offset: int) -> RecordHeader | None:
-        data = os.pread(self._fd, MAX_HEADER_BYTES, offset)
+        data = os.pread(self._fd, _SHORT_HEADER_BYTES, offset)
+        size_bytes = told_header_bytes(data)
+        if size_bytes is None:
+            return None
+        if size_bytes > len(data):
+            data += os.pread(self._fd, size_bytes - len(data), offset + len(data))
         record = unpack_record_header(data, seed=self._seed + offset)
         if record is None:
             return None
@@ -167,11 +182,3 @@ class Segment:
             if buffers:  # a disk that is nearly full takes a part, and says why with the next call
                 buffers[0] = buffers[0][num_written:]
         return end
-
-    def _write_back(self) -> None:
-        if self.size_bytes - self._written_back < WRITE_BACK_BYTES:
-            return
-        # The first advice on a range starts its write-back, the second drops what is clean by then.
-        start = max(0, self._written_back - WRITE_BACK_BYTES)
-        os.posix_fadvise(self._fd, start, self.size_bytes - start, os.POSIX_FADV_DONTNEED)
-        self._written_back = self.size_bytes

@@ -96,9 +96,12 @@ class SegmentFiles:
     def growing(self, num_bytes: int) -> Segment:
         """The segment that takes a record of this size next. Raises OSError, TierUnusable or DiskFailed."""
         segment = self._growing
-        if segment is None or segment.is_removed or not self._has_place(segment, num_bytes):
+        if segment is not None:
+            if self._has_place(segment, num_bytes) and not segment.is_removed:
+                return segment
+            segment.write_back()
             self._growing = None
-            self._growing = segment = self._create()
+        self._growing = segment = self._create()
         return segment
 
     def append(self, segment: Segment, record: RecordHeader, stored: Sequence[memoryview]) -> int:
@@ -170,7 +173,8 @@ class SegmentFiles:
         self._require_room(occupied_bytes(len(data)))
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
-            os.pwrite(fd, data, 0)
+            if os.pwrite(fd, data, 0) != len(data):
+                raise DiskFailed(f"{path} has no room for its header")
             segment = Segment(fd, path=path, header=header, form=self._form)
             self._add(segment)
         except BaseException:
@@ -202,6 +206,9 @@ class SegmentFiles:
             )
 
     def _close_idle(self) -> None:
+        # Seen without the lock, as mostly there is nothing: what changes after this looks for itself.
+        if not (self._is_closed or self._retired):
+            return
         with self._changed:
             if self._is_closed and not self._is_written:
                 self._retired += self.segments

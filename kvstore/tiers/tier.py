@@ -36,6 +36,8 @@ class BlockRun:
 
     def part(self, start: int, stop: int) -> "BlockRun":
         """Blocks start..stop-1 of this run."""
+        if stop - start == len(self.keys):
+            return self
         return BlockRun(
             root=self.root,
             parent=self.parent if start == 0 else self.keys[start - 1],
