@@ -61,6 +61,11 @@ class Pair:
                 await asyncio.sleep(0.05)
         return computed_s
 
+    async def hold_anew(self) -> None:
+        """As `hold`, with nothing that was coded before."""
+        await self.source.transfer.Drop(kv_pb2.DropRequest(source_epoch=self.source.worker.epoch))
+        await self.hold()
+
     async def time_to_first_token(self, mode: str | None) -> float:
         """With the context held by the source alone; None: nobody says so, and all of it is computed."""
         await self.puller.transfer.Drop(kv_pb2.DropRequest(source_epoch=self.puller.worker.epoch))

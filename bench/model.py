@@ -9,8 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
 
 
-def write_random_model(directory: Path, *, hidden_size: int, num_layers: int) -> Path:
-    """A Llama with the demo model's tokenizer, fp32, 4096 positions; heads of 64, four query heads to a KV head."""
+def write_random_model(
+    directory: Path, *, hidden_size: int, num_layers: int, num_kv_heads: int | None = None
+) -> Path:
+    """A Llama with the demo model's tokenizer, fp32, 4096 positions; heads of 64, usually four to a KV head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2560,
@@ -18,7 +20,7 @@ def write_random_model(directory: Path, *, hidden_size: int, num_layers: int) ->
         intermediate_size=hidden_size * 11 // 4,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(hidden_size // 256, 1),
+        num_key_value_heads=num_kv_heads or max(hidden_size // 256, 1),
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
