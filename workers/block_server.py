@@ -1,7 +1,7 @@
 """The verbs of the KV store over gRPC: pulls by key, lookups, offers, what the tiers hold, and forgetting it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -40,7 +40,7 @@ class DevicePages:
     """The engine's part of what a worker holds; a store has none."""
 
     stats: Callable[[], TierStats]
-    drop: Callable[[BlockKey | None], int]  # blocks that nobody uses; how many they were
+    drop: Callable[[BlockKey | None], Awaitable[int]]  # blocks that nobody uses; how many they were
 
 
 class BlockService:
@@ -139,7 +139,7 @@ class BlockService:
         except InvalidRequest as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         # Device pages first: they must not be written behind again.
-        num_blocks = 0 if self._device is None else self._device.drop(root)
+        num_blocks = 0 if self._device is None else await self._device.drop(root)
         try:
             num_blocks += await self._store.drop(root)
         finally:

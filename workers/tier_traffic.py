@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
+from kvstore.blocks import BlockKey
+from workers.computed_blocks import ComputedRun
 from workers.cost_model import CostModel
 from workers.loading import Loader
 from workers.request import Request, RequestId
-from workers.state import ComputedRun
 from workers.step import StepPlan
 from workers.write_behind import WriteBehind
 
 
 class TierTraffic:
-    """All methods but `close` return at once."""
+    """All methods but `drop` and `close` return at once."""
 
     def __init__(self, loader: Loader, write_behind: WriteBehind, *, costs: CostModel) -> None:
         self._loader = loader
@@ -49,6 +50,10 @@ class TierTraffic:
 
     def gone(self, request_id: RequestId) -> None:
         self._loader.end(request_id)
+
+    async def drop(self, root: BlockKey | None) -> None:
+        """Of this root, or at all, nothing that was computed is on its way down any more."""
+        await self._write_behind.drop(root)
 
     async def close(self) -> None:
         await self._loader.close()

@@ -11,6 +11,7 @@ import grpc
 
 from kvstore.addresses import Address
 from kvstore.block_stream import chunk_blocks
+from kvstore.blocks import BlockKey
 from kvstore.holdings import Holdings
 from kvstore.tiers.tier import TierStats
 from protos import worker_pb2
@@ -92,6 +93,7 @@ class Worker:
         self.offers = Offers(
             model_fingerprint=model.fingerprint, layout=model.layout, tell=self._tell_offered
         )
+        self._tier_traffic = None if self.tiers is None else self._traffic(self.tiers)
         self.loop = RequestLoop(
             state=self.state,
             engine=engine,
@@ -104,7 +106,7 @@ class Worker:
             puller=self.puller,
             metrics=self.metrics,
             max_num_submitted=config.max_num_waiting,
-            tiers=None if self.tiers is None else self._traffic(self.tiers),
+            tiers=self._tier_traffic,
         )
 
     async def serve(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
@@ -200,7 +202,7 @@ class Worker:
                 self.tiers.store,
                 exports=self.tiers.exports,
                 metrics=self.tiers.metrics,
-                device=DevicePages(stats=self._device_stats, drop=self.state.drop),
+                device=DevicePages(stats=self._device_stats, drop=self._drop_pages),
             )
         return KvTransferService(identity=source_identity(identity), exports=self.exports, blocks=blocks)
 
@@ -214,6 +216,11 @@ class Worker:
 
     def _describe(self, identity: Identity) -> worker_pb2.WorkerDescription:
         return description_to_wire(identity, self.state.load())
+
+    async def _drop_pages(self, root: BlockKey | None) -> int:
+        if self._tier_traffic is not None:
+            await self._tier_traffic.drop(root)
+        return self.state.drop(root)
 
     def _device_stats(self) -> TierStats:
         num_pages, block_bytes = self._engine.kv_pool.num_pages, self._engine.model.layout.block_bytes

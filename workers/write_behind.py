@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from kvstore.blocks import BlockKey
 from kvstore.store import BlockStore, Reservation
 from kvstore.tiers.tier import BlockRun
+from workers.computed_blocks import ComputedRun
 from workers.engine.kv_pool import KvPool
 from workers.kv_metrics import KvMetrics
 from workers.messages import PagesFree
-from workers.state import ComputedRun, EngineState
+from workers.state import EngineState
 from workers.threads import run_to_end
 
 _logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class WriteBehind:
         self._lingering: dict[BlockKey, ComputedRun] = {}  # by the key of the last block
         self._linger: asyncio.TimerHandle | None = None
         self._ready: deque[ComputedRun] = deque()
+        self._writing: list[ComputedRun] = []
+        self._written = asyncio.Event()
         self._num_pinned = 0
         self._thread = ThreadPoolExecutor(1, "write-behind")
         self._task: asyncio.Task[None] | None = None
@@ -102,6 +105,26 @@ class WriteBehind:
         """What waits for more of its chain is written now."""
         self._stop_lingering()
         self._start()
+
+    async def drop(self, root: BlockKey | None) -> None:
+        """Of this root, or at all, nothing is on its way any more: what waits is not written, what is being copied has
+        arrived, and can be dropped there."""
+
+        def is_dropped(computed: ComputedRun) -> bool:
+            return root is None or computed.run.root == root
+
+        for key, computed in tuple(self._lingering.items()):
+            if is_dropped(computed):
+                self._let_go(self._lingering.pop(key))
+        ready, self._ready = self._ready, deque()
+        for computed in ready:
+            if is_dropped(computed):
+                self._let_go(computed)
+            else:
+                self._ready.append(computed)
+        self._parts.post(PagesFree())
+        if any(map(is_dropped, self._writing)):
+            await self._written.wait()
 
     async def close(self) -> None:
         """Drops what waits."""
@@ -140,12 +163,15 @@ class WriteBehind:
 
     async def _write_all(self) -> None:
         while self._ready:
-            batch = self._next_batch()
+            batch = self._writing = self._next_batch()
+            self._written.clear()
             try:
                 await self._write(batch)
             finally:
                 for computed in batch:
                     self._let_go(computed)
+                self._writing = []
+                self._written.set()
                 self._parts.post(PagesFree())
 
     def _next_batch(self) -> list[ComputedRun]:

@@ -104,6 +104,34 @@ async def test_a_request_that_needs_all_pages_runs_once_the_copies_have_ended(
         await end.settled()
 
 
+async def test_what_is_dropped_while_it_waits_for_more_of_its_chain_is_not_written(checkpoint: Path) -> None:
+    async with running_end(checkpoint, linger_s=SOON_S) as end:
+        busy = end.submit([9] * 20, max_tokens=400)
+        await end.answer(PROMPT, max_tokens=40, cache_salt="A")
+        assert end.write_behind.num_pinned > 0
+        root = root_key(model_fingerprint=end.engine.model.fingerprint, cache_salt="A")
+        await end.write_behind.drop(root)
+        end.state.drop(root)
+        await end.store.drop(root)
+        end.loop.abort(end.session_id, busy)
+        await end.settled()
+        keys = list(chain_keys(root, PROMPT))
+        assert end.state.num_cached_blocks(keys) == end.memory.longest_prefix(keys) == 0
+
+
+async def test_a_drop_waits_for_what_is_being_copied(end: End, slow_copy: threading.Event) -> None:
+    await end.answer(PROMPT)
+    dropping = asyncio.create_task(end.write_behind.drop(None))
+    await asyncio.sleep(0)
+    assert not dropping.done()
+    slow_copy.set()
+    await dropping
+    assert end.state.num_pinned_pages == 0
+    assert await end.store.drop(None) == sum(len(run.keys) for run in end.offered)
+    await end.settled()
+    assert len(end.store.lookup(end.offered[0].keys)) == 0
+
+
 async def test_memory_without_room_loses_what_does_not_fit(checkpoint: Path) -> None:
     async with running_end(checkpoint, num_slots=8) as end:
         held = end.store.reserve(8)
