@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey, chain_keys, child_key, root_key
-from kvstore.placement import stretches
-from kvstore.tiers.tier import BlockRun
+from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey, chain_keys, root_key
 from workers import loads, timeline
+from workers.computed_blocks import ComputedBlocks, ComputedRun
 from workers.errors import InvalidRequest, QueueFull
 from workers.invariants import prove_request
 from workers.outputs import end_output, finish_reason, logprobs_of, new_tokens_output
-from workers.pages import CachedBlock, PagePool
+from workers.pages import PagePool
 from workers.request import (
     FinishReason,
     Handoff,
@@ -88,14 +87,6 @@ class ExportProgress:
     handoff: Handoff | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComputedRun:
-    """Full blocks that became cached because they were computed here, or pulled, exactly; and their pages."""
-
-    run: BlockRun
-    page_ids: tuple[PageId, ...]
-
-
 class EngineState:
     """See the module. Methods that end a request return its last output."""
 
@@ -107,7 +98,7 @@ class EngineState:
         self._running: list[Request] = []  # by rank
         self._pulling: dict[RequestId, Request] = {}
         self._handoffs: dict[RequestId, Handoff] = {}  # of held requests
-        self._computed_runs: list[ComputedRun] = []
+        self._computed = ComputedBlocks(self._pages)
 
     @property
     def max_request_tokens(self) -> int:
@@ -184,7 +175,7 @@ class EngineState:
         if handoff.num_exact_tokens is not None:
             request.lose_exactness(handoff.num_exact_tokens)
         self._run_pulled(request)
-        self._compute(request, handoff.num_computed_tokens)
+        self._computed.advance(request, handoff.num_computed_tokens)
         return self._append(request, tokens, now_s=now_s, reason=handoff.finish_reason)
 
     def pull_failed(self, request_id: RequestId, *, now_s: float) -> None:
@@ -316,8 +307,7 @@ class EngineState:
 
     def take_computed_runs(self) -> tuple[ComputedRun, ...]:
         """Those since the last call; their pages hold them until the next step begins."""
-        runs, self._computed_runs = tuple(self._computed_runs), []
-        return runs
+        return self._computed.take_runs()
 
     def export_progress(self) -> tuple[ExportProgress, ...]:
         """Of every PREFILL_ONLY request that owns pages."""
@@ -407,20 +397,13 @@ class EngineState:
 
     def _apply_row(self, row: ScheduledRequest, result: StepResult, *, now_s: float) -> RequestOutput | None:
         request = row.request
-        self._compute(request, row.num_computed_tokens + row.num_new_tokens)
+        self._computed.advance(request, row.num_computed_tokens + row.num_new_tokens)
         if not request.output_token_ids:
             request.timeline.stamp_once(timeline.FIRST_CHUNK, now_s)
         if row.samples:
             return self._append(request, (result.sampled[request.request_id],), now_s=now_s)
         self._jump(request, now_s=now_s)
         return None
-
-    def _compute(self, request: Request, num_computed_tokens: int) -> None:
-        """Advances the request over tokens that were computed, or pulled, since."""
-        first_block = request.num_computed_tokens // BLOCK_SIZE_TOKENS
-        new = self._cache_blocks(request, num_computed_tokens)
-        for start, stop in stretches(new):
-            self._computed_runs.append(self._run_of(request, first_block + start, first_block + stop))
 
     def _jump(self, request: Request, *, now_s: float) -> None:
         """Goes on behind the blocks that were loaded, if the request has come to them."""
@@ -429,37 +412,12 @@ class EngineState:
             if region.first_lossy_block < region.end_block:
                 request.lose_exactness(region.first_lossy_block * BLOCK_SIZE_TOKENS)
             num_loaded = (region.end_block - region.first_block) * BLOCK_SIZE_TOKENS
-            self._cache_blocks(request, region.end_block * BLOCK_SIZE_TOKENS)
+            self._computed.skip(request, region.end_block * BLOCK_SIZE_TOKENS)
             if request.timeline.first_s(timeline.PREEMPTED) is None:
                 num_cached = request.num_cached_tokens + num_loaded
                 request.num_cached_tokens = min(num_cached, request.num_prompt_tokens)
             if not request.loads:
                 request.timeline.stamp(timeline.LOAD_DONE, now_s)
-
-    def _cache_blocks(self, request: Request, num_computed_tokens: int) -> list[bool]:
-        """Blocks that became full can be shared from now on; says which of them are new here, and exact."""
-        keys, root, new = request.block_keys, request.root, []
-        first_block = request.num_computed_tokens // BLOCK_SIZE_TOKENS
-        for block in range(first_block, num_computed_tokens // BLOCK_SIZE_TOKENS):
-            start, stop = block * BLOCK_SIZE_TOKENS, (block + 1) * BLOCK_SIZE_TOKENS
-            if block == len(keys):
-                keys.append(child_key(keys[-1] if keys else root, request.token_range(start, stop)))
-            is_exact = request.is_exact_to(stop)
-            cached = CachedBlock(keys[block], root, is_exact)
-            new.append(self._pages.cache(request.page_ids[block], cached) and is_exact)
-        request.num_computed_tokens = num_computed_tokens
-        request.num_scheduled_tokens = num_computed_tokens
-        return new
-
-    def _run_of(self, request: Request, first_block: int, end_block: int) -> ComputedRun:
-        root, keys = request.root, request.block_keys
-        run = BlockRun(
-            root=root,
-            parent=keys[first_block - 1] if first_block else root,
-            first_position=first_block,
-            keys=tuple(keys[first_block:end_block]),
-        )
-        return ComputedRun(run=run, page_ids=request.page_ids[first_block:end_block])
 
     def _loading(self, request_id: RequestId, region: LoadRegion) -> Request | None:
         """The request, if it is here and still loads this region."""
