@@ -69,6 +69,8 @@ def drop(
     with clean_errors():
         if (salt is not None) + (model is not None) + everything != 1:
             raise ConfigError("cache drop needs one of --salt, --model and --all")
+        if salt is not None and any("\ud800" <= character <= "\udfff" for character in salt):
+            raise ConfigError(f"--salt must be text in UTF-8, got {salt!r}")
         from control_plane.cli.tiers import find_workers
 
         above = context.parent.params if context.parent else {}  # `penstock cache --run-dir DIR drop`

@@ -222,6 +222,13 @@ def test_what_to_drop_must_be_said_in_one_way(flags: list[str], run_dir: Path) -
     assert result.stderr == "penstock: cache drop needs one of --salt, --model and --all\n"
 
 
+def test_a_salt_that_is_no_text_is_refused(run_dir: Path, serve: Serve) -> None:
+    serve(FakeTiers("decode-0"))
+    result = run(run_dir, "drop", "--salt", "a\udcff")  # as the shell's byte ff arrives
+    assert result.exit_code == 2
+    assert result.stderr == "penstock: --salt must be text in UTF-8, got 'a\\udcff'\n"
+
+
 def test_the_run_directory_may_be_named_before_drop(run_dir: Path, serve: Serve) -> None:
     serve(FakeTiers("decode-0"))
     result = CliRunner().invoke(app, ["cache", "--run-dir", str(run_dir), "drop", "--salt", "s"])
