@@ -1,5 +1,6 @@
 """What the tiers bring in a running cluster: the first hit after a restart, and the later turns of conversations."""
 
+import contextlib
 import json
 import statistics
 import tempfile
@@ -46,6 +47,7 @@ def measure_restart() -> float:
             answered_s = time.time()
             (successor,) = cluster.worker_processes()
             started_s = successor.create_time()
+            parts = _parts_of_start(cluster, started_s=started_s, answered_s=answered_s)
     if not answer.num_cached_tokens:
         raise RuntimeError(f"nothing was found on disk: {answer}")
     print(
@@ -53,7 +55,31 @@ def measure_restart() -> float:
         f" {answered_s - started_s:.2f} s after the process started, {answered_s - killed_s:.2f} s after the one"
         f" before was killed; the request itself took {1e3 * answer.seconds:.0f} ms"
     )
+    print("  " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items()))
     return answered_s - started_s
+
+
+def _parts_of_start(cluster: RunningCluster, *, started_s: float, answered_s: float) -> dict[str, float]:
+    """What a worker's start consists of, by the events in its log."""
+    (log,) = (cluster.run_dir / "logs").glob("mixed*.log")
+    times_s = {"start": started_s}
+    for line in log.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if entry["unix_s"] >= started_s:
+                times_s[entry["event"]] = entry["unix_s"]
+    times_s["answer"] = answered_s
+    ends = {
+        "interpreter and settings": "loading_kernels",
+        "torch, numba and kernels": "loading",
+        "weights": "loading_weights",
+        "worker's modules, pages, tiers and sockets": "ready",
+        "directory and request": "answer",
+    }
+    begins = ("start", *ends.values())
+    return {
+        part: times_s[end] - times_s[begin] for begin, (part, end) in zip(begins, ends.items(), strict=False)
+    }
 
 
 def measure_turns() -> None:

@@ -26,6 +26,7 @@ from kvstore.layout import KvLayout
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.segment import WRITE_BACK_BYTES
+from kvstore.tiers.segment_files import LARGEST_SEGMENT_BYTES, SEGMENTS_PER_TIER
 from kvstore.tiers.tier import BlockRun
 from workers.engine.kv_pool import KvPool
 
@@ -33,6 +34,8 @@ from workers.engine.kv_pool import KvPool
 LAYOUT = KvLayout(num_layers=4, num_kv_heads=4, head_dim=32, dtype="float32")
 # What is written behind and loaded at a time: 256 tokens.
 CHUNK_BLOCKS = 16
+# Its segments are as large as those of larger tiers.
+TIER_BYTES = SEGMENTS_PER_TIER * LARGEST_SEGMENT_BYTES
 ROOT = BlockKey(bytes(16))
 
 
@@ -48,7 +51,7 @@ class DiskBench:
         self._blocks = [arena[start : start + run_blocks] for start in range(0, 1024, run_blocks)]
         self._into = np.empty_like(self._blocks)
         self._settings = DiskSettings(
-            block_bytes=LAYOUT.block_bytes, capacity_bytes=2 * self._num_bytes, namespace=b"bench"
+            block_bytes=LAYOUT.block_bytes, capacity_bytes=TIER_BYTES, namespace=b"bench"
         )
 
     def write_tier(self) -> float:
@@ -159,8 +162,8 @@ def measure_disk(*, num_blocks: int, repeats: int) -> float:
                 {
                     "write": bench.write_tier,
                     "bare write": bench.write_file,
-                    "read": bench.read_tier,
                     "bare read": bench.read_file,
+                    "read": bench.read_tier,
                 },
                 repeats=repeats,
             )
@@ -192,7 +195,8 @@ def alternate(measured: Mapping[str, Callable[[], float]], *, repeats: int) -> d
 
 
 def ratio(found: Mapping[str, Sequence[float]], ours: str, theirs: str) -> float:
-    return statistics.median(found[ours]) / statistics.median(found[theirs])
+    """The median over the turns: what slows a turn slows both sides of it."""
+    return statistics.median(our / their for our, their in zip(found[ours], found[theirs], strict=True))
 
 
 def spread(values: Sequence[float]) -> str:
