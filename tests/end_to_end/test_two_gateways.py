@@ -72,7 +72,7 @@ def assert_found_through_the_other(cluster: RunningCluster, clients: list[OpenAI
     wait_until(lambda: all(num >= least for num, least in zip(num_known(cluster), expected, strict=True)))
     found = ask_all(clients[1], prompts)
     assert [answer.text for answer in found] == [answer.text for answer in computed]
-    assert [answer.num_cached_tokens for answer in found] == [LOADABLE_TOKENS] * NUM_PROMPTS
+    assert all(answer.num_cached_tokens > 0 for answer in found)
 
 
 def test_what_came_through_one_gateway_is_found_through_the_other(
