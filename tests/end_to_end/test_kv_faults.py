@@ -14,7 +14,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
 from control_plane.cli.tiers import drop
-from protos import kv_pb2
+from protos import kv_pb2, worker_pb2
 from tests.end_to_end.asking import (
     LOADABLE_TOKENS,
     ask,
@@ -69,6 +69,11 @@ def compute_and_announce(cluster: RunningCluster, client: OpenAI, prompts: list[
     ask_all(client, prompts)
     wait_until(lambda: held(cluster)["store-0"] >= num_stored + num_blocks)
     wait_until(lambda: gauge(url, "penstock_directory_blocks") >= num_known + num_blocks)
+
+
+def are_new(found: list[worker_pb2.WorkerDescription], epochs: set[int]) -> bool:
+    """All but the store."""
+    return len(found) == 3 and len({worker.epoch for worker in found} - epochs) == 2
 
 
 def shared_memory() -> set[str]:
@@ -168,7 +173,7 @@ def test_a_frozen_source_holds_nobody_up(peers: RunningCluster, client: OpenAI, 
             for process in frozen:
                 process.resume()
     assert [answer.text for answer in answers] == 2 * expected
-    wait_until(lambda: len(workers(peers)) == 3)
+    wait_until(lambda: len(workers(peers)) == 3, within_s=60)
     assert_nothing_is_held(peers)
 
 
@@ -179,12 +184,10 @@ def test_a_store_has_it_when_those_who_computed_it_are_dead_and_may_die_itself(
     expected = [answer.text for answer in ask_all(plain, prompts)]
     compute_and_announce(peers, client, prompts)
     epochs = {worker.epoch for worker in workers(peers)}
-    for process in [
-        peers.process("mixed-0"),
-        peers.process("mixed-1"),
-    ]:  # found before one of them is a zombie
+    computing = [peers.process(name) for name in ("mixed-0", "mixed-1")]  # before one of them is a zombie
+    for process in computing:
         process.kill()
-    wait_until(lambda: len(workers(peers)) == 3 and len({w.epoch for w in workers(peers)} - epochs) == 2)
+    wait_until(lambda: are_new(workers(peers), epochs), within_s=60)  # two starts at once
     answers = ask_all(client, prompts[:4])
     assert [answer.text for answer in answers] == expected[:4]
     assert any(answer.num_cached_tokens > 0 for answer in answers)
@@ -192,5 +195,5 @@ def test_a_store_has_it_when_those_who_computed_it_are_dead_and_may_die_itself(
         rest = threads.map(lambda asked: ask(client, asked), prompts[4:])
         peers.process("store-0").kill()
         assert [answer.text for answer in rest] == expected[4:]
-    wait_until(lambda: len(workers(peers)) == 3)
+    wait_until(lambda: len(workers(peers)) == 3, within_s=60)
     assert_nothing_is_held(peers)
