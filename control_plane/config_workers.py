@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from kvstore.codec.levels import NUM_CACHEGEN_LEVELS
+
 ENGINE_SETTINGS = (
     "kv_cache_bytes",
     "num_pages",
@@ -82,16 +84,15 @@ class KvConfig:
     disk_tier_bytes: int = 512 * 2**20  # of one worker; 0: none
     disk_path: Path | None = None  # a directory for each worker in it; None: `kv` in run_dir
     disk_key: str = ""  # encrypts the disk tier: env:NAME or file:/PATH of 32 bytes in hex
-    tier_policy: Literal["cost", "lru"] = (
-        "cost"  # who goes first: least recompute cost per idle time, or least used
-    )
-    max_level: int = 1  # the most lossy level KV may travel at: 0 raw, 1 nearly lossless
+    # Who goes first: least recompute cost per idle time, or least recently used.
+    tier_policy: Literal["cost", "lru"] = "cost"
+    max_level: int = 1  # the most lossy level KV may travel at: 0 raw, 1 nearly lossless, to 3, the smallest
     ttft_objective_s: float = 0.5  # KV travels at the least lossy level that keeps this
 
     def __post_init__(self) -> None:
         bounded("memory_tier_bytes", self.memory_tier_bytes, low=0, high=1 << 50)
         bounded("disk_tier_bytes", self.disk_tier_bytes, low=0, high=1 << 50)
-        bounded("max_level", self.max_level, low=0, high=99)
+        bounded("max_level", self.max_level, low=0, high=NUM_CACHEGEN_LEVELS)
         bounded("ttft_objective_s", self.ttft_objective_s, low=0.001, high=3600)
         if self.disk_key and not self.disk_key.startswith(("env:", "file:/")):
             # Without the value: somebody may have put the key itself there.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from control_plane.directory.block_events import BlockEvents
-from control_plane.directory.errors import UnknownWorker
+from control_plane.directory.errors import StaleEpoch, UnknownWorker
 from control_plane.directory.member import Incarnation, Member, Model, Role, WorkerId, WorkerLoad
 from control_plane.directory.memory import MemoryDirectory
 from control_plane.directory.redis_directory import RedisDirectory
@@ -112,6 +112,11 @@ class Worker:
             ),
             now_s=time.monotonic(),
         )
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it was told that another incarnation has taken its place."""
+        return self._task.done() and isinstance(self._task.exception(), StaleEpoch)
 
     async def fall_silent(self) -> None:
         self._task.cancel()
