@@ -33,7 +33,7 @@ class KvPool:
         self.layout = layout
         self.num_pages = num_pages
         # The system hands out zeroed memory page by page on first use: what is never used costs nothing, and a start
-        # does not wait for it. torch.zeros writes all of it: 0.5 s a GiB on a quiet machine.
+        # does not wait for it. torch.zeros writes all of it: 0.5 s of one core a GiB (AMD EPYC).
         memory = mmap.mmap(-1, num_pages * layout.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.pages_LP2GBC = torch.frombuffer(memory, dtype=getattr(torch, layout.dtype)).view(
             layout.num_layers, num_pages, 2, layout.num_kv_heads, layout.block_size_tokens, layout.head_dim
