@@ -11,6 +11,7 @@ A chunk of level 0 is its blocks as they lie in memory, one after another; of an
 codec. The puller ends the stream by closing the connection.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ class ChunkStream:
         self._num_blocks = num_blocks
         self._block_bytes = block_bytes
         self._max_keep_alives = max_keep_alives  # for one chunk
+        self.first_byte_s = 0.0  # when the last chunk began to come, by time.monotonic
         self._outstanding: deque[Want] = deque()
 
     @property
@@ -114,6 +116,7 @@ class ChunkStream:
             header = await self._connection.receive_header()
             match header.kind:
                 case FrameKind.CHUNK:
+                    self.first_byte_s = time.monotonic()
                     self._check(header, expected)
                     # Not a bytearray: that would write 64 MiB of zeros first.
                     payload = np.empty(header.payload_bytes, np.uint8).data

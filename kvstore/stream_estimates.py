@@ -40,11 +40,17 @@ class LinkEstimate:
     def latency_s(self) -> float:
         return PRIOR_LATENCY_S if self._latency_s is None else self._latency_s
 
-    def received(self, num_bytes: int, *, receive_s: float, now_s: float) -> None:
-        """A chunk came whole. `receive_s` is from its first byte to its last, or from the end of the one before it."""
+    def received(self, num_bytes: int, *, receive_s: float, now_s: float, waited_s: float = 0.0) -> None:
+        """A chunk came whole, within `receive_s` of its first byte; for that nothing came in `waited_s`.
+
+        What was waited for may have been the source or the link, and what then came at once may have lain in buffers.
+        So it says how fast the link is at least and at most, and nothing against an estimate in between.
+        """
         if num_bytes < _LEAST_SAMPLE_BYTES:
             return
-        sample = num_bytes / max(receive_s, _LEAST_SAMPLE_S)
+        least = num_bytes / max(receive_s + waited_s, _LEAST_SAMPLE_S)
+        most = num_bytes / max(receive_s, _LEAST_SAMPLE_S)
+        sample = min(max(self.throughput_bytes_s(now_s=now_s), least), most)
         if self._measured_at_s is None:
             self._throughput_bytes_s = sample
         else:
@@ -74,7 +80,7 @@ class LevelEstimates:
         return tuple(self._costs.values())
 
     def observe(self, level: int, *, num_tokens: int, coded_bytes: int, seconds: Mapping[str, float]) -> None:
-        """One chunk. `seconds` may have "prepare" (the link waited for the source) and "decode"."""
+        """One chunk. `seconds` may have "decode". What the source takes is a matter of each pull."""
         known = self._costs[level]
         share = 0.5 if level in self._measured else 1.0
         self._measured.add(level)
@@ -85,7 +91,6 @@ class LevelEstimates:
         self._costs[level] = LevelCost(
             level=level,
             bytes_per_token=moved(known.bytes_per_token, coded_bytes),
-            prepare_s_per_token=moved(known.prepare_s_per_token, seconds.get("prepare")),
             decode_s_per_token=moved(known.decode_s_per_token, seconds.get("decode")),
         )
 

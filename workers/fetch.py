@@ -49,6 +49,7 @@ class Chunk:
     num_blocks: int
     level: int
     payload: memoryview
+    first_byte_s: float  # when it began to come, by time.monotonic: before, the source may have encoded
 
 
 class Fetch:
@@ -91,7 +92,11 @@ class Fetch:
             async with asyncio.timeout_at(self._deadline_s):
                 want, payload = await self._stream.receive()
         return Chunk(
-            first_block=want.first_block, num_blocks=want.num_blocks, level=want.level, payload=payload
+            first_block=want.first_block,
+            num_blocks=want.num_blocks,
+            level=want.level,
+            payload=payload,
+            first_byte_s=self._stream.first_byte_s,
         )
 
     def close(self) -> None:

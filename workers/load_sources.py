@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -109,10 +109,16 @@ class PeerSource:
         self._coming: deque[tuple[_Wanted, asyncio.Task[Arrived]]] = deque()
         self._wire = asyncio.Lock()  # fair: chunks are received in the order in which they were asked for
         self._received_s = self._decoded_s = 0.0  # when that of the last chunk ended
+        # What coded chunks kept us waiting before they came. Of this pull alone: the next one may find them coded.
+        self._prepare_s_per_token = 0.0
 
     def levels(self) -> Sequence[LevelCost]:
         costs = self._sources.levels.costs()
-        return costs if self._fetch.has_same_profile else [cost for cost in costs if cost.level == RAW]
+        return [
+            cost if cost.level == RAW else replace(cost, prepare_s_per_token=self._prepare_s_per_token)
+            for cost in costs
+            if cost.level == RAW or self._fetch.has_same_profile
+        ]
 
     async def want(self, span: Span, cost: LevelCost) -> bool:
         room = self._parts.store.reserve(span.num_blocks)
@@ -173,7 +179,11 @@ class PeerSource:
             self._link.overdue(expected_bytes, waited_s=now_s - began_s, now_s=now_s)
             raise
         self._received_s = now_s = time.monotonic()
-        self._link.received(len(chunk.payload), receive_s=now_s - began_s, now_s=now_s)
+        waited_s = max(0.0, chunk.first_byte_s - began_s)
+        receive_s = now_s - began_s - waited_s
+        self._link.received(len(chunk.payload), receive_s=receive_s, waited_s=waited_s, now_s=now_s)
+        if wanted.cost.level != RAW:
+            self._prepare_s_per_token += 0.5 * (waited_s / wanted.num_tokens - self._prepare_s_per_token)
         return chunk.payload
 
     async def _unpack(self, payload: memoryview, wanted: _Wanted) -> None:

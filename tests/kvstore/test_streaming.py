@@ -320,6 +320,16 @@ def test_an_unknown_link_is_taken_for_a_gigabit_and_an_old_measurement_fades_to_
     assert later[-1] == pytest.approx(PRIOR_THROUGHPUT_BYTES_S, rel=0.01)
 
 
+def test_a_wait_before_a_chunk_bounds_the_link_and_measures_nothing() -> None:
+    link = LinkEstimate()
+    link.received(1_000_000, receive_s=0.001, waited_s=0.1, now_s=0.0)
+    assert link.throughput_bytes_s(now_s=0.0) == PRIOR_THROUGHPUT_BYTES_S
+    link.received(1_000_000, receive_s=0.1, waited_s=0.1, now_s=0.0)
+    assert 1e7 <= link.throughput_bytes_s(now_s=0.0) < 2e7
+    link.received(1_000_000, receive_s=0.0001, waited_s=0.0001, now_s=0.0)
+    assert 1e9 < link.throughput_bytes_s(now_s=0.0) <= 5e9
+
+
 def test_a_few_bytes_say_nothing_about_a_link() -> None:
     link = LinkEstimate()
     link.received(100, receive_s=1.0, now_s=0.0)
@@ -346,11 +356,11 @@ def test_the_latency_is_a_running_mean_of_answers() -> None:
 
 def test_what_a_level_costs_is_measured() -> None:
     levels = LevelEstimates((RAW, FINE))
-    seconds = {"prepare": 0.256, "decode": 0.512}
+    seconds = {"decode": 0.512}
     levels.observe(1, num_tokens=256, coded_bytes=256 * 500, seconds=seconds)
     assert levels.costs() == (
         RAW,
-        LevelCost(level=1, bytes_per_token=500, prepare_s_per_token=0.001, decode_s_per_token=0.002),
+        LevelCost(level=1, bytes_per_token=500, decode_s_per_token=0.002),
     )
     levels.observe(1, num_tokens=256, coded_bytes=256 * 600, seconds={})
     assert levels.costs()[1].bytes_per_token == 550

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,13 @@ class PeerFetch:
             payload = peer.codec.encode(arena_SX, range(num_blocks), level=level)
         if peer.garbles:
             payload = payload[:-1]
-        return Chunk(first_block=first_block, num_blocks=num_blocks, level=level, payload=memoryview(payload))
+        return Chunk(
+            first_block=first_block,
+            num_blocks=num_blocks,
+            level=level,
+            payload=memoryview(payload),
+            first_byte_s=time.monotonic(),
+        )
 
     async def __aenter__(self) -> "PeerFetch":
         return self

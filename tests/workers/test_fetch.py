@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -89,6 +90,14 @@ async def test_blocks_are_fetched_from_the_last_chunk_to_the_first(peer: Peer, f
 def _args(chunk: Chunk, first_block: int) -> tuple[Any, Any, Any]:
     store, slots = place(chunk)
     return store, RUN.keys[first_block : first_block + chunk.num_blocks], slots
+
+
+async def test_a_chunk_says_when_it_began_to_come(peer: Peer, fetcher: BlockFetcher) -> None:
+    async with await fetcher.open(peer.holder(), RUN.keys) as fetch:
+        await fetch.want(first_block=0, num_blocks=10, level=0)
+        asked_s = time.monotonic()
+        chunk = await fetch.receive()
+        assert asked_s <= chunk.first_byte_s <= time.monotonic()
 
 
 async def test_only_the_leading_blocks_that_are_held_can_be_had(peer: Peer, fetcher: BlockFetcher) -> None:
