@@ -57,7 +57,9 @@ class PoolConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolsConfig:
     prefill: PoolConfig = field(default_factory=lambda: PoolConfig(replicas=1))
-    decode: PoolConfig = field(default_factory=lambda: PoolConfig(replicas=1))
+    # No disk for those who decode: prefill workers have written the same prompts already, and on a worker of one core
+    # a prompt that is written costs running requests a step or more.
+    decode: PoolConfig = field(default_factory=lambda: PoolConfig(replicas=1, disk_tier_bytes=0))
     mixed: PoolConfig = field(default_factory=PoolConfig)
     store: PoolConfig = field(default_factory=PoolConfig)  # keep KV for the others; no engine
 

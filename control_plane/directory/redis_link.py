@@ -131,22 +131,21 @@ class RedisLink:
             retry=Retry(NoBackoff(), 0),
             protocol=2,
         ) as redis:
-            self._cursor = await self._where_to_read(redis)
+            await _all(self._find_place(redis))
             self.is_up = True
             _say("redis_linked")
             self._directory.link_up(now_s=self._now_s())
             await _all(self._beat(), self._write(redis), self._read(redis))
 
-    async def _where_to_read(self, redis: Redis) -> bytes:
-        """After the last entry, or where we were; from the start if the stream is older than we remember."""
+    async def _find_place(self, redis: Redis) -> None:
+        """After the last entry, or where we were; from the start if the stream is younger than we remember."""
         async with asyncio.timeout(self._settings.call_timeout_s):
             newest: Any = await redis.xrevrange(self._stream, count=1)
-        if not newest:
-            return b"0-0"
-        last: bytes = newest[0][0]
+        last: bytes = newest[0][0] if newest else b"0-0"
         if self._cursor is None:
-            return last
-        return self._cursor if _order(self._cursor) <= _order(last) else b"0-0"
+            self._cursor = last
+        elif _order(self._cursor) > _order(last):
+            self._cursor = b"0-0"
 
     async def _beat(self) -> None:
         while True:

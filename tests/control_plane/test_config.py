@@ -285,7 +285,7 @@ def test_each_control_process_has_a_directory_address_of_its_own() -> None:
 
 
 def test_a_pool_may_differ_from_the_rest_in_the_sizes_of_its_tiers() -> None:
-    config = load_config(overrides=["pools.decode.disk_tier_bytes=0", "pools.prefill.memory_tier_bytes=0"])
+    config = load_config(overrides=["pools.prefill.memory_tier_bytes=0"])
     kv, pools = config.kv, config.pools
     assert (kv.memory_bytes(pools.mixed), kv.disk_bytes(pools.mixed)) == (256 * 2**20, 512 * 2**20)
     assert (kv.memory_bytes(pools.decode), kv.disk_bytes(pools.decode)) == (256 * 2**20, 0)

@@ -84,15 +84,17 @@ def test_every_setting_of_the_tiers_reaches_the_workers() -> None:
         "kv.max_level=3",
         "kv.ttft_objective_s=0.25",
     ]
-    place = WorkerPlace(pool="decode", replica=0, name="decode-7", cores=(0,))
+    place = WorkerPlace(pool="prefill", replica=0, name="prefill-7", cores=(0,))
     worker = understood(load_config(overrides=overrides), place)
     assert (worker.memory_tier_bytes, worker.disk_tier_bytes) == (1000, 2000)
-    assert (worker.disk_tier_path, worker.disk_tier_key) == (Path("/r/kv/decode-7"), "env:KEY")
+    assert (worker.disk_tier_path, worker.disk_tier_key) == (Path("/r/kv/prefill-7"), "env:KEY")
     assert (worker.tier_policy, worker.max_level, worker.ttft_objective_s) == ("lru", 3, 0.25)
 
 
 def test_a_worker_without_a_disk_tier_gets_no_directory() -> None:
-    place = WorkerPlace(pool="decode", replica=0, name="decode-0", cores=(0,))
+    decode = WorkerPlace(pool="decode", replica=0, name="decode-0", cores=(0,))
+    assert understood(load_config(), decode).disk_tier_path is None
+    place = WorkerPlace(pool="prefill", replica=0, name="prefill-0", cores=(0,))
     assert understood(load_config(overrides=["kv.disk_tier_bytes=0"]), place).disk_tier_path is None
     assert understood(load_config(overrides=["kv.memory_tier_bytes=0"]), place).disk_tier_path is None
 

@@ -125,7 +125,10 @@ async def test_stores_are_started_on_any_core(config: ClusterConfig, make_comman
 async def test_each_disk_tier_has_a_directory_of_its_own_that_a_stop_leaves_alone(
     config: ClusterConfig, make_commands: MakeCommands
 ) -> None:
-    config = replace(config, kv=replace(config.kv, disk_tier_bytes=1000))
+    decode = replace(config.pools.decode, disk_tier_bytes=None)
+    config = replace(
+        config, kv=replace(config.kv, disk_tier_bytes=1000), pools=replace(config.pools, decode=decode)
+    )
     for _ in range(2):
         async with LocalRuntime(config, commands=make_commands({})) as runtime:
             await runtime.start()
