@@ -95,10 +95,10 @@ def plan_stream(view: StreamView, limits: StreamLimits) -> StreamPlan:
     if not allowed:
         raise ValueError(f"the source has no level up to {limits.max_level}")
     race = _Race(view)
-    ways = [_Way(cost, *race.best_split(cost)) for cost in allowed]
+    best = [_Way(cost, *race.best_split(cost)) for cost in allowed]
+    ways = [race.all_loaded(way) or way for way in best]
     in_time = (way for way in ways if way.finish_s <= view.time_left_s)
     chosen = next(in_time, None) or min(ways, key=lambda way: way.finish_s)
-    chosen = race.all_loaded(chosen) or chosen
     return StreamPlan(
         split=chosen.split,
         level=chosen.cost.level,
