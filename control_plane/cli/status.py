@@ -134,8 +134,12 @@ def _table(rows: list[Row]) -> "Table":
         process_id, member = row.process.process_id, row.member
         load = ["", "", "", ""]
         if member:
-            pages = f"{member.num_pages - member.num_free_pages}/{member.num_pages}"
-            load = [str(member.num_running), str(member.num_waiting), pages, str(member.num_leases)]
+            load = [
+                str(member.num_running),
+                str(member.num_waiting),
+                _pages_used(member),
+                str(member.num_leases),
+            ]
         table.add_row(
             row.process.name,
             row.health,
@@ -145,6 +149,11 @@ def _table(rows: list[Row]) -> "Table":
             _remark(row.process),
         )
     return table
+
+
+def _pages_used(member: "MemberLoad") -> str:
+    # What a store reports as pages are blocks in memory, which penstock cache shows.
+    return "-" if member.role == "store" else f"{member.num_pages - member.num_free_pages}/{member.num_pages}"
 
 
 def _remark(process: ProcessState) -> str:

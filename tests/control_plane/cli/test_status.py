@@ -18,14 +18,17 @@ Launch = Callable[..., Any]
 
 
 class FakeDirectory(directory_pb2_grpc.DirectoryServicer):
-    """Holds a decode worker that is busy, and nobody else."""
+    """Holds a decode worker that is busy and a store, and nobody else."""
 
     def Watch(self, request: directory_pb2.WatchRequest, context: Any) -> Iterator[directory_pb2.WatchEvent]:
         load = worker_pb2.WorkerLoad(
             num_running=3, num_waiting=2, num_pages=100, num_free_pages=60, num_leases=1
         )
         worker = worker_pb2.WorkerDescription(worker_id="decode-0", role=worker_pb2.ROLE_DECODE, load=load)
-        yield directory_pb2.WatchEvent(kind=directory_pb2.WatchEvent.JOINED, worker=worker)
+        store_load = worker_pb2.WorkerLoad(num_pages=1024, num_free_pages=959)
+        store = worker_pb2.WorkerDescription(worker_id="store-0", role=worker_pb2.ROLE_STORE, load=store_load)
+        for member in (worker, store):
+            yield directory_pb2.WatchEvent(kind=directory_pb2.WatchEvent.JOINED, worker=member)
         yield directory_pb2.WatchEvent(kind=directory_pb2.WatchEvent.SYNCED)
 
 
@@ -63,6 +66,15 @@ def test_shows_processes_with_their_load(
     assert "not in the directory" in " ".join(prefill)
     assert decode[:2] == ["decode-0", "ready"]
     assert decode[4:] == ["3", "2", "40/100", "1"]
+
+
+def test_a_store_has_no_pages(launch: Launch, run_dir: Path, directory: Callable[[], None]) -> None:
+    cluster = launch("pools.store.replicas=1")
+    cluster.read_until("chunk.choices[0]")
+    cluster.state()
+    directory()
+    store = status(run_dir).stdout.splitlines()[-1].split()
+    assert (store[0], store[4:]) == ("store-0", ["0", "0", "-", "0"])
 
 
 def test_json_holds_the_same_for_programs(
