@@ -68,7 +68,7 @@ def drop(
     """Forget KV in every tier: memory, disk and device pages that nobody uses. Running requests keep theirs."""
     with clean_errors():
         if (salt is not None) + (model is not None) + everything != 1:
-            raise ConfigError("cache drop needs one of --salt, --model and --all")
+            raise ConfigError("cache drop needs exactly one of --salt, --model and --all")
         if salt is not None and any("\ud800" <= character <= "\udfff" for character in salt):
             raise ConfigError(f"--salt must be text in UTF-8, got {salt!r}")
         from control_plane.cli.tiers import find_workers
@@ -90,9 +90,15 @@ def _drop(workers: "list[Worker]", *, salt: str | None) -> None:
             say_error(f"{answer.worker.worker_id} dropped nothing: {answer.failure}")
             failed = True
         else:
-            print(f"{answer.worker.worker_id}: dropped {answer.reply.num_blocks} blocks")
+            print(f"{answer.worker.worker_id}: {_dropped(answer.reply.num_blocks, salt=salt)}")
     if failed:
         raise typer.Exit(FAILED)
+
+
+def _dropped(num_copies: int, *, salt: str | None) -> str:
+    if num_copies:
+        return f"dropped {num_copies} copies of blocks, those of all tiers together"
+    return "held nothing" + (" of this salt; one that nobody used is no error" if salt is not None else "")
 
 
 def _chosen(workers: "list[Worker]", *, model: str | None, name: str | None) -> "list[Worker]":

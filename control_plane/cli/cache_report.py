@@ -12,6 +12,8 @@ from protos import kv_pb2
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _TIMES = (("d", 86_400), ("h", 3600), ("min", 60))
+_HIT_RATE = "hit rate: of the full blocks that were looked up on this worker, the part that this tier gave"
+_NOTHING_FETCHED = "Nothing has been fetched from other workers yet."
 
 Report = dict[str, Any]
 
@@ -35,9 +37,9 @@ def as_report(answers: "Sequence[Answer[kv_pb2.TiersDescription]]", *, num_prefi
 def print_report(report: Report) -> None:
     console = Console()
     console.print(_tier_table(report["workers"]))
-    if report["levels"]:
-        console.print()
-        console.print(_level_table(report["levels"]))
+    console.print(_HIT_RATE, style="dim", soft_wrap=True)
+    console.print()
+    console.print(_level_table(report["levels"]) if report["levels"] else _NOTHING_FETCHED)
     if report["prefixes"]:
         console.print()
         console.print(_prefix_table(report["prefixes"]))
@@ -61,8 +63,9 @@ def _tier(tier: kv_pb2.TierDescription, *, num_lookup_blocks: int) -> Report:
         "capacity_bytes": tier.capacity_bytes,
         "num_hit_blocks": tier.num_hit_blocks,
         "hit_rate": tier.num_hit_blocks / num_lookup_blocks if num_lookup_blocks else None,
-        "num_stored_blocks": tier.num_stored_blocks,
-        "num_evicted_blocks": tier.num_evicted_blocks,
+        # The engine computes in its pages and uses them again: nothing is stored there, nothing evicted.
+        "num_stored_blocks": None if tier.name == "device" else tier.num_stored_blocks,
+        "num_evicted_blocks": None if tier.name == "device" else tier.num_evicted_blocks,
         "num_errors": tier.num_errors,
     }
 
@@ -106,7 +109,10 @@ def _tier_table(workers: Sequence[Report]) -> Table:
 def _tier_cells(tier: Mapping[str, Any]) -> list[str]:
     # A tier that keeps nothing itself, such as the peers, has no capacity.
     holds = tier["capacity_blocks"] > 0
-    counts = [str(tier[name]) for name in ("num_stored_blocks", "num_evicted_blocks", "num_errors")]
+    counts = [
+        "-" if tier[name] is None else str(tier[name])
+        for name in ("num_stored_blocks", "num_evicted_blocks", "num_errors")
+    ]
     return [
         str(tier["num_blocks"]) if holds else "",
         format_bytes(tier["used_bytes"]) if holds else "",

@@ -16,6 +16,7 @@ from kvstore.blocks import root_key
 from protos import directory_pb2, directory_pb2_grpc, kv_pb2, kv_pb2_grpc, worker_pb2
 
 FINGERPRINT = b"model fingerprint"
+DROPPED = "dropped 12 copies of blocks, those of all tiers together"
 
 
 @dataclass
@@ -25,6 +26,8 @@ class FakeTiers(kv_pb2_grpc.KvTransferServicer):
     name: str
     model: str = "fake"
     failure: str = ""
+    num_held: int = 12  # copies, as it answers when it drops them
+    is_fresh: bool = False  # nothing has been fetched
     drops: list[kv_pb2.DropRequest] = field(default_factory=list)
 
     def DescribeTiers(self, request: kv_pb2.DescribeTiersRequest, context: Any) -> kv_pb2.TiersDescription:
@@ -39,6 +42,7 @@ class FakeTiers(kv_pb2_grpc.KvTransferServicer):
         ]  # fmt: skip
         return kv_pb2.TiersDescription(
             tiers=[
+                kv_pb2.TierDescription(name="device", num_blocks=2, capacity_blocks=4, num_hit_blocks=5),
                 kv_pb2.TierDescription(
                     name="memory", num_blocks=3, capacity_blocks=8, used_bytes=3 * 2**20, capacity_bytes=8 * 2**20,
                     num_hit_blocks=25, num_stored_blocks=40, num_evicted_blocks=37, num_errors=0,
@@ -46,7 +50,9 @@ class FakeTiers(kv_pb2_grpc.KvTransferServicer):
                 kv_pb2.TierDescription(name="peer", num_hit_blocks=10, num_errors=2),
             ],
             prefixes=prefixes,
-            levels=[kv_pb2.LevelDescription(name="fine", raw_bytes=8 * 2**20, coded_bytes=2 * 2**20)],
+            levels=[] if self.is_fresh else [
+                kv_pb2.LevelDescription(name="fine", raw_bytes=8 * 2**20, coded_bytes=2 * 2**20)
+            ],
             num_lookup_blocks=100,
         )  # fmt: skip
 
@@ -54,7 +60,7 @@ class FakeTiers(kv_pb2_grpc.KvTransferServicer):
         if self.failure:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.failure)
         self.drops.append(request)
-        return kv_pb2.DropReply(num_blocks=12)
+        return kv_pb2.DropReply(num_blocks=self.num_held)
 
 
 class FakeDirectory(directory_pb2_grpc.DirectoryServicer):
@@ -126,11 +132,20 @@ def test_shows_every_tier_with_its_hit_rate_the_compression_and_the_prefixes(
     result = run(run_dir)
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[1] == ["decode-0", "memory", "3", "3", "MiB", "8", "MiB", "25.0%", "40", "37", "0"]
-    assert lines[2] == ["decode-0", "peer", "10.0%", "2"]
-    assert lines[3][:2] == ["store-0", "memory"]
+    assert lines[1] == ["decode-0", "device", "2", "0", "B", "0", "B", "5.0%", "-", "-", "0"]
+    assert lines[2] == ["decode-0", "memory", "3", "3", "MiB", "8", "MiB", "25.0%", "40", "37", "0"]
+    assert lines[3] == ["decode-0", "peer", "10.0%", "2"]
+    assert lines[5][:2] == ["store-0", "memory"]
+    assert "hit rate: of the full blocks that were looked up on this worker" in result.stdout
     assert ["fine", "16", "MiB", "4", "MiB", "4.00"] in lines
     assert ["030303030303", "decode-0", "memory", "128", "3.0", "min", "5.0", "s", "3"] in lines
+
+
+def test_before_anything_travelled_it_says_so(run_dir: Path, serve: Serve) -> None:
+    serve(FakeTiers("decode-0", is_fresh=True))
+    result = run(run_dir)
+    assert "Nothing has been fetched from other workers yet.\n" in result.stdout
+    assert "coded" not in result.stdout
 
 
 def test_the_longest_lived_prefixes_of_all_workers_come_first(run_dir: Path, serve: Serve) -> None:
@@ -143,7 +158,7 @@ def test_the_longest_lived_prefixes_of_all_workers_come_first(run_dir: Path, ser
         ("b", 120.0),
     ]
     assert report["prefixes"][0]["num_tokens"] == 128
-    assert report["workers"][0]["tiers"][0]["hit_rate"] == 0.25
+    assert report["workers"][0]["tiers"][1]["hit_rate"] == 0.25
     assert report["levels"] == [
         {"name": "fine", "raw_bytes": 16 * 2**20, "coded_bytes": 4 * 2**20, "ratio": 4.0}
     ]
@@ -163,7 +178,7 @@ def test_dropping_a_salt_names_the_tenants_root_to_every_worker(run_dir: Path, s
     serve(*workers)
     result = run(run_dir, "drop", "--salt", "tenant-7")
     assert result.exit_code == 0
-    assert result.stdout == "decode-0: dropped 12 blocks\nstore-0: dropped 12 blocks\n"
+    assert result.stdout == f"decode-0: {DROPPED}\nstore-0: {DROPPED}\n"
     root = root_key(model_fingerprint=FINGERPRINT, cache_salt="tenant-7")
     assert [worker.drops[0].root for worker in workers] == [root, root]
     assert [worker.drops[0].source_epoch for worker in workers] == [1, 2]
@@ -174,6 +189,14 @@ def test_the_empty_salt_is_a_tenant_too(run_dir: Path, serve: Serve) -> None:
     serve(worker)
     assert run(run_dir, "drop", "--salt", "").exit_code == 0
     assert worker.drops[0].root == root_key(model_fingerprint=FINGERPRINT)
+
+
+def test_a_salt_that_nobody_used_is_no_error(run_dir: Path, serve: Serve) -> None:
+    serve(FakeTiers("decode-0", num_held=0))
+    result = run(run_dir, "drop", "--salt", "tenant-8")
+    assert result.exit_code == 0
+    assert result.stdout == "decode-0: held nothing of this salt; one that nobody used is no error\n"
+    assert run(run_dir, "drop", "--all", "-y").stdout == "decode-0: held nothing\n"
 
 
 def test_dropping_a_model_asks_its_workers_for_all(run_dir: Path, serve: Serve) -> None:
@@ -211,7 +234,7 @@ def test_a_worker_that_drops_nothing_is_a_failure_and_the_others_drop(run_dir: P
     serve(FakeTiers("decode-0", failure="another epoch"), FakeTiers("decode-1"))
     result = run(run_dir, "drop", "--all", "-y")
     assert result.exit_code == 1
-    assert result.stdout == "decode-1: dropped 12 blocks\n"
+    assert result.stdout == f"decode-1: {DROPPED}\n"
     assert result.stderr == "penstock: decode-0 dropped nothing: failed_precondition: another epoch\n"
 
 
@@ -219,7 +242,7 @@ def test_a_worker_that_drops_nothing_is_a_failure_and_the_others_drop(run_dir: P
 def test_what_to_drop_must_be_said_in_one_way(flags: list[str], run_dir: Path) -> None:
     result = run(run_dir, "drop", *flags)
     assert result.exit_code == 2
-    assert result.stderr == "penstock: cache drop needs one of --salt, --model and --all\n"
+    assert result.stderr == "penstock: cache drop needs exactly one of --salt, --model and --all\n"
 
 
 def test_a_salt_that_is_no_text_is_refused(run_dir: Path, serve: Serve) -> None:
@@ -232,7 +255,7 @@ def test_a_salt_that_is_no_text_is_refused(run_dir: Path, serve: Serve) -> None:
 def test_the_run_directory_may_be_named_before_drop(run_dir: Path, serve: Serve) -> None:
     serve(FakeTiers("decode-0"))
     result = CliRunner().invoke(app, ["cache", "--run-dir", str(run_dir), "drop", "--salt", "s"])
-    assert result.stdout == "decode-0: dropped 12 blocks\n"
+    assert result.stdout == f"decode-0: {DROPPED}\n"
 
 
 def test_where_nothing_runs_it_says_so(run_dir: Path) -> None:
