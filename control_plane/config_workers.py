@@ -16,10 +16,20 @@ ENGINE_SETTINGS = (
     "num_threads",
 )
 
+MIN_MEMORY_TIER_BYTES = 2**20  # what holds no block is a worker that does not start
+
 
 def bounded(name: str, value: float | None, *, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
         raise ValueError(f"{name} is {value}, but it must be between {low:g} and {high:g}")
+
+
+def _bounded_memory_tier(num_bytes: int | None) -> None:
+    if num_bytes and not MIN_MEMORY_TIER_BYTES <= num_bytes <= 1 << 50:
+        raise ValueError(
+            f"memory_tier_bytes is {num_bytes}, but it must be 0, which is no tier, or at least "
+            f"{MIN_MEMORY_TIER_BYTES} (1 MiB) and at most {1 << 50}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +59,7 @@ class PoolConfig:
         bounded("num_threads", self.num_threads, low=1, high=1024)
         bounded("lease_s", self.lease_s, low=0.1, high=3600)
         bounded("pull_timeout_s", self.pull_timeout_s, low=0.1, high=3600)
-        bounded("memory_tier_bytes", self.memory_tier_bytes, low=0, high=1 << 50)
+        _bounded_memory_tier(self.memory_tier_bytes)
         bounded("disk_tier_bytes", self.disk_tier_bytes, low=0, high=1 << 50)
         bounded("metrics_port", self.metrics_port, low=1, high=65536 - max(1, self.replicas))
 
@@ -92,7 +102,7 @@ class KvConfig:
     ttft_objective_s: float = 0.5  # KV travels at the least lossy level that keeps this
 
     def __post_init__(self) -> None:
-        bounded("memory_tier_bytes", self.memory_tier_bytes, low=0, high=1 << 50)
+        _bounded_memory_tier(self.memory_tier_bytes)
         bounded("disk_tier_bytes", self.disk_tier_bytes, low=0, high=1 << 50)
         bounded("max_level", self.max_level, low=0, high=NUM_CACHEGEN_LEVELS)
         bounded("ttft_objective_s", self.ttft_objective_s, low=0.001, high=3600)

@@ -13,7 +13,7 @@ import typer
 
 from control_plane.cli.console import Console, announcement
 from control_plane.cli.failures import say_error
-from control_plane.cli.up import INTERRUPTED, check_model
+from control_plane.cli.up import INTERRUPTED, check_disk_key, check_model
 from control_plane.config import PROJECT_ROOT, ClusterConfig
 from control_plane.runtimes.log_tail import last_lines
 from control_plane.runtimes.ports import with_free_ports
@@ -27,6 +27,7 @@ LAUNCHER_LOG = "launcher.log"
 def start_detached(config: ClusterConfig) -> None:
     """Returns once the cluster serves. Raises typer.Exit with the launcher's own exit code if it never does."""
     check_model(config.model.path)
+    check_disk_key(config)
     with lock(config.run_dir):  # what will surely fail fails here, where somebody reads it
         with_free_ports(config)
     log_path = config.run_dir / "logs" / LAUNCHER_LOG

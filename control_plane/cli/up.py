@@ -77,6 +77,7 @@ async def serve(config: ClusterConfig, *, commands: Commands | None = None) -> b
     from control_plane.runtimes.local import LocalRuntime
 
     check_model(config.model.path)
+    check_disk_key(config)
     console = Console(config)
     runtime = LocalRuntime(config, commands=commands, on_change=console.show)
     asked_to_stop = asyncio.Event()
@@ -125,3 +126,17 @@ def check_model(path: Path) -> None:
         raise ConfigError(
             f"model.path is {path}, but it has no config.json: it must be a checkpoint's directory"
         )
+
+
+def check_disk_key(config: ClusterConfig) -> None:
+    """Raises ConfigError before anything starts, without what the key is, if some worker needs it."""
+    from control_plane.strict_yaml import ConfigError
+    from kvstore.tiers.seal import resolve_key
+
+    on_disk = (pool.replicas and config.kv.disk_bytes(pool) for pool in config.pools.by_name().values())
+    if not config.kv.disk_key or not any(on_disk):
+        return
+    try:
+        resolve_key(config.kv.disk_key)
+    except ValueError as e:
+        raise ConfigError(f"kv.disk_key: {e}") from e

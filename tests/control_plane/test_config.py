@@ -209,6 +209,11 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
         ),
         ("directory: {redis_prefix: ''}", r"directory\.redis_prefix is empty"),
         ("kv: {disk_key: 'aabb'}", r"kv\.disk_key is not a reference: it must be env:NAME or file:/PATH"),
+        ("kv: {memory_tier_bytes: 1000}", r"kv\.memory_tier_bytes is 1000, but it must be 0, .* 1048576"),
+        (
+            "pools: {store: {memory_tier_bytes: -1}}",
+            r"pools\.store\.memory_tier_bytes is -1, but it must be 0",
+        ),
         ("kv: {tier_policy: fifo}", r"must be one of: cost, lru"),
         ("pools: {store: {replicas: 1, num_pages: 64}}", r"pools\.store\.num_pages is 64, but .* no engine"),
         (

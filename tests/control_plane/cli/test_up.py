@@ -131,6 +131,35 @@ def test_wrong_settings_are_one_line_and_exit_code_2(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", [[], ["--detach"]])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read the key of the disk tier from"), ("c0ffee", "must hold 32 bytes in hex")],
+)
+def test_a_key_that_is_none_is_said_before_anything_starts(
+    content: str | None, message: str, flags: list[str], run_dir: Path, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    if content is not None:
+        key.write_text(content)
+    command = ["up", "--run-dir", str(run_dir), "--set", f"kv.disk_key=file:{key}", *flags]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("penstock: kv.disk_key: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "c0ffee" not in result.stderr
+    assert list(run_dir.iterdir()) == []
+
+
+def test_a_variable_that_is_not_set_is_no_key(run_dir: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["up", "--run-dir", str(run_dir), "--set", "kv.disk_key=env:PENSTOCK_NOPE"]
+    )
+    assert result.exit_code == 2
+    assert "kv.disk_key: the environment has no variable PENSTOCK_NOPE" in result.stderr
+
+
 def test_an_unknown_flag_is_a_usage_error() -> None:
     result = CliRunner().invoke(app, ["up", "--porte", "1"])
     assert result.exit_code == 2

@@ -80,13 +80,13 @@ def test_every_setting_of_the_model_reaches_the_workers() -> None:
 def test_every_setting_of_the_tiers_reaches_the_workers() -> None:
     overrides = [
         "run_dir=/r",
-        "kv={memory_tier_bytes: 1000, disk_tier_bytes: 2000, disk_key: 'env:KEY', tier_policy: lru}",
+        "kv={memory_tier_bytes: 1048576, disk_tier_bytes: 2000, disk_key: 'env:KEY', tier_policy: lru}",
         "kv.max_level=3",
         "kv.ttft_objective_s=0.25",
     ]
     place = WorkerPlace(pool="prefill", replica=0, name="prefill-7", cores=(0,))
     worker = understood(load_config(overrides=overrides), place)
-    assert (worker.memory_tier_bytes, worker.disk_tier_bytes) == (1000, 2000)
+    assert (worker.memory_tier_bytes, worker.disk_tier_bytes) == (2**20, 2000)
     assert (worker.disk_tier_path, worker.disk_tier_key) == (Path("/r/kv/prefill-7"), "env:KEY")
     assert (worker.tier_policy, worker.max_level, worker.ttft_objective_s) == ("lru", 3, 0.25)
 
