@@ -27,7 +27,7 @@ def test_a_start_that_fails_is_told_with_the_reason_and_leaves_nothing(run_dir: 
     assert "penstock: the cluster did not start:\n" in result.stderr
     assert "before it was ready" in result.stderr
     assert "Traceback" not in result.stderr
-    assert {path.name for path in run_dir.iterdir()} == {"logs", "kv"}
+    assert {path.name for path in run_dir.iterdir()} == {"logs"}
 
 
 def test_a_taken_run_directory_is_refused_before_the_log_is_touched(run_dir: Path, tmp_path: Path) -> None:
