@@ -176,24 +176,29 @@ class ClusterConfig:
                 )
 
     def _refuse_shared_ports(self) -> None:
-        owners: dict[int, str] = {}
-        for setting, port in self._fixed_ports():
-            other = owners.setdefault(port, setting)
+        owners: dict[int, tuple[str, int]] = {}
+        for setting, replica, port in self._fixed_ports():
+            other, other_replica = owners.setdefault(port, (setting, replica))
             if other != setting:
-                raise ValueError(f"{setting} needs port {port}, but {other} has it: choose another")
+                whose = f" for replica number {other_replica + 1}" if other_replica else ""
+                is_grpc = setting == "gateway.grpc_port"
+                hint = f", such as --grpc-port {self.gateway.port + 100}" if is_grpc else ""
+                raise ValueError(
+                    f"{setting} needs port {port}, but {other} has it{whose}: choose another{hint}"
+                )
 
-    def _fixed_ports(self) -> Iterator[tuple[str, int]]:
-        """Every port that the settings name, with the setting; a process of several replicas needs one per replica."""
+    def _fixed_ports(self) -> Iterator[tuple[str, int, int]]:
+        """Every port that the settings name, with the setting and the replica of the process that needs it."""
         first = {"gateway.port": self.gateway.port, "gateway.grpc_port": self.gateway.grpc_port}
         if self.transport == "tcp":
             first["directory.port"] = self.directory.port
         for setting, port in first.items():
             if port != 0:
-                yield from ((setting, port + replica) for replica in range(self.gateway.replicas))
+                yield from ((setting, replica, port + replica) for replica in range(self.gateway.replicas))
         for name, pool in self.pools.by_name().items():
             if pool.metrics_port is not None:
                 for replica in range(pool.replicas):
-                    yield f"pools.{name}.metrics_port", pool.metrics_port + replica
+                    yield f"pools.{name}.metrics_port", replica, pool.metrics_port + replica
 
     @property
     def socket_dir(self) -> Path:

@@ -201,7 +201,7 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
         ("gateway: {replicas: 2}", r"gateway\.replicas is 2, but .* through Redis: set directory\.redis_url"),
         (
             "{gateway: {replicas: 2, port: 8000, grpc_port: 8001}, directory: {redis_url: 'redis://h'}}",
-            r"gateway\.grpc_port needs port 8001, but gateway\.port has it",
+            r"gateway\.grpc_port needs port 8001, but gateway\.port has it for replica number 2: .*--grpc-port 8100",
         ),
         (
             "directory: {redis_url: 'http://:secret@h'}",
