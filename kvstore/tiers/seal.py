@@ -73,7 +73,7 @@ class BlockSeal:
 def resolve_key(reference: str) -> bytes:
     """The key that `env:NAME` or `file:PATH` refers to. ValueError without ever showing what is there."""
     kind, _, where = reference.partition(":")
-    if kind not in _SOURCES or not where:
+    if kind not in _SOURCES or not where or _HEX_KEY.fullmatch(where):
         # Not the value: it may be the key itself.
         raise ValueError("the key of a disk tier is given as env:NAME or file:PATH, got neither")
     text = _SOURCES[kind](where).strip()

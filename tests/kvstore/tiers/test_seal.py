@@ -91,6 +91,7 @@ def test_keys_come_from_the_environment_and_from_files(
         ("", "env:NAME or file:PATH"),
         ("env:", "env:NAME or file:PATH"),
         (KEY.hex(), "env:NAME or file:PATH"),
+        (f"env:{KEY.hex()}", "env:NAME or file:PATH"),
         ("vault:secret", "env:NAME or file:PATH"),
         ("env:NOT_SET_ANYWHERE", "no variable NOT_SET_ANYWHERE"),
         ("file:/no/such/file", "cannot read the key of the disk tier from /no/such/file"),
