@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from control_plane.cli import options
-from control_plane.cli.failures import FAILED, CommandFailed, clean_errors
+from control_plane.cli.failures import FAILED, CommandFailed, clean_errors, say_error
 from control_plane.runtimes.state import ProcessState, RunState, read_state
 
 if TYPE_CHECKING:
@@ -43,19 +43,21 @@ def status(
             print(json.dumps(_as_json(state, rows, gateways), indent=1))
         else:
             _print(state, rows, gateways)
+        _warn_of_redis(state)
         if any(health != "ready" for health in gateways):
             raise typer.Exit(FAILED)
 
 
 def inspect(state: RunState) -> tuple[list[Row], list[str]]:
     """A row for each process, and how each gateway is: "ready", "not ready" or why it cannot be asked."""
+    from control_plane.cli.gateways import ask_health
     from control_plane.cli.members import fetch_members
 
     if not state.launcher.is_alive():
         gateways = ["dead: the launcher was killed; penstock down clears up"] * len(state.gateways)
         members = None
     else:
-        gateways = [_ask_gateway(gateway.http_url) for gateway in state.gateways]
+        gateways = [ask_health(gateway) for gateway in state.gateways]
         addresses = [gateway.directory_address for gateway in state.gateways]
         members = fetch_members(addresses, timeout_s=_TIMEOUT_S)
     by_name = {member.worker_id: member for member in members or ()}
@@ -75,14 +77,11 @@ def _health(process: ProcessState, *, is_member: bool, known: bool) -> str:
     return process.status.value
 
 
-def _ask_gateway(url: str) -> str:
-    import httpx
+def _warn_of_redis(state: RunState) -> None:
+    from control_plane.cli.gateways import without_redis
 
-    try:
-        response = httpx.get(f"{url}/ready", timeout=_TIMEOUT_S, trust_env=False)
-    except httpx.TransportError as e:
-        return f"does not answer: {e or type(e).__name__}"
-    return "ready" if response.status_code == 200 else "not ready"
+    for warning in without_redis(state.gateways) if state.launcher.is_alive() else ():
+        say_error(warning)
 
 
 def _as_json(state: RunState, rows: list[Row], gateways: list[str]) -> dict[str, object]:

@@ -1,6 +1,8 @@
+import http.server
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from control_plane.cli.__main__ import app
 from control_plane.runtimes.stale import wait_gone
+from control_plane.runtimes.state import GatewayState, RunState, own_process_id
 from protos import directory_pb2, directory_pb2_grpc, worker_pb2
 
 Launch = Callable[..., Any]
@@ -130,6 +133,47 @@ def test_a_cluster_whose_launcher_was_killed_is_called_dead(launch: Launch, run_
     assert result.exit_code == 1
     assert "dead: the launcher was killed; penstock down clears up" in result.stdout
     assert result.stdout.count(" dead ") == 3
+
+
+@pytest.fixture
+def gateway_without_redis() -> Iterator[str]:
+    """Its URL."""
+
+    class Gateway(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"" if self.path == "/ready" else b"penstock_directory_redis_up 0.0\n"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_gateway_that_does_not_reach_redis_serves_and_is_named(
+    run_dir: Path, gateway_without_redis: str
+) -> None:
+    gateway = GatewayState(
+        name="control",
+        http_url=gateway_without_redis,
+        grpc_address="",
+        directory_address=f"unix:{run_dir}/none",
+    )
+    RunState(launcher=own_process_id(), ready=True, gateways=(gateway,), model="m", processes=()).write(
+        run_dir
+    )
+    result = status(run_dir)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("penstock: control does not reach Redis: it serves, but shares neither")
+    assert result.stderr.count("\n") == 1
 
 
 def test_where_nothing_runs_it_says_so(run_dir: Path) -> None:
