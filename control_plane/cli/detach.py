@@ -13,6 +13,7 @@ import typer
 
 from control_plane.cli.console import Console, announcement
 from control_plane.cli.failures import say_error
+from control_plane.cli.gateways import warn_without_redis
 from control_plane.cli.up import INTERRUPTED, check_disk_key, check_model
 from control_plane.config import PROJECT_ROOT, ClusterConfig
 from control_plane.runtimes.log_tail import last_lines
@@ -46,7 +47,8 @@ def start_detached(config: ClusterConfig) -> None:
         say_error("the cluster did not start:")
         print("\n".join(last_lines(log_path)), file=sys.stderr)
         raise typer.Exit(launcher.returncode or 1)
-    print(announcement(state))
+    print(announcement(state), flush=True)
+    warn_without_redis(state.gateways)
     where = "" if config.run_dir == Path.cwd() / "run" else f" --run-dir {shlex.quote(str(config.run_dir))}"
     print(f"penstock status{where} shows it, penstock down{where} stops it.")
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import httpx
 
+from control_plane.cli.failures import say_error
 from control_plane.runtimes.state import GatewayState
 
 READY = "ready"
@@ -20,13 +21,14 @@ def ask_health(gateway: GatewayState) -> str:
     return READY if response.status_code == 200 else "not ready"
 
 
-def without_redis(gateways: Sequence[GatewayState]) -> list[str]:
+def warn_without_redis(gateways: Sequence[GatewayState]) -> None:
     """A line for each gateway that says that Redis is away; none for one that needs no Redis or does not answer."""
-    return [
-        f"{gateway.name} does not reach Redis: it serves, but shares neither workers nor blocks with other gateways"
-        for gateway in gateways
-        if _REDIS_AWAY in _metrics(gateway).splitlines()
-    ]
+    for gateway in gateways:
+        if _REDIS_AWAY in _metrics(gateway).splitlines():
+            say_error(
+                f"{gateway.name} does not reach Redis: it serves, but shares neither workers nor blocks "
+                "with other gateways"
+            )
 
 
 def _metrics(gateway: GatewayState) -> str:

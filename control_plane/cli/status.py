@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from control_plane.cli import options
-from control_plane.cli.failures import FAILED, CommandFailed, clean_errors, say_error
+from control_plane.cli.failures import FAILED, CommandFailed, clean_errors
 from control_plane.runtimes.state import ProcessState, RunState, read_state
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def status(
 ) -> None:
     """Show who is there, how busy and how healthy. The exit code is 0 if the cluster serves, else 1."""
     with clean_errors():
+        from control_plane.cli.gateways import warn_without_redis
+
         directory = options.load(config, run_dir).run_dir
         state = read_state(directory)
         if state is None:
@@ -43,7 +45,8 @@ def status(
             print(json.dumps(_as_json(state, rows, gateways), indent=1))
         else:
             _print(state, rows, gateways)
-        _warn_of_redis(state)
+        if state.launcher.is_alive():
+            warn_without_redis(state.gateways)
         if any(health != "ready" for health in gateways):
             raise typer.Exit(FAILED)
 
@@ -75,13 +78,6 @@ def _health(process: ProcessState, *, is_member: bool, known: bool) -> str:
     if process.status.value == "ready" and known and not is_member:
         return "not in the directory"
     return process.status.value
-
-
-def _warn_of_redis(state: RunState) -> None:
-    from control_plane.cli.gateways import without_redis
-
-    for warning in without_redis(state.gateways) if state.launcher.is_alive() else ():
-        say_error(warning)
 
 
 def _as_json(state: RunState, rows: list[Row], gateways: list[str]) -> dict[str, object]:

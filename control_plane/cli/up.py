@@ -74,6 +74,7 @@ def up(
 async def serve(config: ClusterConfig, *, commands: Commands | None = None) -> bool:
     """Runs the cluster until SIGINT, SIGTERM or SIGHUP; a second one kills. False if it never served."""
     from control_plane.cli.console import Console
+    from control_plane.cli.gateways import warn_without_redis
     from control_plane.runtimes.local import LocalRuntime
 
     check_model(config.model.path)
@@ -95,6 +96,7 @@ async def serve(config: ClusterConfig, *, commands: Commands | None = None) -> b
             served = await _start_unless(asked_to_stop, runtime.start())
             if served:
                 console.announce(runtime.state())
+                await asyncio.to_thread(warn_without_redis, runtime.state().gateways)
                 await asked_to_stop.wait()
             console.stopping()
         console.stopped()
