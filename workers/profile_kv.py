@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="bins of each layer's keys against the usual: 1,0.25,1,1",
     )
     given = parser.parse_args(arguments)
+    done = "Replaced" if (given.model_path / PROFILE_FILE).exists() else "Wrote"
     try:
         text = given.text.read_text(encoding="utf-8") if given.text else _reference_text()
         path, bits = profile(
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"profile-kv: {error}", file=sys.stderr)
         return 2
     levels = ", ".join(f"cachegen-{number} {one:.2f}" for number, one in enumerate(bits, start=1))
-    print(f"Wrote {path} ({path.stat().st_size / 2**20:.1f} MiB). Bits per value: {levels}.")
+    print(f"{done} {path} ({path.stat().st_size / 2**20:.1f} MiB). Bits per value: {levels}.")
     return 0
 
 
