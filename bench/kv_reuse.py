@@ -7,6 +7,8 @@ the 7.5e9 weights and token, and 4 x 4096 x 32 for each token and token before i
 LRU has to give the hits that an independent simulation of these traces gave, to the printed digit: the bench fails if
 it does not. The cost-aware policy also meets workloads that it was not tuned on. Lookups are those of a `BlockStore` of
 97,656 blocks, with the keys of a prompt at a time.
+
+The traces are FAST25-release/traces of Mooncake's public repository (kvcache-ai/Mooncake): `ARGS='--data DIR'`.
 """
 
 import argparse
