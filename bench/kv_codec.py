@@ -124,7 +124,8 @@ class Judge:
         loss = self._model.text_loss(self._texts, distort)
         recall = self._model.recall(self._recalls, distort)
         quality = Quality(
-            perplexity_rise=100 * (math.exp(loss - self._loss) - 1), recall_drop=100 * (self._recall - recall)
+            perplexity_rise=100 * (math.exp(loss - self._loss) - 1),
+            recall_drop=round(100 * (self._recall - recall), 6),
         )
         size = measure(codec, level, self._texts, self._recalls)
         row = Row(level=level, name=name, size=size, quality=quality)

@@ -10,13 +10,13 @@ from kvstore.layout import ITEM_BYTES, KvLayout
 
 RAW = 0
 # Bins of the keys as parts of their root mean square; VALUES_PER_KEYS_BIN (`channels.py`) says what the values' are.
-CACHEGEN_BINS = (0.2, 0.4, 0.8)
+CACHEGEN_BINS = (0.2, 0.4, 0.7)
 NUM_CACHEGEN_LEVELS = len(CACHEGEN_BINS)
 INT8 = NUM_CACHEGEN_LEVELS + 1
 KIVI4 = NUM_CACHEGEN_LEVELS + 2
 KIVI2 = NUM_CACHEGEN_LEVELS + 3
 
-_USUAL_BITS = (3.6, 2.8, 2.0)  # a value, of the demo model; a profile says what its own model's are
+_USUAL_BITS = (3.6, 2.8, 2.15)  # a value, of the demo model; a profile says what its own model's are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
