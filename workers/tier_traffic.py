@@ -28,6 +28,7 @@ class TierTraffic:
         self._loader.begin(request)
 
     def step_began(self, plan: StepPlan, preempted: Sequence[Request]) -> None:
+        self._write_behind.step_began()
         for request in preempted:
             self._loader.end(request.request_id)
             self._loader.begin(request)
@@ -46,7 +47,7 @@ class TierTraffic:
 
     def rested(self) -> None:
         """The engine has nothing to do."""
-        self._write_behind.flush()
+        self._write_behind.rested()
 
     def gone(self, request_id: RequestId) -> None:
         self._loader.end(request_id)

@@ -253,8 +253,7 @@ async def running_end(
     disk: Path | None = None,
     max_level: int = 0,
     limits: dict[str, Any] | None = None,
-    max_pinned_share: float = 1.0,
-    linger_s: float = 0.01,
+    **write_limits: Any,
 ) -> AsyncIterator[End]:
     engine = load_engine(model_path=checkpoint, num_pages=num_pages)
     model, pool = engine.model, engine.kv_pool
@@ -311,7 +310,7 @@ async def running_end(
         WriteParts(
             state=state, kv_pool=pool, store=store, metrics=kv_metrics, offer=offered.append, post=post
         ),
-        limits=WriteLimits(max_pinned_share=max_pinned_share, linger_s=linger_s),
+        limits=WriteLimits(**({"max_pinned_share": 1.0, "linger_s": 0.01} | write_limits)),
     )
     exports = Exports(
         pool, limits=ExportLimits(lease_s=30.0), on_released=lambda _: None, on_expired=lambda _: None

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,32 @@ async def test_generated_blocks_wait_a_bounded_time_for_more_of_their_chain(chec
         await end.answer(PROMPT, max_tokens=16 * 12)
         assert len(end.offered) > 3
         await end.settled()
+
+
+async def test_copies_pause_while_the_engine_works_and_go_on_at_once_when_it_rests(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, save = asyncio.Event(), KvPool.save
+    num_copied: list[int] = []
+
+    def counts(self: KvPool, page_ids: Sequence[int], *arguments: Any) -> None:
+        save(self, page_ids, *arguments)
+        num_copied.append(len(page_ids))
+        loop.call_soon_threadsafe(copied.set)
+
+    monkeypatch.setattr(KvPool, "save", counts)
+    loop = asyncio.get_running_loop()
+    # A piece is a block, and its pause longer than the test.
+    async with running_end(checkpoint, max_piece_bytes=1, max_core_share=1e-9, max_pause_s=SOON_S) as end:
+        busy = end.submit([9] * 20, max_tokens=400)
+        await end.answer(PROMPT, max_tokens=40)
+        async with asyncio.timeout(SOON_S):
+            await copied.wait()
+        assert num_copied == [1]
+        end.loop.abort(end.session_id, busy)
+        await end.settled()
+        assert set(num_copied) == {1}
+        assert sum(num_copied) == sum(len(run.keys) for run in end.offered) >= 14
 
 
 async def test_what_the_tiers_hold_is_not_written_again(end: End) -> None:
