@@ -31,6 +31,7 @@ class PullRequest(_message.Message):
     BLOCK_KEYS_FIELD_NUMBER: _builtins.int
     BLOCK_FORMAT_FIELD_NUMBER: _builtins.int
     CODEC_PROFILE_FIELD_NUMBER: _builtins.int
+    NUM_PAGES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """as in KvSource; empty with `block_keys`"""
     source_epoch: _builtins.int
@@ -43,6 +44,8 @@ class PullRequest(_message.Message):
     """with block_keys: the version of those digests"""
     codec_profile: _builtins.bytes
     """with block_keys: digest of the puller's KV profile; empty: it has none"""
+    num_pages: _builtins.int
+    """of a request that moves while it runs: blocks that the puller has room for; 0: a hand-over"""
     @_builtins.property
     def layout(self) -> _worker_pb2.KvLayout: ...
     def __init__(
@@ -56,10 +59,11 @@ class PullRequest(_message.Message):
         block_keys: _builtins.bytes = ...,
         block_format: _builtins.bytes = ...,
         codec_profile: _builtins.bytes = ...,
+        num_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "block_keys", b"block_keys", "codec_profile", b"codec_profile", "first_block", b"first_block", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "source_epoch", b"source_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "block_keys", b"block_keys", "codec_profile", b"codec_profile", "first_block", b"first_block", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_pages", b"num_pages", "request_id", b"request_id", "source_epoch", b"source_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -78,7 +82,7 @@ class PullReply(_message.Message):
     """16 random bytes"""
     data_address: _builtins.str
     num_blocks: _builtins.int
-    """of a request: blocks of the whole prompt, the last one perhaps partly filled; by key: the leading ones held"""
+    """of a request: blocks of the whole prompt, the last one perhaps partly filled, or of one that moves, `num_pages`; by key: the leading ones held"""
     tiers: _builtins.bytes
     """by key: the tier of each of them, a byte each"""
     codec_profile: _builtins.bytes

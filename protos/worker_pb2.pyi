@@ -153,6 +153,7 @@ class WorkerDescription(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     BLOCK_FORMAT_FIELD_NUMBER: _builtins.int
+    IS_DRAINING_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """new at every start of the process"""
@@ -164,6 +165,8 @@ class WorkerDescription(_message.Message):
     pid: _builtins.int
     block_format: _builtins.bytes
     """Version of the digests that name blocks (kvstore/blocks.py). Keys of another version match nothing: they are counted, not looked up."""
+    is_draining: _builtins.bool
+    """takes no new requests; what runs there should move"""
     @_builtins.property
     def model(self) -> Global___ModelDescription: ...
     @_builtins.property
@@ -180,10 +183,11 @@ class WorkerDescription(_message.Message):
         load: Global___WorkerLoad | None = ...,
         pid: _builtins.int = ...,
         block_format: _builtins.bytes = ...,
+        is_draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "control_address", b"control_address", "data_address", b"data_address", "epoch", b"epoch", "load", b"load", "model", b"model", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "control_address", b"control_address", "data_address", b"data_address", "epoch", b"epoch", "is_draining", b"is_draining", "load", b"load", "model", b"model", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,6 +203,7 @@ class WorkerLoad(_message.Message):
     NUM_FREE_PAGES_FIELD_NUMBER: _builtins.int
     NUM_WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_LEASES_FIELD_NUMBER: _builtins.int
+    NUM_DEMANDED_PAGES_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
     num_pages: _builtins.int
@@ -208,6 +213,8 @@ class WorkerLoad(_message.Message):
     """prompt tokens admitted or queued and not yet computed"""
     num_leases: _builtins.int
     """hand-overs kept for a decode worker"""
+    num_demanded_pages: _builtins.int
+    """that waiting requests need to start, beside what is cached"""
     def __init__(
         self,
         *,
@@ -217,10 +224,11 @@ class WorkerLoad(_message.Message):
         num_free_pages: _builtins.int = ...,
         num_waiting_tokens: _builtins.int = ...,
         num_leases: _builtins.int = ...,
+        num_demanded_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_demanded_pages", b"num_demanded_pages", "num_free_pages", b"num_free_pages", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_running", b"num_running", "num_waiting", b"num_waiting", "num_waiting_tokens", b"num_waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,6 +248,46 @@ class DescribeRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    timeout_s: _builtins.float
+    """0: the worker's own"""
+    def __init__(
+        self,
+        *,
+        timeout_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    num_requests: _builtins.int
+    """that are here and must end, move or be pulled first"""
+    def __init__(
+        self,
+        *,
+        num_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_requests", b"num_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
 
 @_typing.final
 class SessionRequest(_message.Message):
@@ -416,12 +464,21 @@ class Submit(_message.Message):
     PURPOSE_FIELD_NUMBER: _builtins.int
     KV_SOURCE_FIELD_NUMBER: _builtins.int
     KV_HOLDERS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
+    DEADLINE_UNIX_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     priority: _builtins.int
     """lower is sooner"""
     cache_salt: _builtins.str
     arrival_unix_s: _builtins.float
     purpose: Global___Submit.Purpose.ValueType
+    tenant: _builtins.str
+    """whose share of the worker it uses; empty: that of all who say nothing"""
+    tenant_weight: _builtins.float
+    """of that share; 0: 1"""
+    deadline_unix_s: _builtins.float
+    """by which the first token is wanted; 0: none"""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -451,10 +508,13 @@ class Submit(_message.Message):
         purpose: Global___Submit.Purpose.ValueType = ...,
         kv_source: Global___KvSource | None = ...,
         kv_holders: _abc.Iterable[Global___KvHolder] | None = ...,
+        tenant: _builtins.str = ...,
+        tenant_weight: _builtins.float = ...,
+        deadline_unix_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_source", b"kv_source", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_unix_s", b"arrival_unix_s", "cache_salt", b"cache_salt", "kv_holders", b"kv_holders", "kv_source", b"kv_source", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_unix_s", b"arrival_unix_s", "cache_salt", b"cache_salt", "deadline_unix_s", b"deadline_unix_s", "kv_holders", b"kv_holders", "kv_source", b"kv_source", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "purpose", b"purpose", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -498,11 +558,16 @@ class KvSource(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     CONTROL_ADDRESS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    IS_LIVE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     control_address: _builtins.str
     request_id: _builtins.str
     """the id under which the source computes the prompt"""
+    is_live: _builtins.bool
+    """The request itself runs there, and moves here: the source goes on with it until its last blocks travel. If they do not come the request
+    ends here with UNAVAILABLE, and goes on there.
+    """
     def __init__(
         self,
         *,
@@ -510,10 +575,11 @@ class KvSource(_message.Message):
         epoch: _builtins.int = ...,
         control_address: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        is_live: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_address", b"control_address", "epoch", b"epoch", "request_id", b"request_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_address", b"control_address", "epoch", b"epoch", "is_live", b"is_live", "request_id", b"request_id", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=protos_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.WorkerDescription.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/penstock.worker.v1.Worker/Drain',
+                request_serializer=protos_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -64,6 +69,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
+        deadline is over. Answers at once. Again: a shorter deadline counts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +89,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=protos_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.WorkerDescription.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +150,33 @@ class Worker:
             '/penstock.worker.v1.Worker/Describe',
             protos_dot_worker__pb2.DescribeRequest.SerializeToString,
             protos_dot_worker__pb2.WorkerDescription.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.worker.v1.Worker/Drain',
+            protos_dot_worker__pb2.DrainRequest.SerializeToString,
+            protos_dot_worker__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class WorkerStub:
     """
     Describe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.WorkerDescription]
     """What this worker is and how busy it is."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainReply]
+    """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
+    deadline is over. Answers at once. Again: a shorter deadline counts.
+    """
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -47,6 +51,10 @@ class WorkerAsyncStub(WorkerStub):
     """
     Describe: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.WorkerDescription]  # type: ignore[assignment]
     """What this worker is and how busy it is."""
+    Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainReply]  # type: ignore[assignment]
+    """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
+    deadline is over. Answers at once. Again: a shorter deadline counts.
+    """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -66,5 +74,15 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.WorkerDescription, _abc.Awaitable[_worker_pb2.WorkerDescription]]:
         """What this worker is and how busy it is."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _worker_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.DrainReply, _abc.Awaitable[_worker_pb2.DrainReply]]:
+        """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
+        deadline is over. Answers at once. Again: a shorter deadline counts.
+        """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
