@@ -6,6 +6,8 @@
           ◀──────── KEEP_ALIVE               while there is nothing to send
           ◀──────── STATE | REFUSAL          the last frame
 
+How many blocks there are is known before, or, of a request that moves while it runs, when its state comes.
+
 Everything runs in the thread of the event loop. Pages are read and written only between two awaits: after
 `Outgoing.stop` nobody reads them, and after a cancelled `receive_transfer` was awaited nobody writes them.
 """
@@ -53,7 +55,7 @@ class Outgoing:
     """What a source has computed so far of a request that somebody may pull. Pure bookkeeping."""
 
     def __init__(self, *, num_layers: int, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks = num_blocks  # of a request that moves while it runs: at most, until it is finished
         self.page_ids: tuple[int, ...] = ()
         self.state: bytes | None = None
         self.refusal: str | None = None
@@ -85,6 +87,11 @@ class Outgoing:
         else:
             self._running = (num_layers, num_blocks)
         self._notify()
+
+    def finish_early(self, state: bytes) -> None:
+        """Nothing more is computed; `state` is sent after the blocks that are ready."""
+        self.num_blocks = self._num_ready
+        self.finish(state)
 
     def finish(self, state: bytes) -> None:
         """Everything is computed; `state` is sent after the last block."""
@@ -123,7 +130,10 @@ class Sender:
     outgoing: Outgoing
     first_block: int
     keep_alive_s: float
-    on_progress: Callable[[], None]  # called after every frame of blocks or state that was taken
+    on_progress: Callable[[], None]  # called after every frame of blocks or state that was taken,
+    on_caught_up: Callable[[], None] = lambda: (
+        None
+    )  # and whenever all that is ready was sent, and more is to come
 
     async def run(self, buffer: FrameBuffer) -> None:
         """Sends everything. Raises TransferInterrupted if the puller is gone, TransferRefused if we stop."""
@@ -139,8 +149,10 @@ class Sender:
                 await send_payload(self.connection, FrameKind.STATE, self.outgoing.state)
                 self.on_progress()
                 return
-            elif not await self.outgoing.changed(timeout_s=self.keep_alive_s):
-                await send_payload(self.connection, FrameKind.KEEP_ALIVE, b"")
+            else:
+                self.on_caught_up()
+                if not await self.outgoing.changed(timeout_s=self.keep_alive_s):
+                    await send_payload(self.connection, FrameKind.KEEP_ALIVE, b"")
         await refuse(self.connection, self.outgoing.refusal)
         raise TransferRefused(self.outgoing.refusal)
 
@@ -170,16 +182,23 @@ class Incoming:
     page_ids: Sequence[int]
     first_block: int
     max_keep_alives: int  # a source that sends more than this keeps us busy for nothing
+    is_open_ended: bool = False  # not every page gets a block: the state says how many do
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_block <= len(self.page_ids):
             raise ValueError(f"first_block {self.first_block} is outside of {len(self.page_ids)} blocks")
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    state: bytes  # the payload of the state frame
+    num_blocks: int  # in pages now, those before `first_block` included
+
+
 async def receive_transfer(
     connection: Connection, incoming: Incoming, *, memory: BlockMemory, staging: memoryview
-) -> bytes:
-    """Writes all expected blocks to `memory` and returns the state frame's payload.
+) -> Received:
+    """Writes all expected blocks to `memory`.
 
     Each layer's blocks must come in order, each exactly once. `staging` holds one frame (`staging_bytes`).
     Raises TransferRefused, TransferInterrupted or TransferCorrupted; what was written until then is garbage.
@@ -199,8 +218,9 @@ async def receive_transfer(
                 memory.write(layer=header.layer, page_ids=pages, data=payload)
                 num_received[header.layer] = last
             case FrameKind.STATE:
-                _check_complete(num_received, num_blocks=len(incoming.page_ids))
-                return await receive_bytes(connection, header, max_bytes=MAX_STATE_BYTES)
+                num_blocks = _check_complete(num_received, incoming=incoming)
+                state = await receive_bytes(connection, header, max_bytes=MAX_STATE_BYTES)
+                return Received(state, num_blocks)
             case FrameKind.KEEP_ALIVE:
                 await receive_bytes(connection, header, max_bytes=0)
                 num_keep_alives += 1
@@ -233,12 +253,14 @@ def _check_blocks(
         )
 
 
-def _check_complete(num_received: Sequence[int], *, num_blocks: int) -> None:
+def _check_complete(num_received: Sequence[int], *, incoming: Incoming) -> int:
+    num_blocks = num_received[0] if incoming.is_open_ended else len(incoming.page_ids)
     for layer, num_blocks_received in enumerate(num_received):
         if num_blocks_received != num_blocks:
             raise TransferCorrupted(
                 f"the state came after {num_blocks_received} of {num_blocks} blocks of layer {layer}"
             )
+    return num_blocks
 
 
 async def send_ticket(connection: Connection, ticket: bytes) -> None:

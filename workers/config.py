@@ -23,6 +23,7 @@ _COUNTS = (
     "max_num_seqs",
     "max_num_waiting",
     "max_num_pulls",
+    "max_num_moves",
     "num_threads",
 )
 
@@ -55,6 +56,7 @@ class WorkerConfig:
     max_num_seqs: Annotated[int, "requests running at a time"] = 64
     max_num_waiting: Annotated[int, "requests waiting; more are refused as overloaded"] = 1024
     max_num_pulls: Annotated[int, "hand-overs pulled from other workers at a time"] = 8
+    max_num_moves: Annotated[int, "running requests that move to other workers at a time"] = 1
     num_threads: Annotated[int, "threads that compute"] = 1
     cores: Annotated[tuple[int, ...], "cores to stay on, as 0,1; default: any"] = ()
     control_address: Annotated[str, "gRPC, host:port (port 0: any free one) or unix:/path"] = "127.0.0.1:0"

@@ -5,6 +5,7 @@
     ├── QueueFull          try again later or elsewhere
     ├── CheckpointError    the model on disk is missing, truncated, of another shape or unsupported
     ├── CannotListen       an address of this worker is taken or not ours
+    ├── MoveFailed         a request that runs elsewhere could not be moved here, and goes on there
     ├── EngineFailed       a step raised; its requests end, and after several in a row the process
     └── PullError          a hand-over failed; the request is recomputed here
         ├── PullRefused        the source does not agree: epoch, fingerprint, layout, no such lease
@@ -34,6 +35,10 @@ class CheckpointError(WorkerError):
 
 
 class CannotListen(WorkerError):
+    pass
+
+
+class MoveFailed(WorkerError):
     pass
 
 

@@ -2,6 +2,9 @@
 
 An export is opened when a request is submitted, before it has pages, so that a puller can wait for it here. Its
 lease starts to run out when everything is computed: until then the request holds its pages for its own sake.
+
+The export of a request that moves while it runs (`open_live`) is another matter: it is opened for its puller, and ends
+as soon as that has gone or does nothing for a short while, so that the request goes on here.
 All methods run in the thread of the event loop.
 """
 
@@ -24,8 +27,8 @@ from kvstore.transfer import (
     staging_bytes,
 )
 from workers.handoff_wire import encode_handoff
+from workers.reports import ExportProgress
 from workers.request import Handoff, PageId, RequestId
-from workers.state import ExportProgress
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class NoSuchExport(Exception):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportLimits:
     lease_s: float  # after the end of the prefill, without progress of the puller
+    live_lease_s: float = 2.0  # of a request that moves: its client waits meanwhile
     open_wait_s: float = 2.0  # a pull may come that much before its request
     keep_alive_s: float = 1.0  # how often a puller hears from a source that has nothing to send
     max_waiting_pulls: int = 1024
@@ -45,7 +49,7 @@ class ExportLimits:
     def __post_init__(self) -> None:
         if self.keep_alive_s < MIN_KEEP_ALIVE_S:
             raise ValueError(f"keep_alive_s must be at least {MIN_KEEP_ALIVE_S}, got {self.keep_alive_s}")
-        for name in ("lease_s", "open_wait_s", "max_waiting_pulls", "num_remembered"):
+        for name in ("lease_s", "live_lease_s", "open_wait_s", "max_waiting_pulls", "num_remembered"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -59,7 +63,7 @@ class IssuedTicket:
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Export:
     request_id: RequestId
-    num_prompt_tokens: int
+    num_tokens: int | None  # of the prompt; None: of a request that moves while it runs nobody knows yet
     outgoing: Outgoing
     ticket: bytes | None = None  # issued and not used yet
     first_block: int = 0  # that the ticket is for
@@ -68,11 +72,20 @@ class _Export:
     lease_ends_s: float = 0.0
     lease_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def is_live(self) -> bool:
+        return self.num_tokens is None
+
+    @property
+    def has_lease(self) -> bool:
+        return self.is_finished or self.is_live
+
 
 class Exports:
     """All requests of this worker that others may pull.
 
-    One of `on_released` and `on_expired` is called when an export that was finished is gone, unless by `close`.
+    One of `on_released` and `on_expired` is called when an export that was finished, or is live, is gone, unless by
+    `close`. `on_caught_up` is called, again and again, when the puller of a live export has all that is ready.
     """
 
     def __init__(
@@ -82,11 +95,13 @@ class Exports:
         limits: ExportLimits,
         on_released: Callable[[RequestId], None],
         on_expired: Callable[[RequestId], None],
+        on_caught_up: Callable[[RequestId], None] = lambda request_id: None,
     ) -> None:
         self._memory = memory
         self._limits = limits
         self._on_released = on_released
         self._on_expired = on_expired
+        self._on_caught_up = on_caught_up
         self._exports: dict[RequestId, _Export] = {}
         self._by_ticket: dict[bytes, _Export] = {}
         self._gone: OrderedDict[RequestId, None] = OrderedDict()
@@ -109,17 +124,24 @@ class Exports:
 
     def open(self, request_id: RequestId, *, num_prompt_tokens: int) -> None:
         """From now on the request can be pulled."""
+        num_blocks = math.ceil(num_prompt_tokens / self._memory.layout.block_size_tokens)
+        self._open(request_id, num_tokens=num_prompt_tokens, num_blocks=num_blocks)
+
+    def open_live(self, request_id: RequestId, *, max_blocks: int) -> None:
+        """From now on the request can be pulled while it runs, by one who has room for so many blocks."""
+        self._renew(self._open(request_id, num_tokens=None, num_blocks=max_blocks))
+
+    def _open(self, request_id: RequestId, *, num_tokens: int | None, num_blocks: int) -> _Export:
         if request_id in self._exports:
             raise ValueError(f"request {request_id} is exported already")
-        layout = self._memory.layout
-        num_blocks = math.ceil(num_prompt_tokens / layout.block_size_tokens)
-        self._exports[request_id] = _Export(
+        export = self._exports[request_id] = _Export(
             request_id=request_id,
-            num_prompt_tokens=num_prompt_tokens,
-            outgoing=Outgoing(num_layers=layout.num_layers, num_blocks=num_blocks),
+            num_tokens=num_tokens,
+            outgoing=Outgoing(num_layers=self._memory.layout.num_layers, num_blocks=num_blocks),
         )
         self._gone.pop(request_id, None)
         self._notify()
+        return export
 
     def progress(self, progress: ExportProgress) -> None:
         """To be called after every step. With the `handoff` the lease begins; `on_released` may be called at once.
@@ -130,6 +152,8 @@ class Exports:
         if export is None or export.is_finished:
             return
         num_blocks = self._num_blocks(export, progress.num_computed_tokens)
+        if export.is_live and progress.handoff is not None:
+            num_blocks = math.ceil(progress.num_computed_tokens / self._memory.layout.block_size_tokens)
         export.outgoing.advance(page_ids=progress.page_ids, num_blocks=num_blocks)
         if progress.handoff is not None:
             self._finish(export, progress.handoff)
@@ -161,9 +185,15 @@ class Exports:
             self._remove(export, reason="the source is going away")
 
     def release(self, request_id: RequestId) -> None:
-        """The puller wants no more. Idempotent. `on_released` is called as soon as the request is finished."""
+        """The puller wants no more. Idempotent. `on_released` is called as soon as the request is finished.
+
+        Of a request that moves it says that the puller has it; one that cannot have it yet gives it up.
+        """
         export = self._exports.get(request_id)
         if export is None:
+            return
+        if export.is_live and not export.is_finished:
+            self._expire(export, reason="the puller gave the request up")
             return
         export.is_released = True
         if export.is_finished:
@@ -198,16 +228,22 @@ class Exports:
             await self._sender(export, connection).run(self._buffer(export))
         except TransferError as error:
             logger.info("hand-over of %s ended early: %s", export.request_id, error)
+            if export.is_live and self._exports.get(export.request_id) is export:
+                self._expire(export, reason="the puller has gone")
         return True
 
     def _num_blocks(self, export: _Export, num_tokens: int) -> int:
         """Blocks that are full, or as full as they get."""
-        if num_tokens >= export.num_prompt_tokens:
+        if export.num_tokens is not None and num_tokens >= export.num_tokens:
             return export.outgoing.num_blocks
-        return num_tokens // self._memory.layout.block_size_tokens
+        return min(num_tokens // self._memory.layout.block_size_tokens, export.outgoing.num_blocks)
 
     def _finish(self, export: _Export, handoff: Handoff) -> None:
-        export.outgoing.finish(encode_handoff(handoff))
+        state = encode_handoff(handoff)
+        if export.is_live:
+            export.outgoing.finish_early(state)
+        else:
+            export.outgoing.finish(state)
         export.is_finished = True
         if export.is_released:
             self._remove(export, reason="released")
@@ -223,7 +259,13 @@ class Exports:
             first_block=export.first_block,
             keep_alive_s=self._limits.keep_alive_s,
             on_progress=lambda: self._renew(export),
+            on_caught_up=lambda: self._caught_up(export),
         )
+
+    def _caught_up(self, export: _Export) -> None:
+        if export.is_live and not export.is_finished:
+            self._renew(export)
+            self._on_caught_up(export.request_id)
 
     def _buffer(self, export: _Export) -> FrameBuffer:
         num_blocks = export.outgoing.num_blocks - export.first_block
@@ -256,9 +298,10 @@ class Exports:
         self._changed = asyncio.Event()
 
     def _renew(self, export: _Export) -> None:
-        if not export.is_finished or self._exports.get(export.request_id) is not export:
+        if not export.has_lease or self._exports.get(export.request_id) is not export:
             return
-        export.lease_ends_s = asyncio.get_running_loop().time() + self._limits.lease_s
+        lease_s = self._limits.live_lease_s if export.is_live else self._limits.lease_s
+        export.lease_ends_s = asyncio.get_running_loop().time() + lease_s
         if export.lease_timer is None:
             self._watch(export)
 
@@ -270,8 +313,11 @@ class Exports:
         if asyncio.get_running_loop().time() < export.lease_ends_s:
             self._watch(export)
             return
-        logger.warning("nobody pulled %s for %g s", export.request_id, self._limits.lease_s)
-        self._remove(export, reason="the lease is over")
+        logger.warning("nobody pulled %s until its lease was over", export.request_id)
+        self._expire(export, reason="the lease is over")
+
+    def _expire(self, export: _Export, *, reason: str) -> None:
+        self._remove(export, reason=reason)
         self._on_expired(export.request_id)
 
     def _remove(self, export: _Export, *, reason: str) -> None:

@@ -14,6 +14,7 @@ from kvstore.transfer import (
     TICKET_BYTES,
     BlockMemory,
     Incoming,
+    Received,
     max_keep_alives,
     receive_transfer,
     send_ticket,
@@ -97,7 +98,9 @@ class Puller:
             try:
                 handoff = await self._fetch_in_time(pull, source)
             except PullError:
-                self._release_soon(source)
+                # Of a request that runs there a release would say that we have it; that the connection ends says enough.
+                if not source.is_live:
+                    self._release_soon(source)
                 raise
         self._release_soon(source)
         return handoff
@@ -128,15 +131,15 @@ class Puller:
         if len(reply.ticket) != TICKET_BYTES:
             raise PullCorrupted(f"ticket of {len(reply.ticket)} bytes, must be {TICKET_BYTES}")
         try:
-            state = await self._receive(pull, reply)
+            received = await self._receive(pull, reply)
         except TransferRefused as error:
             raise PullRefused(str(error)) from error
         except TransferInterrupted as error:
             raise PullInterrupted(str(error)) from error
         except TransferCorrupted as error:
             raise PullCorrupted(str(error)) from error
-        handoff = decode_handoff(state)
-        self._check(handoff, num_blocks=len(pull.page_ids))
+        handoff = decode_handoff(received.state)
+        self._check(handoff, pull, num_blocks=received.num_blocks)
         return handoff
 
     async def _shake_hands(self, pull: Pull, source: KvSource) -> kv_pb2.PullReply:
@@ -146,6 +149,7 @@ class Puller:
             model_fingerprint=self._model_fingerprint,
             layout=layout_to_wire(self._memory.layout),
             first_block=pull.first_block,
+            num_pages=len(pull.page_ids) if source.is_live else 0,
         )
         async with self._channels.use(source.control_address) as channel:
             stub = kv_pb2_grpc.KvTransferStub(channel)
@@ -155,7 +159,7 @@ class Puller:
                 text = f"{source.worker_id} answers {error.code().name}: {error.details()}"
                 raise (PullRefused if error.code() in REFUSALS else PullInterrupted)(text) from error
 
-    async def _receive(self, pull: Pull, reply: kv_pb2.PullReply) -> bytes:
+    async def _receive(self, pull: Pull, reply: kv_pb2.PullReply) -> Received:
         try:
             address = parse_address(reply.data_address)
         except ValueError as error:
@@ -164,6 +168,7 @@ class Puller:
             page_ids=pull.page_ids,
             first_block=pull.first_block,
             max_keep_alives=max_keep_alives(timeout_s=self._timeouts.total_s),
+            is_open_ended=pull.is_live,
         )
         num_blocks = len(pull.page_ids) - pull.first_block
         staging = memoryview(bytearray(staging_bytes(self._memory.layout, num_blocks=num_blocks)))
@@ -173,8 +178,10 @@ class Puller:
             await send_ticket(connection, reply.ticket)
             return await receive_transfer(connection, incoming, memory=self._memory, staging=staging)
 
-    def _check(self, handoff: Handoff, *, num_blocks: int) -> None:
+    def _check(self, handoff: Handoff, pull: Pull, *, num_blocks: int) -> None:
         expected = math.ceil(handoff.num_computed_tokens / self._memory.layout.block_size_tokens)
+        if pull.is_live:  # of which we may have cached more than the source has computed
+            expected = max(expected, pull.first_block)
         if expected != num_blocks:
             raise PullCorrupted(
                 f"{handoff.num_computed_tokens} computed tokens fill {expected} blocks, {num_blocks} came"

@@ -7,7 +7,8 @@
     apply               tokens to their sessions, finished blocks to their pullers and to the tiers below
 
 The inbox is bounded without a bound of its own: at most `max_num_submitted` submissions, and for each request that is
-here at most one abort, one end of a pull, one end of a lease, and a message for each chunk that is loaded for it.
+here at most one abort, one end of a pull, one end of a lease, and a message for each chunk that is loaded for it or
+pulled of it.
 """
 
 import asyncio
@@ -21,13 +22,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from workers.engine.engine import Engine
-from workers.errors import EngineFailed, InvalidRequest, PullCorrupted, PullError, QueueFull, WorkerError
-from workers.exports import Exports
+from workers.errors import (
+    EngineFailed,
+    InvalidRequest,
+    MoveFailed,
+    PullCorrupted,
+    PullError,
+    QueueFull,
+    WorkerError,
+)
+from workers.exports import Exports, NoSuchExport
 from workers.handoff import Puller
+from workers.live_moves import LiveMoves
 from workers.logs import log_event
 from workers.messages import (
     Aborted,
     BlocksPlaced,
+    CaughtUp,
     LeaseEnded,
     LoadFailed,
     Message,
@@ -38,7 +49,16 @@ from workers.messages import (
 )
 from workers.metrics import WorkerMetrics
 from workers.outbox import Outbox
-from workers.request import FinishReason, Handoff, Purpose, Request, RequestId, RequestOutput, SessionId
+from workers.request import (
+    FinishReason,
+    Handoff,
+    Purpose,
+    Request,
+    RequestId,
+    RequestOutput,
+    SessionId,
+    Status,
+)
 from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState
 from workers.step import Pull, ScheduledRequest, StepPlan, StepResult
@@ -66,6 +86,7 @@ class RequestLoop:
         puller: Puller,
         metrics: WorkerMetrics,
         max_num_submitted: int,
+        max_num_moves: int = 1,
         tiers: TierTraffic | None = None,
     ) -> None:
         self._state = state
@@ -76,6 +97,7 @@ class RequestLoop:
         self._metrics = metrics
         self._max_num_submitted = max_num_submitted
         self._tiers = tiers
+        self._moves = LiveMoves(state, exports, max_moves=max_num_moves)
         self._num_submitted = 0
         self._inbox: deque[Message] = deque()
         self._wake = asyncio.Event()
@@ -140,6 +162,21 @@ class RequestLoop:
         """The puller has all it wanted (`released`), or the lease is over."""
         if request_id in self._requests:
             self.post(LeaseEnded(request_id, released))
+
+    def open_move(self, request_id: RequestId, *, num_pages: int) -> None:
+        """Another worker, with room for `num_pages` blocks, pulls this request while it goes on here.
+
+        Raises NoSuchExport, QueueFull.
+        """
+        if request_id in self._aborted:
+            raise NoSuchExport(f"request {request_id!r} was aborted")
+        self._moves.open(request_id, num_pages=num_pages)
+        self._report_progress()
+
+    def caught_up(self, request_id: RequestId) -> None:
+        """The puller of a request that moves has all that is ready."""
+        if request_id in self._requests:
+            self.post(CaughtUp(request_id))
 
     async def settled(self) -> None:
         """Returns once no request is here, no pull runs, and no block moves to or from device pages."""
@@ -206,8 +243,17 @@ class RequestLoop:
             self._metrics.step_done(plan, step_s=step_s)
             if self._tiers is not None:
                 self._tiers.step_ended(plan, step_s=step_s)
+        for request_id in self._moves.step_ended():
+            self._stop_loading(request_id)
+        self._report_progress()
+
+    def _report_progress(self) -> None:
         for progress in self._state.export_progress():
             self._exports.progress(progress)
+
+    def _stop_loading(self, request_id: RequestId) -> None:
+        if self._tiers is not None:
+            self._tiers.gone(request_id)
 
     def _tell_tiers(self) -> None:
         computed = self._state.take_computed_runs()
@@ -255,6 +301,10 @@ class RequestLoop:
                     self._end_pull(request_id, handoff)
                 case LeaseEnded(request_id, released):
                     self._end_lease(request_id, released=released)
+                case CaughtUp(request_id):
+                    if self._moves.freeze(request_id):
+                        self._stop_loading(request_id)
+                        self._report_progress()
                 case BlocksPlaced(request_id, region, first_block, is_exact):
                     self._state.place(request_id, region, first_block, is_exact=is_exact, now_s=time.time())
                 case LoadFailed(request_id, region):
@@ -293,6 +343,7 @@ class RequestLoop:
             return
         if request.purpose is Purpose.PREFILL_ONLY:
             self._exports.close(request_id)
+        self._moves.gone(request_id)
         output = self._state.abort(request_id, now_s=time.time())
         if (pull := self._pulls.get(request_id)) is not None:
             pull.cancel()
@@ -303,7 +354,12 @@ class RequestLoop:
         self._deliver((output,))
 
     def _end_lease(self, request_id: RequestId, *, released: bool) -> None:
-        if not released:
+        request = self._requests.get(request_id)
+        if not released and request is not None and request.is_moving:
+            self._moves.stay(request_id)
+            if self._tiers is not None and request.status is Status.WAITING:
+                self._tiers.queued(request)
+        elif not released:
             self._end(request_id)
         elif (output := self._state.release(request_id, now_s=time.time())) is not None:
             self._deliver((output,))
@@ -348,7 +404,7 @@ class RequestLoop:
         now_s = time.time()
         output: RequestOutput | None = None
         if handoff is None:
-            self._state.pull_failed(request_id, now_s=now_s)
+            output = self._pull_failed(request_id, now_s=now_s)
         else:
             try:
                 output = self._state.pull_succeeded(request_id, handoff, now_s=now_s)
@@ -356,11 +412,19 @@ class RequestLoop:
                 log_event(
                     _logger, "pull_unusable", level=logging.WARNING, request=request_id, detail=str(error)
                 )
-                self._state.pull_failed(request_id, now_s=now_s)
+                output = self._pull_failed(request_id, now_s=now_s)
         if request_id in self._doomed:
             self._forget(request_id)
         if output is not None:
             self._deliver((output,))
+
+    def _pull_failed(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
+        output = self._state.pull_failed(request_id, now_s=now_s)
+        if output is None:
+            return None
+        return replace(
+            output, failure=MoveFailed(f"request {request_id!r} could not be pulled, and goes on there")
+        )
 
     async def _cancel_pulls(self) -> None:
         tasks = tuple(self._pulls.values())
@@ -395,6 +459,7 @@ class RequestLoop:
                 outbox.put(self._step_number, session_outputs)
 
     def _forget(self, request_id: RequestId) -> None:
+        self._moves.gone(request_id)
         if self._tiers is not None:
             self._tiers.gone(request_id)
         self._engine.forget(request_id)

@@ -19,7 +19,7 @@ from protos import directory_pb2, directory_pb2_grpc, worker_pb2
 from workers.grpc_options import CHANNEL_OPTIONS
 from workers.logs import log_event
 from workers.offers import StoreAddress
-from workers.state import BlockEvents
+from workers.reports import BlockEvents
 
 RPC_TIMEOUT_S = 1.0
 GOODBYE_TIMEOUT_S = 0.5

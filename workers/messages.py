@@ -36,6 +36,13 @@ class LeaseEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """Whoever pulls this request while it runs has all that is ready."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
 class BlocksPlaced:
     """The blocks of a region from `first_block` up to those placed before are in the request's pages."""
 
@@ -58,4 +65,14 @@ class PagesFree:
     """Pages that a thread was reading are nobody's: who lacked pages may go on."""
 
 
-Message = Submitted | Aborted | SessionClosed | PullEnded | LeaseEnded | BlocksPlaced | LoadFailed | PagesFree
+Message = (
+    Submitted
+    | Aborted
+    | SessionClosed
+    | PullEnded
+    | LeaseEnded
+    | CaughtUp
+    | BlocksPlaced
+    | LoadFailed
+    | PagesFree
+)

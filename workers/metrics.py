@@ -11,8 +11,8 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from workers.errors import CannotListen
+from workers.reports import Load
 from workers.request import FinishReason, RequestId, RequestOutput
-from workers.state import Load
 from workers.step import StepPlan
 from workers.timeline import Timeline
 

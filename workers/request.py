@@ -25,14 +25,15 @@ class Status(Enum):
     """Where a request is on its way.
 
     WAITING: owns nothing. PULLING: owns pages that a pull writes. RUNNING: computes.
-    HELD: computed, its pages are kept for a puller. DOOMED: aborted while pulling; its pages stay its own until
-    the pull has ended.
+    HELD: computed, its pages are kept for a puller. FROZEN: moves to another worker, which is sent the last of it.
+    DOOMED: aborted while pulling; its pages stay its own until the pull has ended.
     """
 
     WAITING = "waiting"
     PULLING = "pulling"
     RUNNING = "running"
     HELD = "held"
+    FROZEN = "frozen"
     DOOMED = "doomed"
 
 
@@ -98,12 +99,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvSource:
-    """The worker that computes a prompt's KV for us, and the id it knows the request by."""
+    """The worker that computes a prompt's KV for us, and the id it knows the request by.
+
+    `is_live`: the request itself runs there and moves here. What cannot be pulled is not computed here then.
+    """
 
     worker_id: str
     epoch: int
     control_address: str
     request_id: str
+    is_live: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +149,10 @@ class Request:
     kv_source: KvSource | None = None
     kv_holders: tuple[KvHolder, ...] = ()  # hints, best first
     output_token_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(
+        default_factory=list
+    )  # of the last output tokens, if asked for
+    is_moving: bool = False  # another worker pulls it while it runs: its pages must stay
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0  # what will be computed when the step that executes has ended
     num_cached_tokens: int = 0
@@ -193,7 +202,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handoff:
-    """All of a request that is not KV, as the source of a hand-over sends it.
+    """All of a request that is not KV, as the source of a hand-over sends it; also of one that moves while it runs.
 
     `output_token_ids` is the whole output, with the tokens given at submit; `logprobs` are of its last
     tokens, one each.

@@ -15,7 +15,7 @@ urgent ones does keep others waiting. Pages are handed out by rank, and these ru
   on, unless pulls and held requests own what it needs, and those end without us.
 - A request that loads blocks is computed up to them and then has no row until they are in its pages; whoever loads
   them gives up in the end.
-- Requests computed for another worker are never preempted: it may be reading their pages.
+- Requests computed for another worker, or moving to one, are never preempted: it may be reading their pages.
 - Beside running requests, an admission leaves one free page for each of them, or it would soon be preempted
   again.
 """
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS
+from workers.moves import pages_wanted
 from workers.pages import PagePool, num_pages_for
 from workers.request import PageId, Purpose, Request, RequestId
 from workers.step import Admission, Pull, ScheduledRequest, StepPlan
@@ -133,7 +134,9 @@ class _Draft:
     def _admit_one(self, request: Request) -> bool:
         # At least one token is computed here even if all of them are cached: its logits are what is wanted.
         cached = self._pages.cached_prefix(request, (request.num_tokens - 1) // BLOCK_SIZE_TOKENS)
-        num_new_pages = num_pages_for(request.num_tokens) - len(cached)
+        is_live = request.kv_source is not None and request.kv_source.is_live
+        num_pages = pages_wanted(request) if is_live else num_pages_for(request.num_tokens)
+        num_new_pages = num_pages - len(cached)
         if num_new_pages + self._num_growing > self._pages.num_available_beside(cached):
             return False
         self._pages.share(cached)
@@ -151,7 +154,8 @@ class _Draft:
     def _preempt_below(self, rank: int) -> None:
         """Frees the pages of lower-ranked requests, lowest first, until there is a page or nobody is left."""
         for victim in reversed(self._view.running[rank + 1 :]):
-            if victim.purpose is Purpose.GENERATE and victim.request_id not in self.preempted:
+            may_leave = victim.purpose is Purpose.GENERATE and not victim.is_moving
+            if may_leave and victim.request_id not in self.preempted:
                 self.preempted[victim.request_id] = None
                 self._pages.give_up(victim.page_ids)
                 if self._pages.num_available:

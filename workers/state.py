@@ -5,6 +5,8 @@
        │  └──preempted───┘  (PREFILL_ONLY)           result = engine.execute(plan)
        └──plan──▶ pulling ──ended──▶ running         outputs = state.apply(plan, result, ...)
 
+A request that moves to another worker is frozen at the end, from waiting or running, and finished or resumed from there.
+
 `begin` gives all pages of the plan to its requests, so that the books are right while the step executes. Meanwhile
 pages may be pinned and loads be claimed; requests come, go and jump over what was loaded between steps only.
 
@@ -18,12 +20,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey, chain_keys, root_key
-from workers import loads, timeline
+from workers import loads, moves, timeline
 from workers.computed_blocks import ComputedBlocks, ComputedRun
 from workers.errors import InvalidRequest, QueueFull
 from workers.invariants import prove_request
 from workers.outputs import end_output, finish_reason, logprobs_of, new_tokens_output
-from workers.pages import PagePool
+from workers.pages import PagePool, num_pages_for
+from workers.reports import BlockEvents, ExportProgress, Load
 from workers.request import (
     FinishReason,
     Handoff,
@@ -56,37 +59,6 @@ class StateLimits:
     max_num_waiting: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockEvents:
-    stored: tuple[BlockKey, ...]
-    removed: tuple[BlockKey, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """As WorkerLoad in worker.proto."""
-
-    num_running: int
-    num_waiting: int
-    num_pages: int
-    num_free_pages: int
-    num_waiting_tokens: int
-    num_leases: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportProgress:
-    """How far a PREFILL_ONLY request has come: the puller may read blocks below `num_computed_tokens`.
-
-    `handoff` is None until the prompt is computed and the first token sampled.
-    """
-
-    request_id: RequestId
-    page_ids: tuple[PageId, ...]
-    num_computed_tokens: int
-    handoff: Handoff | None
-
-
 class EngineState:
     """See the module. Methods that end a request return its last output."""
 
@@ -97,7 +69,8 @@ class EngineState:
         self._waiting: list[Request] = []  # by rank
         self._running: list[Request] = []  # by rank
         self._pulling: dict[RequestId, Request] = {}
-        self._handoffs: dict[RequestId, Handoff] = {}  # of held requests
+        self._handoffs: dict[RequestId, Handoff] = {}  # of held and frozen requests
+        self._moving: dict[RequestId, Request] = {}  # to another worker, frozen ones included
         self._computed = ComputedBlocks(self._pages)
 
     @property
@@ -149,9 +122,11 @@ class EngineState:
         return self._finish(request, FinishReason.ABORT, now_s=now_s)
 
     def release(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
-        """The puller of a PREFILL_ONLY request has all it wants; None if the request is not here any more."""
+        """The puller of a PREFILL_ONLY or frozen request has all it wants; None if there is none here (any more)."""
         request = self._requests.get(request_id)
-        if request is None or request.purpose is not Purpose.PREFILL_ONLY:
+        if request is None or (
+            request.purpose is not Purpose.PREFILL_ONLY and request.status is not Status.FROZEN
+        ):
             return None
         return self._finish(request, FinishReason.HANDED_OVER, now_s=now_s)
 
@@ -168,6 +143,8 @@ class EngineState:
         if request.status is Status.DOOMED:
             self._drop(request)
             return None
+        if request.kv_source is not None and request.kv_source.is_live:
+            return self._moved_here(request, handoff, now_s=now_s)
         tokens = new_tokens(request, handoff, vocab_size=self._limits.vocab_size)
         request.timeline.take_over(handoff.timeline)
         request.timeline.stamp(timeline.PULL_DONE, now_s)
@@ -178,14 +155,58 @@ class EngineState:
         self._computed.advance(request, handoff.num_computed_tokens)
         return self._append(request, tokens, now_s=now_s, reason=handoff.finish_reason)
 
-    def pull_failed(self, request_id: RequestId, *, now_s: float) -> None:
-        """The pull has ended and writes no more: the prompt is computed here, in the reserved pages."""
+    def pull_failed(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
+        """The pull has ended and writes no more: the prompt is computed here, in the reserved pages.
+
+        A request that runs elsewhere ends here instead, and goes on there.
+        """
         request = self._pulling[request_id]
         if request.status is Status.DOOMED:
             self._drop(request)
-            return
+            return None
         request.timeline.stamp(timeline.PULL_FAILED, now_s)
+        if request.kv_source is not None and request.kv_source.is_live:
+            return self._finish(request, FinishReason.ERROR, now_s=now_s)
         self._run_pulled(request)
+        return None
+
+    # Moves to other workers, see workers.moves. `open_move` is safe while a step executes.
+
+    def open_move(self, request_id: RequestId, *, num_pages: int) -> bool:
+        """Whether another worker, with room for `num_pages` blocks, may pull this request while it goes on here."""
+        request = self._requests.get(request_id)
+        if request is None or not moves.can_move(request, num_pages=num_pages):
+            return False
+        request.is_moving = True
+        self._moving[request_id] = request
+        return True
+
+    def moving(self) -> tuple[Request, ...]:
+        return tuple(self._moving.values())
+
+    def freeze(self, request_id: RequestId, *, now_s: float) -> bool:
+        """The request stands still: `export_progress` has all of it. False if it does not move (any more), or is frozen."""
+        request = self._moving.get(request_id)
+        if request is None or request.status not in (Status.WAITING, Status.RUNNING):
+            return False
+        _remove(self._waiting if request.status is Status.WAITING else self._running, request)
+        request.loads.clear()
+        request.status = Status.FROZEN
+        request.timeline.stamp(timeline.FROZEN, now_s)
+        self._handoffs[request_id] = moves.handoff_of(request)
+        return True
+
+    def end_move(self, request_id: RequestId, *, now_s: float) -> None:
+        """The request stays here, and goes on if it was frozen. Without effect if it does not move."""
+        request = self._moving.pop(request_id, None)
+        if request is None:
+            return
+        request.is_moving = False
+        if request.status is Status.FROZEN:
+            del self._handoffs[request_id]
+            request.timeline.stamp(timeline.RESUMED, now_s)
+            request.status = Status.RUNNING if request.page_ids else Status.WAITING
+            insort(self._running if request.page_ids else self._waiting, request, key=_rank)
 
     # A step.
 
@@ -310,8 +331,12 @@ class EngineState:
         return self._computed.take_runs()
 
     def export_progress(self) -> tuple[ExportProgress, ...]:
-        """Of every PREFILL_ONLY request that owns pages."""
-        exported = (r for r in self._requests.values() if r.purpose is Purpose.PREFILL_ONLY and r.page_ids)
+        """Of every PREFILL_ONLY request that owns pages, and of those that move."""
+        exported = (
+            r
+            for r in self._requests.values()
+            if r.is_moving or (r.purpose is Purpose.PREFILL_ONLY and r.page_ids)
+        )
         return tuple(
             ExportProgress(
                 request_id=request.request_id,
@@ -342,6 +367,7 @@ class EngineState:
             num_free_pages=self._pages.num_available,
             num_waiting_tokens=sum(map(_num_prompt_tokens_left, chain(self._waiting, self._running))),
             num_leases=len(self._handoffs),
+            num_demanded_pages=sum(num_pages_for(request.num_tokens) for request in self._waiting),
         )
 
     def check(self) -> None:
@@ -356,7 +382,9 @@ class EngineState:
         assert by_status[Status.WAITING] == {r.request_id for r in self._waiting}
         assert by_status[Status.RUNNING] == {r.request_id for r in self._running}
         assert by_status[Status.PULLING] | by_status[Status.DOOMED] == set(self._pulling)
-        assert by_status[Status.HELD] == set(self._handoffs)
+        assert by_status[Status.HELD] | by_status[Status.FROZEN] == set(self._handoffs)
+        assert by_status[Status.FROZEN] <= set(self._moving)
+        assert {r.request_id for r in self._requests.values() if r.is_moving} == set(self._moving)
         for ranked in (self._waiting, self._running):
             assert ranked == sorted(ranked, key=_rank)
 
@@ -388,6 +416,20 @@ class EngineState:
         request.status = Status.WAITING
         request.timeline.stamp(timeline.PREEMPTED, now_s)
         insort(self._waiting, request, key=_rank)
+
+    def _moved_here(self, request: Request, handoff: Handoff, *, now_s: float) -> RequestOutput | None:
+        """As `pull_succeeded`, for a request that ran elsewhere until now."""
+        tokens = moves.moved_tokens(request, handoff, vocab_size=self._limits.vocab_size)
+        request.timeline.go_on(handoff.timeline)
+        request.timeline.stamp(timeline.MOVED, now_s)
+        request.num_cached_tokens = handoff.num_cached_tokens
+        if handoff.num_exact_tokens is not None:
+            request.lose_exactness(handoff.num_exact_tokens)
+        self._run_pulled(request)
+        request.output_token_ids.extend(token.token_id for token in tokens)
+        request.output_logprobs.extend(logprobs_of(tokens))
+        self._computed.advance(request, max(handoff.num_computed_tokens, request.num_computed_tokens))
+        return new_tokens_output(request, tokens, is_first=True, reason=None) if tokens else None
 
     def _run_pulled(self, request: Request) -> None:
         del self._pulling[request.request_id]
@@ -434,6 +476,7 @@ class EngineState:
     ) -> RequestOutput | None:
         """New tokens at the end of the output, and perhaps the end of the request. None: the puller tells them."""
         request.output_token_ids.extend(token.token_id for token in tokens)
+        request.output_logprobs.extend(logprobs_of(tokens))
         request.timeline.stamp_once(timeline.PREFILL_DONE, now_s)
         is_first = request.timeline.stamp_once(timeline.FIRST_TOKEN, now_s)
         reason = reason or finish_reason(
@@ -479,9 +522,11 @@ class EngineState:
                 _remove(self._running, request)
             case Status.PULLING | Status.DOOMED:
                 del self._pulling[request.request_id]
-            case Status.HELD:
+            case Status.HELD | Status.FROZEN:
                 del self._handoffs[request.request_id]
         del self._requests[request.request_id]
+        self._moving.pop(request.request_id, None)
+        request.is_moving = False
         self._pages.release(request.page_ids)
         request.page_ids = ()
         request.loads.clear()

@@ -36,8 +36,15 @@ class Pull:
     """A waiting request whose prompt KV comes from another worker: pages reserved, the pull may begin."""
 
     request: Request
-    page_ids: tuple[PageId, ...]  # of all prompt blocks, in token order
+    page_ids: tuple[
+        PageId, ...
+    ]  # of all prompt blocks, in token order; of one that moves, and may grow, for more
     first_block: int  # blocks before it were cached here already
+
+    @property
+    def is_live(self) -> bool:
+        """The request runs at its source until then."""
+        return self.request.kv_source is not None and self.request.kv_source.is_live
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

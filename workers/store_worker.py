@@ -27,8 +27,8 @@ from workers.model.checkpoint import Checkpoint
 from workers.model.info import ModelInfo, load_model_info
 from workers.offer_intake import OfferIntake
 from workers.planes import listening, make_identity, running, source_identity
+from workers.reports import Load
 from workers.server import make_server
-from workers.state import Load
 from workers.tiers import open_tiers
 from workers.wire import description_to_wire
 
@@ -99,6 +99,7 @@ class StoreWorker:
             num_free_pages=memory.capacity_blocks - memory.num_blocks,
             num_waiting_tokens=0,
             num_leases=0,
+            num_demanded_pages=0,
         )
         return description_to_wire(identity, load)
 

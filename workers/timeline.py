@@ -1,6 +1,7 @@
 """When what happened to a request on this worker: named stamps, from which every latency is derived.
 
-What the source of a hand-over noted comes with it and is named `prefill.*`, so that names tell whose clock it was.
+What the source of a hand-over noted comes with it and is named `prefill.*`, so that names tell whose clock it was. The
+stamps of a request that moved while it ran stay what they were: up to `moved` they are of the worker before.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,11 @@ LOAD_STARTED: Final = "load_started"  # blocks of the prompt were found elsewher
 LOAD_DONE: Final = "load_done"  # all that was to be loaded is in the request's pages
 LOAD_FAILED: Final = "load_failed"  # some of it did not come, or too late, and is computed
 PREEMPTED: Final = "preempted"  # may happen more than once
+FROZEN: Final = (
+    "frozen"  # stands still while its last blocks move to another worker; may happen more than once
+)
+RESUMED: Final = "resumed"  # the move failed, and it goes on where it was
+MOVED: Final = "moved"  # it goes on here and not where it was before; what came before is of other workers
 FIRST_TOKEN: Final = "first_token"
 FINISHED: Final = "finished"
 
@@ -54,6 +60,10 @@ class Timeline:
             for stamp in stamps
             if stamp.name != RECEIVED  # the gateway told us both
         )
+
+    def go_on(self, stamps: Iterable[Stamp]) -> None:
+        """Puts what the worker noted that had the request before in front: its latencies are of all its workers."""
+        self.stamps[:0] = stamps
 
     def first_s(self, name: str) -> float | None:
         """When `name` happened for the first time; None if it has not."""

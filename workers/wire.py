@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from kvstore.blocks import FORMAT_VERSION
 from protos import worker_pb2
 from workers.config import Role
-from workers.errors import InvalidRequest, QueueFull, WorkerError
+from workers.errors import InvalidRequest, MoveFailed, QueueFull, WorkerError
 from workers.handoff_wire import FINISH_TO_WIRE, layout_to_wire, logprobs_to_wire, stamps_to_wire
 from workers.identity import Identity
+from workers.reports import Load
 from workers.request import (
     KvHolder,
     KvSource,
@@ -22,7 +23,6 @@ from workers.request import (
     SamplingParams,
     SessionId,
 )
-from workers.state import Load
 
 MAX_REQUEST_ID_CHARS = 256
 MAX_KV_HOLDERS = 16
@@ -41,6 +41,7 @@ _PURPOSES = {
 _FAILURE_CODES: dict[type[WorkerError], "worker_pb2.Failure.Code.ValueType"] = {
     InvalidRequest: worker_pb2.Failure.INVALID,
     QueueFull: worker_pb2.Failure.OVERLOADED,
+    MoveFailed: worker_pb2.Failure.UNAVAILABLE,
 }
 
 
@@ -103,6 +104,7 @@ def _kv_source_from_wire(message: worker_pb2.Submit) -> KvSource:
         epoch=source.epoch,
         control_address=source.control_address,
         request_id=source.request_id,
+        is_live=source.is_live,
     )
 
 
@@ -141,6 +143,7 @@ def description_to_wire(identity: Identity, load: Load) -> worker_pb2.WorkerDesc
             num_free_pages=load.num_free_pages,
             num_waiting_tokens=load.num_waiting_tokens,
             num_leases=load.num_leases,
+            num_demanded_pages=load.num_demanded_pages,
         ),
         pid=identity.pid,
         block_format=FORMAT_VERSION,

@@ -22,7 +22,7 @@ from workers.cost_model import CostModel
 from workers.engine.engine import Engine
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
-from workers.handoff_server import KvTransferService
+from workers.handoff_server import ComputingSource, KvTransferService
 from workers.identity import Identity
 from workers.load_parts import LoadLimits, LoadParts
 from workers.loading import Loader
@@ -80,6 +80,7 @@ class Worker:
             limits=ExportLimits(lease_s=config.lease_s),
             on_released=lambda request_id: self.loop.lease_ended(request_id, released=True),
             on_expired=lambda request_id: self.loop.lease_ended(request_id, released=False),
+            on_caught_up=lambda request_id: self.loop.caught_up(request_id),
         )
         self.puller = Puller(
             memory,
@@ -106,6 +107,7 @@ class Worker:
             puller=self.puller,
             metrics=self.metrics,
             max_num_submitted=config.max_num_waiting,
+            max_num_moves=config.max_num_moves,
             tiers=self._tier_traffic,
         )
 
@@ -204,7 +206,11 @@ class Worker:
                 metrics=self.tiers.metrics,
                 device=DevicePages(stats=self._device_stats, drop=self._drop_pages),
             )
-        return KvTransferService(identity=source_identity(identity), exports=self.exports, blocks=blocks)
+        computing = ComputingSource(
+            exports=self.exports,
+            open_move=lambda request_id, num_pages: self.loop.open_move(request_id, num_pages=num_pages),
+        )
+        return KvTransferService(identity=source_identity(identity), computing=computing, blocks=blocks)
 
     def _membership(self, identity: Identity) -> Membership:
         return Membership(

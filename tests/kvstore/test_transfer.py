@@ -18,6 +18,7 @@ from kvstore.transfer import (
     FRAME_PAYLOAD_BYTES,
     Incoming,
     Outgoing,
+    Received,
     Sender,
     receive_ticket,
     receive_transfer,
@@ -83,7 +84,7 @@ class Ends:
         )
         await sender.run(FrameBuffer(frame_blocks * LAYOUT.layer_block_bytes))
 
-    async def receive(self, *, max_keep_alives: int = 3, staging_blocks: int = NUM_BLOCKS) -> bytes:
+    async def receive(self, *, max_keep_alives: int = 3, staging_blocks: int = NUM_BLOCKS) -> Received:
         incoming = Incoming(page_ids=PAGES, first_block=self.first_block, max_keep_alives=max_keep_alives)
         staging = memoryview(bytearray(staging_bytes(LAYOUT, num_blocks=staging_blocks)))
         return await receive_transfer(self.receiving, incoming, memory=self.target, staging=staging)
@@ -118,8 +119,8 @@ async def turns(num_turns: int) -> None:
 async def test_a_finished_prompt_arrives_with_its_state() -> None:
     with ends() as both:
         both.finish()
-        _, state = await asyncio.gather(both.send(), both.receive())
-        assert state == b"state"
+        _, received = await asyncio.gather(both.send(), both.receive())
+        assert received.state == b"state"
         assert both.num_progress == LAYOUT.num_layers * 4 + 1  # seven blocks, two in a frame; the state
         both.assert_arrived()
 
@@ -128,8 +129,8 @@ async def test_a_finished_prompt_arrives_with_its_state() -> None:
 async def test_with_all_blocks_cached_only_the_state_travels() -> None:
     with ends(first_block=NUM_BLOCKS) as both:
         both.finish()
-        _, state = await asyncio.gather(both.send(), both.receive())
-        assert (state, both.source.num_reads) == (b"state", 0)
+        _, received = await asyncio.gather(both.send(), both.receive())
+        assert (received.state, both.source.num_reads) == (b"state", 0)
         both.assert_arrived()
 
 

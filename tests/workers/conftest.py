@@ -202,7 +202,13 @@ class Session:
         self._reader = asyncio.create_task(self._read())
 
     async def submit(
-        self, request_id: str, prompt: list[int], *, kv_source: Identity | None = None, **fields: Any
+        self,
+        request_id: str,
+        prompt: list[int],
+        *,
+        kv_source: Identity | None = None,
+        is_live: bool = False,
+        **fields: Any,
     ) -> Answer:
         """`fields` of Submit and of SamplingParams together."""
         names = worker_pb2.SamplingParams.DESCRIPTOR.fields_by_name
@@ -212,7 +218,7 @@ class Session:
         if kv_source is not None:
             rest["kv_source"] = worker_pb2.KvSource(
                 worker_id=kv_source.worker_id, epoch=kv_source.epoch,
-                control_address=kv_source.control_address, request_id=request_id,
+                control_address=kv_source.control_address, request_id=request_id, is_live=is_live,
             )  # fmt: skip
         submit = worker_pb2.Submit(
             request_id=request_id, prompt_token_ids=prompt, arrival_unix_s=time.time(),

@@ -16,9 +16,9 @@ from workers.agreement import SourceIdentity
 from workers.engine.kv_pool import KvPool
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
-from workers.handoff_server import KvTransferService
+from workers.handoff_server import ComputingSource, KvTransferService
+from workers.reports import ExportProgress
 from workers.request import Handoff, KvSource, PageId, Request, RequestId, SamplingParams, SessionId
-from workers.state import ExportProgress
 from workers.step import Pull
 from workers.tickets import TicketDesk
 
@@ -68,7 +68,9 @@ class Source:
             layout=LAYOUT,
             data_address=str(self.listener.address),
         )
-        service = KvTransferService(identity=identity, exports=self.exports)
+        service = KvTransferService(
+            identity=identity, computing=ComputingSource(exports=self.exports, open_move=self.open_move)
+        )
         kv_pb2_grpc.add_KvTransferServicer_to_server(service, self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
         await self.server.start()
@@ -78,6 +80,9 @@ class Source:
         self.exports.close_all()
         await self.listener.close()
         await self.server.stop(None)
+
+    def open_move(self, request_id: RequestId, num_pages: int) -> None:
+        self.exports.open_live(request_id, max_blocks=num_pages)
 
     def open(self) -> None:
         self.exports.open(ID, num_prompt_tokens=NUM_TOKENS)

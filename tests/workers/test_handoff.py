@@ -45,6 +45,7 @@ from workers.errors import PullCorrupted, PullError, PullInterrupted, PullRefuse
 from workers.exports import ExportLimits
 from workers.handoff import Puller, PullTimeouts
 from workers.handoff_wire import encode_handoff
+from workers.reports import ExportProgress
 from workers.request import (
     FinishReason,
     Handoff,
@@ -52,7 +53,6 @@ from workers.request import (
     RequestId,
     TokenLogprobs,
 )
-from workers.state import ExportProgress
 
 
 @pytest_asyncio.fixture(autouse=True)

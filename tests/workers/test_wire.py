@@ -8,6 +8,7 @@ from protos import worker_pb2
 from workers.config import Role
 from workers.errors import EngineFailed, InvalidRequest, QueueFull, WorkerError
 from workers.identity import Identity
+from workers.reports import Load
 from workers.request import (
     FinishReason,
     KvHolder,
@@ -18,7 +19,6 @@ from workers.request import (
     SessionId,
     TokenLogprobs,
 )
-from workers.state import Load
 from workers.timeline import Stamp
 from workers.wire import description_to_wire, output_to_wire, refusal_to_wire, request_from_wire
 
@@ -135,8 +135,9 @@ def test_a_description_says_who_we_are_and_how_busy() -> None:
         layout=KvLayout(num_layers=2, num_kv_heads=3, head_dim=4, dtype="bfloat16"),
     )  # fmt: skip
     load = Load(
-        num_running=1, num_waiting=2, num_pages=10, num_free_pages=4, num_waiting_tokens=5, num_leases=6
-    )
+        num_running=1, num_waiting=2, num_pages=10, num_free_pages=4, num_waiting_tokens=5, num_leases=6,
+        num_demanded_pages=7,
+    )  # fmt: skip
     assert description_to_wire(identity, load) == worker_pb2.WorkerDescription(
         worker_id="w", epoch=2**63 - 1, role=worker_pb2.ROLE_DECODE, control_address="h:1",
         data_address="tcp://h:2", pid=7, block_format=FORMAT_VERSION,
@@ -147,7 +148,8 @@ def test_a_description_says_who_we_are_and_how_busy() -> None:
             ),
         ),
         load=worker_pb2.WorkerLoad(
-            num_running=1, num_waiting=2, num_pages=10, num_free_pages=4, num_waiting_tokens=5, num_leases=6
+            num_running=1, num_waiting=2, num_pages=10, num_free_pages=4, num_waiting_tokens=5, num_leases=6,
+            num_demanded_pages=7,
         ),
     )  # fmt: skip
 

@@ -1,0 +1,89 @@
+"""Requests that move from one worker to another while they run: who may, when the source stops, what comes along. Pure.
+
+    source   running ──▶ running, its full blocks are pulled ──▶ frozen ──▶ finished, once the puller has it
+                                                                    └──▶ running again, if the move breaks off
+    target   pulling ────────────────────────────────────────────────▶ running
+
+Finished blocks never change, so they travel while the source goes on. When the puller has caught up with it, or the
+request is about to outgrow the puller's room, it is frozen between two steps; what then travels is the last block and
+the request's state. All of that state is here: a draw depends on the seed and the token's number alone, penalties and
+stop strings on the tokens.
+"""
+
+from collections.abc import Sequence
+
+from kvstore.blocks import BLOCK_SIZE_TOKENS
+from workers.errors import PullCorrupted
+from workers.pages import num_pages_for
+from workers.request import Handoff, Purpose, Request, Status, TokenLogprobs
+from workers.step import SampledToken
+
+# What a request may grow while its blocks travel: a second of fast decoding, or, of a long one, for which they travel
+# for longer, an eighth.
+_LEAST_ROOM_TOKENS = 64
+_ROOM_SHARE = 8
+# Log-probabilities that come along: of what the gateway may not have heard yet, which is what the room is for.
+_MAX_LOGPROBS = 1024
+
+
+def pages_wanted(request: Request) -> int:
+    """That a puller reserves for a request that moves to it: for what it knows of it, and for what it may grow."""
+    room = max(_LEAST_ROOM_TOKENS, request.num_tokens // _ROOM_SHARE)
+    most = request.num_prompt_tokens + request.sampling.max_tokens
+    return num_pages_for(min(request.num_tokens + room, most))
+
+
+def can_move(request: Request, *, num_pages: int) -> bool:
+    """Whether the request may go where there is room for `num_pages` blocks: it generates, and nothing else moves it."""
+    return (
+        request.purpose is Purpose.GENERATE
+        and request.status in (Status.WAITING, Status.RUNNING)
+        and request.kv_source is None
+        and not request.is_moving
+        and num_pages_for(request.num_tokens) <= num_pages
+    )
+
+
+def must_freeze(request: Request, *, num_pages: int) -> bool:
+    """Whether one block more may be too many for the puller's room."""
+    return num_pages_for(request.num_tokens + 1) >= num_pages
+
+
+def handoff_of(request: Request) -> Handoff:
+    return Handoff(
+        num_computed_tokens=request.num_computed_tokens,
+        output_token_ids=tuple(request.output_token_ids),
+        logprobs=tuple(request.output_logprobs[-_MAX_LOGPROBS:]),
+        num_cached_tokens=request.num_cached_tokens,
+        num_exact_tokens=request.num_exact_tokens,
+        timeline=tuple(request.timeline.stamps),
+    )
+
+
+def moved_tokens(request: Request, handoff: Handoff, *, vocab_size: int) -> list[SampledToken]:
+    """The tokens that came out at the source since the request was submitted here; perhaps none.
+
+    Raises PullCorrupted for a hand-over that is not of this request.
+    """
+    num_known = len(request.output_token_ids)
+    known, new = handoff.output_token_ids[:num_known], handoff.output_token_ids[num_known:]
+    if list(known) != request.output_token_ids or handoff.finish_reason is not None:
+        raise PullCorrupted(f"the move has outputs {handoff.output_token_ids}, known are {known}")
+    num_tokens = request.num_tokens + len(new)
+    if handoff.num_computed_tokens >= num_tokens or num_pages_for(num_tokens) > len(request.page_ids):
+        raise PullCorrupted(
+            f"the move has {handoff.num_computed_tokens} computed tokens of {num_tokens}, "
+            f"there is room for {len(request.page_ids) * BLOCK_SIZE_TOKENS}"
+        )
+    if len(handoff.output_token_ids) >= request.sampling.max_tokens:
+        raise PullCorrupted(
+            f"the move has {len(handoff.output_token_ids)} outputs, max_tokens is {request.sampling.max_tokens}"
+        )
+    if not all(0 <= token_id < vocab_size for token_id in new):
+        raise PullCorrupted(f"the move has tokens {new}, the vocabulary has {vocab_size}")
+    if request.sampling.num_logprobs is None:
+        return [SampledToken(token_id) for token_id in new]
+    if len(handoff.logprobs) < len(new):
+        raise PullCorrupted(f"the move has {len(handoff.logprobs)} logprobs for {len(new)} tokens")
+    logprobs: Sequence[TokenLogprobs] = handoff.logprobs[len(handoff.logprobs) - len(new) :]
+    return [SampledToken(token_id, each) for token_id, each in zip(new, logprobs, strict=True)]
