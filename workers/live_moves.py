@@ -47,7 +47,7 @@ class LiveMoves:
         return tuple(request_id for request_id in grown if self.freeze(request_id))
 
     def freeze(self, request_id: RequestId) -> bool:
-        """The puller has all that is ready, or can have no more: the last of it travels now. False if it does already."""
+        """The puller has all that is ready, or can have no more: the last of it travels now. False: it does already."""
         return self._state.freeze(request_id, now_s=time.time())
 
     def stay(self, request_id: RequestId) -> None:

@@ -34,7 +34,7 @@ def pages_wanted(request: Request) -> int:
 
 
 def can_move(request: Request, *, num_pages: int) -> bool:
-    """Whether the request may go where there is room for `num_pages` blocks: it generates, and nothing else moves it."""
+    """Whether the request may go where there is room for `num_pages` blocks: it generates, and does not move yet."""
     return (
         request.purpose is Purpose.GENERATE
         and request.status in (Status.WAITING, Status.RUNNING)

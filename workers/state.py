@@ -5,7 +5,7 @@
        │  └──preempted───┘  (PREFILL_ONLY)           result = engine.execute(plan)
        └──plan──▶ pulling ──ended──▶ running         outputs = state.apply(plan, result, ...)
 
-A request that moves to another worker is frozen at the end, from waiting or running, and finished or resumed from there.
+A request that moves to another worker is frozen at the end, from waiting or running, then finished or resumed.
 
 `begin` gives all pages of the plan to its requests, so that the books are right while the step executes. Meanwhile
 pages may be pinned and loads be claimed; requests come, go and jump over what was loaded between steps only.
@@ -185,7 +185,7 @@ class EngineState:
         return tuple(self._moving.values())
 
     def freeze(self, request_id: RequestId, *, now_s: float) -> bool:
-        """The request stands still: `export_progress` has all of it. False if it does not move (any more), or is frozen."""
+        """The request stands still: `export_progress` has all of it. False if it does not move, or is frozen."""
         request = self._moving.get(request_id)
         if request is None or request.status not in (Status.WAITING, Status.RUNNING):
             return False
