@@ -98,7 +98,8 @@ class Puller:
             try:
                 handoff = await self._fetch_in_time(pull, source)
             except PullError:
-                # Of a request that runs there a release would say that we have it; the end of the connection says enough.
+                # Of a request that runs there a release would say that we have it;
+                # that the connection ends says enough.
                 if not source.is_live:
                     self._release_soon(source)
                 raise
