@@ -24,6 +24,7 @@ from kvstore.tiers.tier import Tier
 from kvstore.transfer import MIN_KEEP_ALIVE_S, TICKET_BYTES, refuse, send_payload
 from workers.chunk_frames import ChunkFrames
 from workers.kv_metrics import KvMetrics
+from workers.sending_room import SendingRoom
 
 # Chunks of one connection that are encoded at a time, or lie in memory until the link has taken those before them.
 MAX_CODING = 3
@@ -46,11 +47,15 @@ class BlockExportLimits:
     keep_alive_s: float = 1.0  # how often a puller hears from a source that still encodes
     num_threads: int = 2  # that encode, beside those that compute
     coded_bytes: int = 16 * 2**20  # of chunks that are kept coded
+    sending_bytes: int = 256 * 2**20  # of chunks on their way, to all pullers together
+    room_s: float = 2.0  # how long one waits for room among those
+    total_s: float = 60.0  # of one pull, however slowly its puller takes it
+    max_ticket_blocks: int = 2**20  # of all tickets that are not used yet: 60 MB
 
     def __post_init__(self) -> None:
         if self.keep_alive_s < MIN_KEEP_ALIVE_S:
             raise ValueError(f"keep_alive_s must be at least {MIN_KEEP_ALIVE_S}, got {self.keep_alive_s}")
-        for name in ("ticket_s", "max_tickets", "num_threads"):
+        for name in ("ticket_s", "max_tickets", "num_threads", "sending_bytes", "room_s", "total_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.coded_bytes < 0:
@@ -93,6 +98,7 @@ class BlockExports:
             metrics=metrics,
             threads=self._threads,
         )
+        self._room = SendingRoom(capacity_bytes=limits.sending_bytes, wait_s=limits.room_s)
 
     @property
     def codec_profile(self) -> bytes:
@@ -110,6 +116,11 @@ class BlockExports:
         tiers = self._store.lookup(keys)
         if not tiers:
             raise NotHeld(f"block {keys[0].hex()} is not held here")
+        num_blocks = sum(len(ticket.keys) for ticket in self._tickets.values())
+        if num_blocks + len(tiers) > self._limits.max_ticket_blocks:
+            raise TooManyTickets(
+                f"{num_blocks} blocks have tickets not used yet, {len(tiers)} more are too many"
+            )
         ticket = secrets.token_bytes(TICKET_BYTES)
         self._tickets[ticket] = _Ticket(
             keys=tuple(keys[: len(tiers)]),
@@ -124,9 +135,11 @@ class BlockExports:
         issued = self._tickets.pop(ticket, None)
         if issued is None:
             return False
+        stream = _Stream(connection, issued, self._chunks, self._room)
         try:
-            await _Stream(connection, issued, self._chunks).run(keep_alive_s=self._limits.keep_alive_s)
-        except* TransferError as errors:
+            async with asyncio.timeout(self._limits.total_s):
+                await stream.run(keep_alive_s=self._limits.keep_alive_s)
+        except* (TransferError, TimeoutError) as errors:
             logger.debug("pull of %d blocks ended: %s", len(issued.keys), errors.exceptions)
         return True
 
@@ -147,19 +160,26 @@ class BlockExports:
 class _Stream:
     """One connection: wants are read and encoded while the chunks before them are sent, in the order of the wants."""
 
-    def __init__(self, connection: Connection, ticket: _Ticket, chunks: ChunkFrames) -> None:
+    def __init__(
+        self, connection: Connection, ticket: _Ticket, chunks: ChunkFrames, room: SendingRoom
+    ) -> None:
         self._connection = connection
         self._ticket = ticket
         self._chunks = chunks
+        self._room = room
+        self._num_bytes = 0  # of the room
         # With the one that is sent and the one that waits for room: MAX_CODING are coded or wait for the link.
         self._coding: asyncio.Queue[asyncio.Task[SealedFrame | TransferRefused]]
         self._coding = asyncio.Queue(MAX_CODING - 2)
 
     async def run(self, *, keep_alive_s: float) -> None:
         """Until an ExceptionGroup says why it ended: the puller left or lied, or we had to refuse."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read(tasks))
-            tasks.create_task(self._send(keep_alive_s=keep_alive_s))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read(tasks))
+                tasks.create_task(self._send(keep_alive_s=keep_alive_s))
+        finally:
+            self._give(self._num_bytes)
 
     async def _read(self, tasks: asyncio.TaskGroup) -> None:
         num_blocks, block_bytes = len(self._ticket.keys), self._chunks.codec.layout.block_bytes
@@ -177,6 +197,7 @@ class _Stream:
                 await refuse(self._connection, str(chunk))
                 raise chunk
             await self._connection.send_sealed(chunk)
+            self._give(len(chunk.payload))
 
     async def _code(self, want: Want) -> SealedFrame | TransferRefused:
         """A refusal is no exception here: the chunks before it are still to be sent."""
@@ -184,7 +205,16 @@ class _Stream:
         if want.level >= num_levels:
             return TransferRefused(f"level {want.level} cannot be had, only those below {num_levels}")
         keys = self._ticket.keys[want.first_block : want.first_block + want.num_blocks]
+        raw_bytes = want.num_blocks * self._chunks.codec.layout.block_bytes
         try:
-            return await self._chunks.make(want, keys)
+            await self._room.take(raw_bytes)
+            self._num_bytes += raw_bytes
+            chunk = await self._chunks.make(want, keys)
         except TransferRefused as refusal:
             return refusal
+        self._give(raw_bytes - len(chunk.payload))
+        return chunk
+
+    def _give(self, num_bytes: int) -> None:
+        self._num_bytes -= num_bytes
+        self._room.give(num_bytes)

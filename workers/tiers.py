@@ -80,7 +80,9 @@ def open_tiers(
             store,
             codec=codec,
             metrics=metrics,
-            limits=BlockExportLimits(coded_bytes=config.memory_tier_bytes // CODED_SHARE),
+            limits=BlockExportLimits(
+                coded_bytes=config.memory_tier_bytes // CODED_SHARE, total_s=config.pull_timeout_s
+            ),
         ),
         fetcher=BlockFetcher(
             model_fingerprint=model.fingerprint,
