@@ -4,6 +4,8 @@ that knows protobuf and our types.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from kvstore.blocks import DIGEST_BYTES, BlockKey
 from kvstore.store import StoreDescription
 from kvstore.tiers.tier import BlockRun, Tier, TierStats
@@ -25,7 +27,8 @@ def keys_from_wire(data: bytes) -> tuple[BlockKey, ...]:
         raise InvalidRequest(
             f"block_keys must be 1 to {MAX_KEYS_PER_PULL} digests of {DIGEST_BYTES} bytes, got {len(data)} bytes"
         )
-    keys = tuple(BlockKey(data[start : start + DIGEST_BYTES]) for start in range(0, len(data), DIGEST_BYTES))
+    # Slicing each of them took more than twice as long, on the event loop.
+    keys: tuple[BlockKey, ...] = tuple(np.frombuffer(data, f"V{DIGEST_BYTES}").tolist())
     if len(set(keys)) < num_keys:
         raise InvalidRequest(f"block_keys must be {num_keys} different digests, got {len(set(keys))}")
     return keys

@@ -11,6 +11,7 @@ from tests.workers.block_ends import LAYOUT, chain, fill, make_fetcher, running_
 from tests.workers.handoff_ends import wait_until
 from workers.block_exports import BlockExportLimits
 from workers.errors import PullInterrupted, PullRefused
+from workers.fetch import Fetch
 from workers.sending_room import SendingRoom
 
 # 8 MiB: more than sockets hold for who does not read.
@@ -42,15 +43,19 @@ async def test_pullers_that_take_nothing_keep_no_more_memory_than_is_allowed_and
         await fetcher.close()
 
 
+async def receive_forever(fetch: Fetch) -> None:
+    while True:
+        await fetch.want(first_block=0, num_blocks=10, level=0)
+        await fetch.receive()
+
+
 async def test_a_puller_that_never_ends_is_ended() -> None:
     async with running_peer(limits=BlockExportLimits(total_s=0.1)) as peer:
         fill(peer.store, chain(10))
         fetcher = make_fetcher()
         async with await fetcher.open(peer.holder(), chain(10).keys) as fetch:
             with pytest.raises(PullInterrupted):
-                while True:
-                    await fetch.want(first_block=0, num_blocks=10, level=0)
-                    await fetch.receive()
+                await receive_forever(fetch)
         async with await fetcher.open(peer.holder(), chain(10).keys):
             await wait_until(lambda: peer.listener.num_connections == 0)
         await fetcher.close()
