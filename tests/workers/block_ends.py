@@ -19,6 +19,7 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.tier import BlockRun
 from protos import kv_pb2_grpc
+from tests.relay import Relay
 from tests.workers.handoff_ends import connections_of, port_of
 from workers.agreement import SourceIdentity
 from workers.block_exports import BlockExportLimits, BlockExports
@@ -84,14 +85,17 @@ def make_fetcher(
 
 
 @contextlib.asynccontextmanager
-async def serving(store: BlockStore, *, fingerprint: bytes, layout: KvLayout) -> AsyncIterator[KvHolder]:
-    """Pulls by key from `store`, whatever its model."""
+async def serving(
+    store: BlockStore, *, fingerprint: bytes, layout: KvLayout, relay: Relay | None = None
+) -> AsyncIterator[KvHolder]:
+    """Pulls by key from `store`, whatever its model; through `relay`, if there is one."""
     metrics = KvMetrics(CollectorRegistry(), model_name="tiny")
     exports = BlockExports(store, codec=KvCodec(layout, profile=None), metrics=metrics)
     listener = Listener(TicketDesk([exports]).serve, max_connections=8, idle_timeout_s=SOON_S)
     await listener.start(TcpAddress(host="127.0.0.1", port=0))
+    data_address = str(listener.address if relay is None else await relay.start(listener.address))
     identity = SourceIdentity(
-        epoch=EPOCH, model_fingerprint=fingerprint, layout=layout, data_address=str(listener.address)
+        epoch=EPOCH, model_fingerprint=fingerprint, layout=layout, data_address=data_address
     )
     blocks = BlockService(store, exports=exports, metrics=metrics)
     server = grpc.aio.server()

@@ -23,7 +23,7 @@ from workers.cost_model import CostModel
 from workers.engine.engine import Engine, load_engine
 from workers.errors import PullInterrupted, PullRefused
 from workers.exports import ExportLimits, Exports
-from workers.fetch import Chunk
+from workers.fetch import BlockFetcher, Chunk
 from workers.handoff import Puller, PullTimeouts
 from workers.kv_metrics import KvMetrics
 from workers.load_parts import LoadLimits, LoadParts
@@ -253,8 +253,10 @@ async def running_end(
     disk: Path | None = None,
     max_level: int = 0,
     limits: dict[str, Any] | None = None,
+    real_fetcher: BlockFetcher | None = None,
     **write_limits: Any,
 ) -> AsyncIterator[End]:
+    """Without a `real_fetcher` its peer is `Peer`."""
     engine = load_engine(model_path=checkpoint, num_pages=num_pages)
     model, pool = engine.model, engine.kv_pool
     state = EngineState(
@@ -287,7 +289,7 @@ async def running_end(
     def post(message: Any) -> None:
         loop.post(message)
 
-    fetcher: Any = peer
+    fetcher: Any = real_fetcher or peer
     loader = Loader(
         LoadParts(
             state=state,
