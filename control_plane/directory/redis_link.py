@@ -237,3 +237,6 @@ async def _all(*parts: Coroutine[Any, Any, None]) -> None:
             for task in pending:
                 task.cancel()
             _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # of the same loss as the one that is raised: asked for, or asyncio logs it

@@ -140,7 +140,8 @@ class Site:
         self._gateways: list[Gateway] = []
         self._workers: list[Worker] = []
 
-    def gateway(self) -> Gateway:
+    def gateway(self, redis_url: str | None = None) -> Gateway:
+        """Over another way to the same Redis, if one is named."""
         memory = MemoryDirectory(ttl_s=TTL_S, max_blocks=1 << 12)
         if self.redis is None:
             gateway = Gateway(memory, memory, None)
@@ -149,7 +150,7 @@ class Site:
                 memory, gateway_id=f"gateway-{len(self._gateways)}", is_reached=self.reached.__contains__
             )
             settings = RedisSettings(
-                url=self.redis.url, prefix="test", heartbeat_s=HEARTBEAT_S, call_timeout_s=0.2
+                url=redis_url or self.redis.url, prefix="test", heartbeat_s=HEARTBEAT_S, call_timeout_s=0.2
             )
             gateway = Gateway(memory, directory, RedisLink(directory, settings))
         self._gateways.append(gateway)
