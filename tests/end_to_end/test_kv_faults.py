@@ -1,8 +1,11 @@
 """Broken disks, clients that leave, and those that KV comes from, frozen or dead: every answer stays right."""
 
 import asyncio
+import contextlib
+import os
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +116,49 @@ def test_a_disk_that_is_full_and_then_removed_costs_no_answer(site: Site, plain:
     site.restart()
     ask(site.client, prompts[0])
     wait_until(lambda: disk_of(site).num_blocks >= PROMPT_BLOCKS)
+
+
+@contextlib.contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    """Of root's writes a mode holds up none, of anybody else's a mount can be made by none."""
+    if os.geteuid() == 0:
+        bound = ["mount", "--bind", "-o", "ro", str(directory), str(directory)]
+        if subprocess.run(bound, capture_output=True, check=False).returncode:
+            pytest.skip("root may mount nothing here")
+    else:
+        directory.chmod(0o500)
+    try:
+        yield
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", "--lazy", str(directory)], check=True)
+        else:
+            directory.chmod(0o700)
+
+
+def test_a_disk_that_becomes_read_only_costs_no_answer_and_is_still_read(site: Site, plain: OpenAI) -> None:
+    prompts = [prompt(seed) for seed in (43, 44)]
+    expected = [answer.text for answer in ask_all(plain, prompts)]
+    ask_all(site.client, prompts)
+    site.wait_until_idle()
+    wait_until(lambda: disk_of(site).num_blocks >= 2 * PROMPT_BLOCKS)
+    num_errors = disk_of(site).num_errors
+    with read_only(site.disk_path / "mixed-0"):
+        site.fill(PAST_THE_MEMORY)
+        wait_until(lambda: disk_of(site).num_errors > num_errors)
+        num_hits = site.num_hits("disk")
+        answers = ask_all(site.client, prompts)
+        assert [answer.text for answer in answers] == expected
+        assert site.num_hits("disk") > num_hits
+    before = disk_of(site).num_stored_blocks
+
+    def writes_again() -> bool:
+        site.fill(range(next(seeds), next(seeds)))
+        return disk_of(site).num_stored_blocks > before
+
+    seeds = iter(range(4000, 4100))
+    wait_until(writes_again)
+    assert_nothing_is_held(site.cluster)
 
 
 async def test_clients_that_leave_while_their_prompts_are_loaded_leave_nothing(site: Site) -> None:
