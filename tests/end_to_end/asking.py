@@ -19,6 +19,7 @@ PROMPT_TOKENS = 640  # 40 blocks
 # The last token is always computed, so that its block is.
 LOADABLE_TOKENS = PROMPT_TOKENS - 16
 WAIT_S = 20.0
+SYSTEM = "You answer in one word. " * 60
 
 Tiers = dict[tuple[str, str], kv_pb2.TierDescription]
 
@@ -49,6 +50,22 @@ def ask(client: OpenAI, token_ids: Sequence[int], **chosen: Any) -> Answer:
 
 def ask_all(client: OpenAI, prompts: Iterable[Sequence[int]], **chosen: Any) -> list[Answer]:
     return [ask(client, token_ids, **chosen) for token_ids in prompts]
+
+
+def converse(client: OpenAI, questions: list[str], between: Callable[[], None]) -> list[tuple[str, int]]:
+    """What is answered at each turn, and how much of the prompt was not computed for it."""
+    messages = [{"role": "system", "content": SYSTEM}]
+    turns = []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        reply = client.chat.completions.create(
+            model=MODEL, messages=messages, temperature=0, max_tokens=32, extra_body={"ignore_eos": True}
+        )
+        text = reply.choices[0].message.content
+        turns.append((text, num_cached(reply.usage)))
+        messages.append({"role": "assistant", "content": text})
+        between()
+    return turns
 
 
 def num_cached(usage: Any) -> int:

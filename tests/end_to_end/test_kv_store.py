@@ -3,32 +3,12 @@
 How much is loaded depends on time, as what comes late is computed; what is found does not.
 """
 
-from collections.abc import Callable
-
 import pytest
 from openai import OpenAI
 
 from control_plane.cli.tiers import drop
-from tests.end_to_end.asking import LOADABLE_TOKENS, MODEL, ask, num_cached, prompt, workers
+from tests.end_to_end.asking import LOADABLE_TOKENS, ask, converse, prompt, workers
 from tests.end_to_end.kv_site import PAST_THE_MEMORY, PAST_THE_PAGES, Site
-
-SYSTEM = "You answer in one word. " * 60
-
-
-def converse(client: OpenAI, questions: list[str], between: Callable[[], None]) -> list[tuple[str, int]]:
-    """What is answered at each turn, and how much of the prompt was not computed for it."""
-    messages = [{"role": "system", "content": SYSTEM}]
-    turns = []
-    for question in questions:
-        messages.append({"role": "user", "content": question})
-        reply = client.chat.completions.create(
-            model=MODEL, messages=messages, temperature=0, max_tokens=32, extra_body={"ignore_eos": True}
-        )
-        text = reply.choices[0].message.content
-        turns.append((text, num_cached(reply.usage)))
-        messages.append({"role": "assistant", "content": text})
-        between()
-    return turns
 
 
 def test_each_turn_of_a_conversation_loads_the_turns_before(site: Site, plain: OpenAI) -> None:
