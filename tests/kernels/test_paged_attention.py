@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import merge_partials
-from kernels.paged_attention import paged_attention, reference
+from kernels.paged_attention import GROUP_TOKENS, paged_attention, reference
 
 BLOCK = 16
 
@@ -46,9 +46,27 @@ def test_agrees_with_the_reference(
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-5)
 
 
-def test_tokens_of_one_request_may_share_its_row_of_the_table() -> None:
+@pytest.mark.parametrize("window", [None, 1, 9, 50])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (4, 4), (5, 1)])
+def test_tokens_of_one_request_are_attended_together_and_see_their_own_context_alone(
+    num_heads: int, num_kv_heads: int, window: int | None
+) -> None:
+    # Rows of a step: a decode, a chunk that takes several groups, another decode, a chunk of one group.
+    counts, ends = [1, 2 * GROUP_TOKENS + 3, 1, 3], [70, 60, 33, 3]
+    _, pages, where = make_case(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, lengths=ends)
+    where["rows_T"] = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    where["lengths_T"] = torch.cat(
+        [torch.arange(end - count, end) + 1 for count, end in zip(counts, ends, strict=True)]
+    )
+    q = torch.randn(sum(counts), num_heads, 16, generator=torch.Generator().manual_seed(6))
+    got = paged_attention(q, pages, **where, window=window, scale=0.25)
+    expected = reference(q, pages, **where, window=window, scale=0.25)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-5)
+
+
+def test_tokens_of_one_request_may_have_any_lengths() -> None:
     q, pages, where = make_case(num_heads=4, num_kv_heads=2, head_dim=16, lengths=[40, 60])
-    where["rows_T"], where["lengths_T"] = torch.tensor([1, 1]), torch.tensor([12, 55])
+    where["rows_T"], where["lengths_T"] = torch.tensor([1, 1]), torch.tensor([55, 12])
     got = paged_attention(q, pages, **where, window=None, scale=0.25)
     torch.testing.assert_close(
         got, reference(q, pages, **where, window=None, scale=0.25), atol=2e-6, rtol=2e-5
