@@ -1,6 +1,7 @@
-"""What loads work with and within which bounds; and blocks that have come and are not in pages yet."""
+"""What loads work with and within which bounds; and blocks that have come."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.codec.codec import KvCodec
@@ -13,6 +14,7 @@ from workers.fetch import BlockFetcher
 from workers.kv_metrics import KvMetrics
 from workers.load_plan import Span
 from workers.messages import BlocksPlaced, LoadFailed, PagesFree
+from workers.request import PageId
 from workers.state import EngineState
 
 MAX_PEERS = 256  # whose speed is remembered
@@ -75,9 +77,20 @@ class LoadParts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrived:
-    """Blocks in slots of the memory tier, held until they are closed."""
+    """Blocks in slots of the memory tier, held until they are closed; or in the request's pages already."""
 
     span: Span
     held: PinnedBlocks | Reservation
     tier: Tier
     is_exact: bool
+    is_in_pages: bool = False
+
+
+@contextlib.contextmanager
+def filling(state: EngineState, page_ids: Sequence[PageId]) -> Iterator[None]:
+    """While a thread writes to pages: if their request is aborted meanwhile, nobody else gets them."""
+    state.pin_pages(page_ids)
+    try:
+        yield
+    finally:
+        state.unpin_pages(page_ids)

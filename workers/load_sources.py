@@ -4,7 +4,7 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,15 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
+from kvstore.codec.finite import is_finite
 from kvstore.codec.levels import RAW
+from kvstore.layout import KvLayout
 from kvstore.store import PinnedBlocks, Reservation
 from kvstore.stream_estimates import LinkEstimate
 from kvstore.streaming import LevelCost
 from kvstore.tiers.tier import BlockRun, Tier
 from workers.errors import PullCorrupted
 from workers.fetch import Fetch
-from workers.load_parts import Arrived, LoadParts, Sources
+from workers.load_parts import Arrived, LoadParts, Sources, filling
 from workers.load_plan import Span
+from workers.request import PageId
 from workers.threads import cancel_to_end, run_to_end
 
 
@@ -84,7 +87,8 @@ class _Wanted:
 
 
 class PeerSource:
-    """One open pull. Lossy chunks stay in reserved slots; raw ones are exact, and this worker's from now on.
+    """One open pull. Raw chunks are exact, and this worker's from now on: they go to slots. Lossy ones are nobody's but
+    the request's: they are decoded into its pages if it has them, else into slots that nobody else sees.
 
     While a chunk is decoded the next ones travel: at 1 Gbit/s one core takes as long for the one as the wire for the
     other.
@@ -99,9 +103,11 @@ class PeerSource:
         sources: Sources,
         threads: Executor,
         link: LinkEstimate,
+        pages_of: Callable[[Span], Sequence[PageId]],
     ) -> None:
         self._fetch = fetch
         self._chain = chain  # from the first block of the pull on
+        self._pages_of = pages_of  # that wait for these blocks now
         self._parts = parts
         self._sources = sources
         self._threads = threads
@@ -154,19 +160,22 @@ class PeerSource:
             self._coming.clear()
 
     async def _bring(self, wanted: _Wanted) -> Arrived:
+        is_raw, is_in_pages = wanted.cost.level == RAW, False
         async with self._wire:
             payload = await self._receive(wanted)
-            if wanted.cost.level == RAW:
+            if is_raw:
                 # The largest chunks, and the fastest to unpack: no second one is in memory meanwhile.
-                await self._unpack(payload, wanted)
-        if wanted.cost.level != RAW:
-            await self._unpack(payload, wanted)
+                await self._unpack_raw(payload, wanted)
+        if not is_raw:
+            is_in_pages = await self._decode(payload, wanted)
         level = self._parts.codec.levels[wanted.cost.level]
         raw_bytes = wanted.span.num_blocks * self._parts.codec.layout.block_bytes
         self._parts.metrics.chunk(level.name, raw_bytes, len(payload))
-        if wanted.cost.level == RAW:
+        if is_raw:
             return await self._keep(wanted)
-        return Arrived(span=wanted.span, held=wanted.room, tier=Tier.PEER, is_exact=False)
+        return Arrived(
+            span=wanted.span, held=wanted.room, tier=Tier.PEER, is_exact=False, is_in_pages=is_in_pages
+        )
 
     async def _receive(self, wanted: _Wanted) -> memoryview:
         began_s = max(wanted.asked_s, self._received_s)
@@ -186,14 +195,30 @@ class PeerSource:
             self._prepare_s_per_token += 0.5 * (waited_s / wanted.num_tokens - self._prepare_s_per_token)
         return chunk.payload
 
-    async def _unpack(self, payload: memoryview, wanted: _Wanted) -> None:
-        arena_SX, slots = self._parts.store.arena_SX, wanted.room.slots
-        work = functools.partial(self._parts.codec.decode, payload, arena_SX, slots)
-        if wanted.cost.level == RAW:
-            expected_bytes = len(slots) * arena_SX.shape[1]
-            if len(payload) != expected_bytes:
-                raise PullCorrupted(f"{len(slots)} raw blocks are {expected_bytes} bytes, got {len(payload)}")
-            work = functools.partial(_copy_raw, payload, arena_SX, slots)
+    async def _unpack_raw(self, payload: memoryview, wanted: _Wanted) -> None:
+        layout, slots = self._parts.codec.layout, wanted.room.slots
+        expected_bytes = len(slots) * layout.block_bytes
+        if len(payload) != expected_bytes:
+            raise PullCorrupted(f"{len(slots)} raw blocks are {expected_bytes} bytes, got {len(payload)}")
+        await self._unpack(
+            payload, wanted, functools.partial(_copy_raw, payload, self._parts.store.arena_SX, slots, layout)
+        )
+
+    async def _decode(self, payload: memoryview, wanted: _Wanted) -> bool:
+        """True: into the request's pages. A copy from slots would be as long a way through memory again."""
+        parts = self._parts
+        page_ids = self._pages_of(wanted.span)
+        if len(page_ids) < wanted.span.num_blocks:
+            decode = functools.partial(parts.codec.decode, payload, parts.store.arena_SX, wanted.room.slots)
+            await self._unpack(payload, wanted, decode)
+            return False
+        wanted.room.close()
+        with filling(parts.state, page_ids):
+            decode = functools.partial(parts.codec.decode, payload, parts.kv_pool.blocks_PLX, page_ids)
+            await self._unpack(payload, wanted, decode)
+        return True
+
+    async def _unpack(self, payload: memoryview, wanted: _Wanted, work: Callable[[], None]) -> None:
         began_s = time.monotonic()
         await run_to_end(self._threads, work)
         # Of two that are decoded at a time, each counts for what it adds: that is how fast decoding goes on.
@@ -218,7 +243,12 @@ class PeerSource:
         return Arrived(span=wanted.span, held=held, tier=Tier.PEER, is_exact=True)
 
 
-def _copy_raw(payload: memoryview, arena_SX: NDArray[np.uint8], slots: Sequence[int]) -> None:
+def _copy_raw(
+    payload: memoryview, arena_SX: NDArray[np.uint8], slots: Sequence[int], layout: KvLayout
+) -> None:
+    """Raises PullCorrupted for KV that is no number: who attends to that gets arbitrary tokens, and passes it on."""
     blocks = np.frombuffer(payload, np.uint8).reshape(len(slots), -1)
-    for block, slot in zip(blocks, slots, strict=True):
+    for position, (block, slot) in enumerate(zip(blocks, slots, strict=True)):
         arena_SX[slot] = block
+        if not is_finite(arena_SX[slot], dtype=layout.dtype):
+            raise PullCorrupted(f"raw block {position} of {len(slots)} in a chunk holds NaN or infinity")

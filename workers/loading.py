@@ -31,6 +31,7 @@ class _Active:
         self.task = task
         self.waits_for: tuple[int, int] | None = None  # the first region, and how far it is
         self.timer: asyncio.TimerHandle | None = None
+        self.is_given_up = False
 
     def stop_waiting(self) -> None:
         self.waits_for = None
@@ -150,10 +151,13 @@ class Loader:
             active.timer = loop.call_later(active.load.patience_s(), self._give_up, active, "late")
 
     def _give_up(self, active: _Active, reason: str) -> None:
+        """The engine computes the rest as soon as the load has ended: until then a thread may write to the pages."""
+        if active.is_given_up:
+            return
+        active.is_given_up = True
         self._parts.metrics.load_failed(reason)
         active.stop_waiting()
         active.task.cancel()
-        active.load.give_up()
 
     def _ended(self, active: _Active, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -164,6 +168,8 @@ class Loader:
             else:
                 _logger.error("load_failed", exc_info=error)
             self._give_up(active, type(error).__name__)
+        if active.is_given_up:
+            active.load.give_up()
         self._parts.post(PagesFree())
         while self._queued and len(self._tasks) < self._parts.limits.max_num_loads:
             self._start(self._queued.pop(next(iter(self._queued))))

@@ -2,11 +2,11 @@
 
     memory   one copy, claimed as a whole
     disk     chunk by chunk from the last to the first, as far as the plan says
-    peers    likewise, from the first of them that answers
+    peers    likewise, from the first of them that answers, and from the next where that one breaks off
 
 The three are regions of their own and come at the same time: into slots of the memory tier while the request waits, and
-from there into its pages once it has some. A chunk that does not come ends its region: what came after it stays, what
-is before it is computed.
+from there into its pages once it has some; what is coded is then decoded right into them. A chunk that does not come
+ends its region: what came after it stays, what is before it is computed.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from kvstore.stream_estimates import LinkEstimate
 from kvstore.streaming import LevelCost
 from kvstore.tiers.tier import BlockRun
 from workers.errors import PullError
-from workers.load_parts import Arrived, LoadParts, Sources
+from workers.load_parts import Arrived, LoadParts, Sources, filling
 from workers.load_plan import Moment, Span, StreamPlanner, chunk_spans, compute_s
 from workers.load_sources import BlocksMissing, LoadSource, LocalSource, PeerSource
 from workers.messages import BlocksPlaced, LoadFailed
-from workers.request import KvHolder, LoadRegion, Request, Status
+from workers.request import KvHolder, LoadRegion, PageId, Request, Status
 from workers.threads import run_to_end
 
 
@@ -84,7 +84,7 @@ class RequestLoad:
         self._admitted.set()
 
     def give_up(self) -> None:
-        """What is not in pages does not come; `run` is to be cancelled."""
+        """What is not in pages does not come. After `run`, so that nothing writes where the engine computes next."""
         for region in (self._memory, self._disk, self._peers):
             if region is not None:
                 self._parts.post(LoadFailed(self.request.request_id, region))
@@ -148,33 +148,42 @@ class RequestLoad:
         )
 
     async def _bring_from_peers(self, threads: Executor, region: LoadRegion) -> None:
-        """From the first holder that answers; it may have less than was said."""
-        blocks = Span(region.first_block, region.end_block)
+        """From the first holder that answers; where it breaks off or lies, the next one goes on."""
+        first_block = region.first_block
         for holder in self.found.holders:
-            link = self._sources.peer(holder.control_address)
-            planner = self._plan_for(blocks, link)
-            if self._next_level(region, planner, self._sources.levels.costs()) is None:
-                return
-            chain = self.found.chain(blocks.first_block, blocks.end_block)
-            began_s = time.monotonic()
+            blocks = Span(first_block, self._reached.get(region, region.end_block))
             try:
-                fetch = await self._parts.fetcher.open(holder, chain.keys)
-            except PullError as error:
+                if await self._bring_from(holder, region, blocks, threads=threads):
+                    return
+            except (PullError, CodecError) as error:
                 self._parts.metrics.load_failed(type(error).__name__)
-                continue
-            async with fetch:
-                link.answered((time.monotonic() - began_s) / 2)  # a call, then a connection
-                source = PeerSource(
-                    fetch, chain, parts=self._parts, sources=self._sources, threads=threads, link=link
-                )
-                if fetch.num_blocks < len(chain.keys):
-                    end_block = chain.first_position + fetch.num_blocks
-                    self._parts.state.shorten_load(self.request.request_id, region, end_block)
-                    planner = self._plan_for(Span(chain.first_position, end_block), link)
-                async with contextlib.aclosing(source):
-                    await self._stream(region, source, planner)
-            return
-        self._stop(region, region.end_block)
+        self._stop(region, self._reached.get(region, region.end_block))
+
+    async def _bring_from(
+        self, holder: KvHolder, region: LoadRegion, blocks: Span, *, threads: Executor
+    ) -> bool:
+        """Brings what the plan says of these blocks, the last ones missing. False: the holder lacks some of those."""
+        link = self._sources.peer(holder.control_address)
+        planner = self._plan_for(blocks, link)
+        if self._next_level(region, planner, self._sources.levels.costs()) is None:
+            return True
+        chain = self.found.chain(blocks.first_block, blocks.end_block)
+        began_s = time.monotonic()
+        async with await self._parts.fetcher.open(holder, chain.keys) as fetch:
+            link.answered((time.monotonic() - began_s) / 2)  # a call, then a connection
+            if fetch.num_blocks < blocks.num_blocks:
+                if region in self._reached:
+                    return False
+                end_block = blocks.first_block + fetch.num_blocks
+                self._parts.state.shorten_load(self.request.request_id, region, end_block)
+                planner = self._plan_for(Span(blocks.first_block, end_block), link)
+            source = PeerSource(
+                fetch, chain, parts=self._parts, sources=self._sources, threads=threads, link=link,
+                pages_of=functools.partial(self._pages_of, region),
+            )  # fmt: skip
+            async with contextlib.aclosing(source):
+                await self._stream(region, source, planner)
+        return True
 
     async def _stream(self, region: LoadRegion, source: LoadSource, planner: StreamPlanner) -> None:
         """From the last chunk towards the front, with the next one under way, until the rest is better computed."""
@@ -212,23 +221,24 @@ class RequestLoad:
 
     async def _place(self, region: LoadRegion, arrived: Arrived, threads: Executor) -> None:
         parts, request_id, span = self._parts, self.request.request_id, arrived.span
-        page_ids = parts.state.pages_to_fill(
-            request_id, region, first_block=span.first_block, end_block=span.end_block
-        )
+        page_ids = self._pages_of(region, span)
         if not page_ids:
             return
-        slots = arrived.held.slots[-len(page_ids) :]
-        copy = functools.partial(parts.kv_pool.load, page_ids, parts.store.arena_SX, slots)
-        # Pinned: if the request is aborted meanwhile, nobody else gets a page that is still written to.
-        parts.state.pin_pages(page_ids)
-        try:
-            await run_to_end(threads, copy)
-        finally:
-            parts.state.unpin_pages(page_ids)
+        if not arrived.is_in_pages:
+            slots = arrived.held.slots[-len(page_ids) :]
+            with filling(parts.state, page_ids):
+                copy = functools.partial(parts.kv_pool.load, page_ids, parts.store.arena_SX, slots)
+                await run_to_end(threads, copy)
         parts.post(
             BlocksPlaced(request_id, region, span.end_block - len(page_ids), is_exact=arrived.is_exact)
         )
         parts.metrics.loaded(arrived.tier, len(page_ids), time.monotonic() - self._started_s)
+
+    def _pages_of(self, region: LoadRegion, span: Span) -> tuple[PageId, ...]:
+        """Those of the last blocks of the span that the request has, and still waits for."""
+        return self._parts.state.pages_to_fill(
+            self.request.request_id, region, first_block=span.first_block, end_block=span.end_block
+        )
 
     # Claims.
 

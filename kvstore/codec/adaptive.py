@@ -22,15 +22,15 @@ _ALPHA_STEPS = 16
 _MOST_HALF = 65504.0
 
 
-def encode_adaptive(arena_SX: Bytes, slots: Sequence[int], *, level: int, layout: KvLayout) -> Sections:
-    known = KvStatistics.of([read_values(arena_SX, slots, layout=layout)], layout=layout)
+def encode_adaptive(memory: Bytes, slots: Sequence[int], *, level: int, layout: KvLayout) -> Sections:
+    known = KvStatistics.of([read_values(memory, slots, layout=layout)], layout=layout)
     packed = b"".join((
         known.scale_L2.astype("<f4").tobytes(),
         np.clip(known.mean_GC, -_MOST_HALF, _MOST_HALF).astype("<f2").tobytes(),
         np.rint(known.alpha_GC * _ALPHA_STEPS).astype(np.uint8).tobytes(),
         known.widening_GC(level=level).tobytes(),
     ))  # fmt: skip
-    anchors, deltas = quantize(arena_SX, slots, _unpack(packed, level=level, layout=layout), layout=layout)
+    anchors, deltas = quantize(memory, slots, _unpack(packed, level=level, layout=layout), layout=layout)
     found = [pool_tables(symbols, num_symbols=NUM_SYMBOLS) for symbols in (anchors, deltas)]
     return {
         Section.SCALES: zstandard.compress(packed),

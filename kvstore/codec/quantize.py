@@ -9,7 +9,11 @@ quantised on its own; the others as what they differ from what the anchor lets e
 all per channel. alpha = 1 is the paper's codec. A symbol is the rounded number plus MAX_STEPS; what is further away
 than MAX_STEPS bins is cut, so bins must be wide enough for the outliers.
 
-S slots, G groups (layer, keys or values, head), C channels of a head, A anchors, D deltas.
+Blocks lie in slots: of an arena [S, X], which holds all layers of a block one after the other, or of any memory
+[S, L, X] in which the bytes of a layer are contiguous, such as the pages of an engine.
+
+S slots, L layers, N blocks, G groups (layer, keys or values, head), H groups of a layer, B tokens of a block,
+C channels of a head, A anchors, D deltas, X bytes, W words of an item's size.
 """
 
 from collections.abc import Sequence
@@ -32,7 +36,7 @@ Bytes = npt.NDArray[np.uint8]
 _WORDS = {"float32": np.uint32, "bfloat16": np.uint16}
 _FLOATS, _SYMBOLS = 4 * ["float32[:, ::1]"], 2 * ["uint8[:, :, ::1]"]
 _SIGNATURES = [
-    f"void({word}[:, :, :, ::1], int64[::1], int64, {', '.join([*_FLOATS, *_SYMBOLS])})"
+    f"void({word}[::1], int64[:, ::1], int64, {', '.join([*_FLOATS, *_SYMBOLS])})"
     for word in ("uint32", "uint16")
 ]
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
@@ -63,56 +67,80 @@ def make_room(layout: KvLayout, *, num_blocks: int) -> tuple[Bytes, Bytes]:
     )
 
 
-def quantize(arena_SX: Bytes, slots: Sequence[int], bins: Bins, *, layout: KvLayout) -> tuple[Bytes, Bytes]:
+def quantize(memory: Bytes, slots: Sequence[int], bins: Bins, *, layout: KvLayout) -> tuple[Bytes, Bytes]:
     """The symbols of the anchors [G, A, C] and of the deltas [G, D, C] of the blocks in `slots`."""
     anchors, deltas = make_room(layout, num_blocks=len(slots))
     _quantize(
-        *_blocks(arena_SX, slots, layout), bins.mean_GC, bins.alpha_GC, bins.anchor_bin_GC, bins.delta_bin_GC,
+        *_places(memory, slots, layout), bins.mean_GC, bins.alpha_GC, bins.anchor_bin_GC, bins.delta_bin_GC,
         anchors, deltas,
     )  # fmt: skip
     return anchors, deltas
 
 
 def dequantize_(
-    arena_SX: Bytes, slots: Sequence[int], symbols: tuple[Bytes, Bytes], bins: Bins, *, layout: KvLayout
+    memory: Bytes, slots: Sequence[int], symbols: tuple[Bytes, Bytes], bins: Bins, *, layout: KvLayout
 ) -> None:
     """Fills the blocks in `slots` from the symbols that `quantize` gave."""
     _dequantize(
-        *_blocks(arena_SX, slots, layout), bins.mean_GC, bins.alpha_GC, bins.anchor_bin_GC, bins.delta_bin_GC,
+        *_places(memory, slots, layout), bins.mean_GC, bins.alpha_GC, bins.anchor_bin_GC, bins.delta_bin_GC,
         *symbols,
     )  # fmt: skip
 
 
-def read_values(arena_SX: Bytes, slots: Sequence[int], *, layout: KvLayout) -> Floats:
+def read_values(memory: Bytes, slots: Sequence[int], *, layout: KvLayout) -> Floats:
     """The KV of the blocks in `slots`, [G, tokens, C] in float32."""
-    words_SGBC, ids, shift = _blocks(arena_SX, slots, layout)
-    wide = words_SGBC[ids].astype(np.uint32) << np.uint32(shift)
-    values = wide.view(np.float32).transpose(1, 0, 2, 3)
-    return np.ascontiguousarray(values).reshape(values.shape[0], -1, layout.head_dim)
+    words_SLW, ids = _words(memory, slots, layout)
+    wide = words_SLW[ids].astype(np.uint32) << np.uint32(_shift(layout))
+    shape = (len(ids), num_groups(layout), layout.block_size_tokens, layout.head_dim)
+    values = wide.view(np.float32).reshape(shape).transpose(1, 0, 2, 3)
+    return np.ascontiguousarray(values).reshape(shape[1], -1, layout.head_dim)
 
 
-def write_values_(arena_SX: Bytes, slots: Sequence[int], values_GTC: Floats, *, layout: KvLayout) -> None:
+def write_values_(memory: Bytes, slots: Sequence[int], values_GTC: Floats, *, layout: KvLayout) -> None:
     """Fills the blocks in `slots` from [G, tokens, C]; bfloat16 rounds to the nearest."""
-    words_SGBC, ids, shift = _blocks(arena_SX, slots, layout)
+    words_SLW, ids = _words(memory, slots, layout)
     bits = np.ascontiguousarray(values_GTC, np.float32).view(np.uint32)
-    if shift:
+    if _shift(layout):
         bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     shape = (bits.shape[0], len(ids), layout.block_size_tokens, layout.head_dim)
-    words_SGBC[ids] = bits.reshape(shape).transpose(1, 0, 2, 3).astype(words_SGBC.dtype)
+    blocks = bits.astype(words_SLW.dtype).reshape(shape).transpose(1, 0, 2, 3)
+    words_SLW[ids] = blocks.reshape(len(ids), layout.num_layers, -1)
 
 
-def _blocks(
-    arena_SX: Bytes, slots: Sequence[int], layout: KvLayout
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
-    """The arena as words [S, G, B, C], the slots, and how far a word is from the left end of a float32."""
-    if arena_SX.ndim != 2 or arena_SX.shape[1] != layout.block_bytes or not arena_SX.flags.c_contiguous:
-        raise ValueError(f"an arena is contiguous [slots, {layout.block_bytes} bytes], got {arena_SX.shape}")
+def write_blocks_(memory: Bytes, slots: Sequence[int], blocks_NX: Bytes, *, layout: KvLayout) -> None:
+    """Fills the blocks in `slots` with these bytes."""
+    words_SLW, ids = _words(memory, slots, layout)
+    words_SLW[ids] = blocks_NX.reshape(len(ids), layout.num_layers, -1).view(words_SLW.dtype)
+
+
+def _words(
+    memory: Bytes, slots: Sequence[int], layout: KvLayout
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The memory as words [S, L, W], and the slots."""
+    shape = (len(memory), layout.num_layers, layout.layer_block_bytes)
+    if memory.shape not in (shape, (len(memory), layout.block_bytes)) or memory.strides[-1] != 1:
+        raise ValueError(f"blocks lie in {shape} bytes, the last of them contiguous, got {memory.shape}")
     ids = np.array(slots, np.int64)
-    if ids.size and not (ids.min() >= 0 and ids.max() < len(arena_SX)):
-        raise ValueError(f"slots must be in 0..{len(arena_SX) - 1}, got {slots}")
-    shape = (len(arena_SX), num_groups(layout), layout.block_size_tokens, layout.head_dim)
-    words_SGBC = arena_SX.view(_WORDS[layout.dtype]).reshape(shape)
-    return words_SGBC, ids, 32 - 8 * ITEM_BYTES[layout.dtype]
+    if ids.size and not (ids.min() >= 0 and ids.max() < len(memory)):
+        raise ValueError(f"slots must be in 0..{len(memory) - 1}, got {slots}")
+    return memory.reshape(shape).view(_WORDS[layout.dtype]), ids
+
+
+def _places(
+    memory: Bytes, slots: Sequence[int], layout: KvLayout
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+    """The memory as one row of words, where in it each layer of each block begins [L, N], and `_shift`."""
+    words_SLW, ids = _words(memory, slots, layout)
+    steps = [stride // words_SLW.itemsize for stride in words_SLW.strides]
+    reach = 1 + sum((size - 1) * step for size, step in zip(words_SLW.shape, steps, strict=True))
+    row_W = np.lib.stride_tricks.as_strided(words_SLW, (reach,), (words_SLW.itemsize,))
+    starts_LN = np.arange(layout.num_layers)[:, None] * steps[1] + ids * steps[0]
+    return row_W, starts_LN, _shift(layout)
+
+
+def _shift(layout: KvLayout) -> int:
+    """How far a word is from the left end of a float32."""
+    return 32 - 8 * ITEM_BYTES[layout.dtype]
 
 
 @njit(inline="always")
@@ -126,11 +154,14 @@ def _symbol(value: Any, scale: Any) -> Any:
 
 @njit(_SIGNATURES, **_OPTIONS)
 def _quantize(
-    words_SGBC: Any, slots: Any, shift: int, mean_GC: Any, alpha_GC: Any, anchor_bin_GC: Any,
+    row_W: Any, starts_LN: Any, shift: int, mean_GC: Any, alpha_GC: Any, anchor_bin_GC: Any,
     delta_bin_GC: Any, anchors_GAC: Any, deltas_GDC: Any,
 ) -> None:  # fmt: skip
-    _, num_groups, block_size, width = words_SGBC.shape
-    num_tokens = len(slots) * block_size
+    num_groups, width = mean_GC.shape
+    num_tokens = anchors_GAC.shape[1] + deltas_GDC.shape[1]
+    num_layers, num_blocks = starts_LN.shape
+    groups_of_layer = num_groups // num_layers
+    block_size = num_tokens // max(1, num_blocks)
     values, base = np.empty(width, np.float32), np.empty(width, np.float32)
     bits = values.view(np.uint32)
     for g in range(num_groups):
@@ -138,7 +169,9 @@ def _quantize(
         anchor_scale = np.float32(1.0) / anchor_bin
         delta_scale = np.float32(1.0) / delta_bin
         for t in range(num_tokens):
-            words = words_SGBC[slots[t // block_size], g, t % block_size]
+            place = (g % groups_of_layer * block_size + t % block_size) * width
+            start = starts_LN[g // groups_of_layer, t // block_size] + place
+            words = row_W[start : start + width]
             group = t // TOKENS_PER_ANCHOR
             for c in range(width):
                 bits[c] = np.uint32(words[c]) << np.uint32(shift)
@@ -157,17 +190,22 @@ def _quantize(
 
 @njit(_SIGNATURES, **_OPTIONS)
 def _dequantize(
-    words_SGBC: Any, slots: Any, shift: int, mean_GC: Any, alpha_GC: Any, anchor_bin_GC: Any,
+    row_W: Any, starts_LN: Any, shift: int, mean_GC: Any, alpha_GC: Any, anchor_bin_GC: Any,
     delta_bin_GC: Any, anchors_GAC: Any, deltas_GDC: Any,
 ) -> None:  # fmt: skip
-    _, num_groups, block_size, width = words_SGBC.shape
-    num_tokens = len(slots) * block_size
+    num_groups, width = mean_GC.shape
+    num_tokens = anchors_GAC.shape[1] + deltas_GDC.shape[1]
+    num_layers, num_blocks = starts_LN.shape
+    groups_of_layer = num_groups // num_layers
+    block_size = num_tokens // max(1, num_blocks)
     values, base = np.empty(width, np.float32), np.empty(width, np.float32)
     bits = values.view(np.uint32)
     for g in range(num_groups):
         mean, alpha, anchor_bin, delta_bin = mean_GC[g], alpha_GC[g], anchor_bin_GC[g], delta_bin_GC[g]
         for t in range(num_tokens):
-            words = words_SGBC[slots[t // block_size], g, t % block_size]
+            place = (g % groups_of_layer * block_size + t % block_size) * width
+            start = starts_LN[g // groups_of_layer, t // block_size] + place
+            words = row_W[start : start + width]
             group = t // TOKENS_PER_ANCHOR
             if t % TOKENS_PER_ANCHOR == 0:
                 symbols = anchors_GAC[g, group]

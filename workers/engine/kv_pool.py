@@ -41,6 +41,11 @@ class KvPool:
         self._bytes_LPX = self.pages_LP2GBC.view(torch.uint8).view(layout.num_layers, num_pages, -1).numpy()
         self._words_LPW = self._bytes_LPX.view(np.uint64)
 
+    @property
+    def blocks_PLX(self) -> npt.NDArray[np.uint8]:
+        """The pages as memory that the codec writes to."""
+        return self._bytes_LPX.transpose(1, 0, 2)
+
     def read(self, *, layer: int, page_ids: Sequence[int], into: memoryview) -> None:
         """Copies the blocks of `page_ids` in order to `into`, which holds exactly their bytes."""
         blocks = self._as_blocks(into, len(page_ids))
