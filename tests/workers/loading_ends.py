@@ -85,6 +85,9 @@ class Peer:
     refuses: bool = False
     fails_after: int | None = None  # chunks
     garbles: bool = False
+    next_blocks: dict[BlockKey, bytes] | None = (
+        None  # what it has, and goes on with, once it has failed or garbled
+    )
     has_same_profile: bool = True
     num_open: int = 0
     sent: list[tuple[int, int]] = field(default_factory=list)  # blocks and level
@@ -102,12 +105,18 @@ class Peer:
     async def close(self) -> None:
         pass
 
+    def becomes_the_next(self) -> None:
+        if self.next_blocks is not None:
+            self.blocks, self.next_blocks = self.next_blocks, None
+            self.fails_after, self.garbles = None, False
+
 
 class PeerFetch:
     def __init__(self, peer: Peer, keys: Sequence[BlockKey]) -> None:
         self._peer = peer
         self._keys = keys
         self._wanted: list[tuple[int, int, int]] = []
+        self._is_broken = False
         self.tiers = (Tier.MEMORY,) * len(keys)
         self.num_blocks = len(keys)
         self.has_same_profile = peer.has_same_profile
@@ -120,7 +129,9 @@ class PeerFetch:
     async def receive(self) -> Chunk:
         peer = self._peer
         await peer.sending.passed()
-        if peer.fails_after is not None and len(peer.sent) >= peer.fails_after:
+        if self._is_broken or (peer.fails_after is not None and len(peer.sent) >= peer.fails_after):
+            self._is_broken = True
+            peer.becomes_the_next()
             raise PullInterrupted("the peer is gone")
         first_block, num_blocks, level = self._wanted.pop(0)
         peer.sent.append((num_blocks, level))
@@ -131,6 +142,7 @@ class PeerFetch:
             payload = peer.codec.encode(arena_SX, range(num_blocks), level=level)
         if peer.garbles:
             payload = payload[:-1]
+            peer.becomes_the_next()
         return Chunk(
             first_block=first_block,
             num_blocks=num_blocks,

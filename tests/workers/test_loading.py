@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvstore.codec.codec import KvCodec
@@ -181,6 +182,45 @@ async def test_the_next_holder_is_asked_where_one_refuses(end: End, fetching: li
     await end.settled()
 
 
+@pytest.mark.parametrize("num_chunks", range(NUM_CHUNKS))
+async def test_the_next_holder_goes_on_where_one_breaks_off(
+    end: End, fetching: list[int], num_chunks: int
+) -> None:
+    end.peer.fails_after, end.peer.next_blocks = num_chunks, end.peer.blocks
+    tokens, last = await end.answer(PROMPT, kv_holders=(HOLDER, HOLDER))
+    assert (tokens, last.num_cached_tokens) == (fetching, NUM_BLOCKS * 16)
+    assert len(end.peer.sent) == NUM_CHUNKS  # none twice
+    assert end.sample("penstock_kv_load_failures_total", reason="PullInterrupted") == 1
+    await end.settled()
+
+
+async def test_the_next_holder_goes_on_where_one_lies(end: End, fetching: list[int]) -> None:
+    end.peer.garbles, end.peer.next_blocks = True, end.peer.blocks
+    tokens, last = await end.answer(PROMPT, kv_holders=(HOLDER, HOLDER))
+    assert (tokens, last.num_cached_tokens) == (fetching, NUM_BLOCKS * 16)
+    await end.settled()
+
+
+async def test_a_next_holder_that_would_leave_a_gap_is_passed_over(end: End, fetching: list[int]) -> None:
+    end.peer.fails_after, end.peer.next_blocks = 1, dict(list(end.peer.blocks.items())[:5])
+    tokens, last = await end.answer(PROMPT, kv_holders=(HOLDER, HOLDER))
+    assert (tokens, last.num_cached_tokens) == (fetching, CHUNK_BLOCKS * 16)
+    assert "load_failed" in events(last)
+    await end.settled()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+async def test_raw_kv_that_is_no_number_is_refused(end: End, fetching: list[int], number: float) -> None:
+    key = list(end.peer.blocks)[5]
+    values = np.frombuffer(end.peer.blocks[key], np.float32).copy()
+    values[-1] = number
+    end.peer.blocks[key] = values.tobytes()
+    tokens, last = await end.answer(PROMPT, kv_holders=(HOLDER,))
+    assert (tokens, last.num_cached_tokens) == (fetching, CHUNK_BLOCKS * 16)  # the chunk after it
+    assert end.sample("penstock_kv_load_failures_total", reason="PullCorrupted") == 1
+    await end.settled()
+
+
 @pytest.mark.parametrize("stage", ["opening", "sending"])
 async def test_a_peer_that_falls_silent_is_waited_for_no_longer_than_computing_takes(
     end: End, fetching: list[int], stage: str
@@ -347,6 +387,61 @@ async def test_the_next_chunks_travel_while_one_is_decoded(
             await asyncio.sleep(0)
     decode.go.set()
     assert (await lossy.ended(request_id)).num_cached_tokens == NUM_BLOCKS * 16
+    await lossy.settled()
+
+
+async def test_what_is_coded_is_decoded_right_into_the_pages_of_a_request_that_has_some(
+    lossy: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copies(*arguments: Any) -> None:
+        raise AssertionError("a copy from slots")
+
+    monkeypatch.setattr(KvPool, "load", copies)
+    _, last = await lossy.answer(PROMPT, kv_holders=(HOLDER,))
+    assert last.num_cached_tokens == NUM_BLOCKS * 16
+    assert lossy.num_loaded == {"peer": NUM_BLOCKS}
+    await lossy.settled()
+
+
+async def test_what_is_coded_gives_the_same_answer_through_slots(lossy: End) -> None:
+    expected, _ = await lossy.answer(PROMPT, kv_holders=(HOLDER,))
+    await lossy.settled()
+    lossy.state.drop(None)
+    blockers = [lossy.submit([9 - i] * 500, arrival_s=-1.0, max_tokens=12) for i in range(2)]  # all pages
+    tokens, last = await lossy.answer(PROMPT, kv_holders=(HOLDER,))
+    assert (tokens, last.num_cached_tokens) == (expected, NUM_BLOCKS * 16)
+    for blocker in blockers:
+        await lossy.ended(blocker)
+    await lossy.settled()
+
+
+async def test_an_abort_keeps_the_pages_that_are_decoded_into(
+    lossy: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Blocked(monkeypatch, KvCodec, "decode")
+    request_id = lossy.submit(PROMPT, kv_holders=(HOLDER,))
+    await decode.is_reached()
+    lossy.loop.abort(lossy.session_id, request_id)
+    assert (await lossy.ended(request_id)).finish_reason is FinishReason.ABORT
+    assert lossy.state.num_pinned_pages >= CHUNK_BLOCKS
+    decode.go.set()
+    await lossy.settled()
+
+
+async def test_the_engine_computes_what_is_late_only_when_nothing_writes_to_its_pages_any_more(
+    lossy: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Blocked(monkeypatch, KvCodec, "decode")
+    lossy.costs.s_per_token = 1e-4
+    request_id = lossy.submit(PROMPT, kv_holders=(HOLDER,))
+    async with asyncio.timeout(SOON_S):
+        while not lossy.sample("penstock_kv_load_failures_total", reason="late"):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert [r.request_id for r in lossy.state.stalled()] == [request_id]
+    decode.go.set()
+    assert (await lossy.ended(request_id)).num_cached_tokens == 0
     await lossy.settled()
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore.codec.codec import KvCodec
 from kvstore.layout import KvLayout
 from workers.engine.kv_pool import KvPool
 
@@ -72,6 +73,24 @@ def test_blocks_are_saved_to_slots_and_loaded_into_other_pages(dtype: str) -> No
     target.load([5, 1, 3], arena_SX, [3, 1, 0])
     assert torch.equal(target.pages_LP2GBC[:, [5, 1, 3]], source.pages_LP2GBC[:, [4, 0, 2]])
     assert not target.pages_LP2GBC[:, [0, 2, 4]].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("level", range(7))
+def test_the_codec_reads_and_writes_pages_as_it_does_slots(dtype: str, level: int) -> None:
+    layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=8, dtype=dtype)
+    codec = KvCodec(layout, profile=None)
+    source, target = random_pool(layout), KvPool(layout, num_pages=6)
+    arena_SX = np.zeros((5, layout.block_bytes), np.uint8)
+    source.save([4, 0, 2], arena_SX, [3, 1, 0])
+    chunk = codec.encode(source.blocks_PLX, [4, 0, 2], level=level)
+    assert chunk == codec.encode(arena_SX, [3, 1, 0], level=level)
+    codec.decode(chunk, arena_SX, [0, 4, 2])
+    codec.decode(chunk, target.blocks_PLX, [5, 1, 3])
+    assert not target.pages_LP2GBC[:, [0, 2, 4]].any()
+    decoded_SX = np.zeros_like(arena_SX)
+    target.save([5, 1, 3], decoded_SX, [0, 4, 2])
+    assert np.array_equal(decoded_SX[[0, 4, 2]], arena_SX[[0, 4, 2]])
 
 
 @pytest.mark.parametrize(
