@@ -17,6 +17,7 @@ class StreamTiming:
     started_s: float
     event_times_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
+    text: str = ""
     error: str | None = None
 
     @property
@@ -33,14 +34,21 @@ class StreamTiming:
         return [later - sooner for sooner, later in itertools.pairwise(self.event_times_s)]
 
 
-async def stream_completion(*, host: str, port: int, body: dict[str, Any]) -> StreamTiming:
-    """POSTs `body` to /v1/completions with streaming on and times every event that carries text."""
+async def stream_completion(
+    *, host: str, port: int, body: dict[str, Any], request_id: str = "", timing: StreamTiming | None = None
+) -> StreamTiming:
+    """POSTs `body` to /v1/completions with streaming on and times every event that carries text.
+
+    With a `timing` of the caller's, who may look at it meanwhile.
+    """
     payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n"
+        + (f"X-Request-Id: {request_id}\r\n" if request_id else "")
+        + "\r\n"
     )
-    timing = StreamTiming(started_s=time.perf_counter())
+    timing = timing or StreamTiming(started_s=time.perf_counter())
     try:
         reader, writer = await asyncio.open_connection(host, port)
         try:
@@ -72,6 +80,7 @@ async def _read_events(reader: asyncio.StreamReader, timing: StreamTiming) -> No
             return
         if event["choices"]:
             timing.event_times_s.append(time.perf_counter())
+            timing.text += event["choices"][0]["text"]
         if event.get("usage"):
             timing.num_tokens = event["usage"]["completion_tokens"]
     if not finished or not timing.num_tokens:
