@@ -6,7 +6,11 @@
     ├── QueueFull           429  carries `retry_after_s`
     ├── GenerationFailed    500  the pools accepted the request and could not finish it
     ├── NoWorkers           503  nobody can serve it now; carries `retry_after_s`
-    └── GenerationTimeout   504  no progress within the deadline
+    ├── GenerationTimeout   504  no progress within the deadline
+    │   What an operator may see:
+    ├── RequestNotFound     404  it does not run here; perhaps it has ended
+    ├── WorkerNotFound      404  no such worker is known here
+    └── CannotMove          409  the request or the worker is not in a state to move it, or to take it
 
 `control_plane.gateway.failures` is the one table that maps them to HTTP and gRPC statuses.
 """
@@ -50,4 +54,16 @@ class NoWorkers(RequestError):
 
 
 class GenerationTimeout(RequestError):
+    pass
+
+
+class RequestNotFound(RequestError):
+    pass
+
+
+class WorkerNotFound(RequestError):
+    pass
+
+
+class CannotMove(RequestError):
     pass

@@ -20,6 +20,8 @@ class MemberLoad:
     num_pages: int
     num_free_pages: int
     num_leases: int
+    num_demanded_pages: int
+    is_draining: bool
 
 
 _ROLES = {1: "prefill", 2: "decode", 3: "mixed", 4: "store"}
@@ -71,4 +73,6 @@ def _load(worker: worker_pb2.WorkerDescription) -> MemberLoad:
         num_pages=load.num_pages,
         num_free_pages=load.num_free_pages,
         num_leases=load.num_leases,
+        num_demanded_pages=load.num_demanded_pages,
+        is_draining=worker.is_draining,
     )

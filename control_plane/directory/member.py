@@ -55,6 +55,7 @@ class WorkerLoad:
     num_free_pages: int = 0
     num_waiting_tokens: int = 0
     num_leases: int = 0
+    num_demanded_pages: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,7 @@ class Member:
     load: WorkerLoad = WorkerLoad()
     pid: int = 0
     block_format: bytes = FORMAT_VERSION
+    is_draining: bool = False  # it takes no new requests, and what runs there should move
 
     def __post_init__(self) -> None:
         if not self.worker_id:

@@ -36,6 +36,7 @@ def read_member(message: worker_pb2.WorkerDescription) -> Member:
         load=read_load(message.load),
         pid=message.pid,
         block_format=message.block_format,
+        is_draining=message.is_draining,
     )
 
 
@@ -63,6 +64,7 @@ def read_load(message: worker_pb2.WorkerLoad) -> WorkerLoad:
         num_free_pages=message.num_free_pages,
         num_waiting_tokens=message.num_waiting_tokens,
         num_leases=message.num_leases,
+        num_demanded_pages=message.num_demanded_pages,
     )
 
 
@@ -135,6 +137,7 @@ def write_member(member: Member) -> worker_pb2.WorkerDescription:
         load=_write_load(member.load),
         pid=member.pid,
         block_format=member.block_format,
+        is_draining=member.is_draining,
     )
 
 
@@ -146,4 +149,5 @@ def _write_load(load: WorkerLoad) -> worker_pb2.WorkerLoad:
         num_free_pages=load.num_free_pages,
         num_waiting_tokens=load.num_waiting_tokens,
         num_leases=load.num_leases,
+        num_demanded_pages=load.num_demanded_pages,
     )

@@ -80,6 +80,7 @@ class PoolDispatcher:
         self._settings = settings
         self._numbers = itertools.count(1)
         self._name = secrets.token_hex(4)
+        self.running: set[Progress] = set()  # all that were let in
         self.admission = Admission(
             max_concurrent=settings.max_concurrent_requests,
             max_queued=settings.max_queued_requests,
@@ -97,7 +98,8 @@ class PoolDispatcher:
 
     def ready(self) -> bool:
         return any(
-            session.is_ready and session.member.role.can_decode for session in self._sessions.sessions()
+            session.is_ready and session.member.role.can_decode and not session.member.is_draining
+            for session in self._sessions.sessions()
         )
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenChunk, None]:
@@ -108,6 +110,7 @@ class PoolDispatcher:
             merge=TokenMerge(max_tokens=generation.sampling.max_tokens),
             arrival_unix_s=time.time(),
         )
+        self.running.add(run)
         try:
             while not run.is_finished:
                 attempt = run.attempt or await self._place(run)
@@ -119,6 +122,7 @@ class PoolDispatcher:
         finally:
             # Nothing here waits, so a second cancellation cannot cut it short.
             run.close_attempt()
+            self.running.discard(run)
             self.admission.leave(has_completed=run.is_finished)
 
     async def _enter(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from control_plane.errors import (
+    CannotMove,
     GenerationFailed,
     GenerationTimeout,
     InvalidRequest,
@@ -23,6 +24,8 @@ from control_plane.errors import (
     NoWorkers,
     QueueFull,
     RequestError,
+    RequestNotFound,
+    WorkerNotFound,
 )
 
 
@@ -68,6 +71,9 @@ FAILURES: dict[type[RequestError], Failure] = {
     QueueFull: Failure(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error", "queue_full"),
     GenerationFailed: Failure(500, grpc.StatusCode.INTERNAL, "server_error", "generation_failed"),
     NoWorkers: Failure(503, grpc.StatusCode.UNAVAILABLE, "server_error", "no_workers"),
+    RequestNotFound: Failure(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error", "request_not_found"),
+    WorkerNotFound: Failure(404, grpc.StatusCode.NOT_FOUND, "invalid_request_error", "worker_not_found"),
+    CannotMove: Failure(409, grpc.StatusCode.FAILED_PRECONDITION, "invalid_request_error", "cannot_move"),
     GenerationTimeout: Failure(504, grpc.StatusCode.DEADLINE_EXCEEDED, "server_error", "generation_timeout"),
 }
 UNEXPECTED = Failure(500, grpc.StatusCode.INTERNAL, "server_error", "internal_error")

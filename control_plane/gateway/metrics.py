@@ -122,6 +122,18 @@ class GatewayMetrics:
         self.open_streams = Gauge(
             "penstock_gateway_open_streams", "Streamed answers in progress", registry=registry
         )
+        self.migrations = Counter(
+            "penstock_migrations",
+            "Tries to move a running request to another worker, by how they ended and why they were made",
+            ("outcome", "reason"),
+            registry=registry,
+        )
+        self.migration_duration = Histogram(
+            "penstock_migration_seconds",
+            "Of moves that succeeded: from asking the new worker to its first token",
+            buckets=_TTFT_BUCKETS_S,
+            registry=registry,
+        )
         self.tokenize = Histogram(
             "penstock_gateway_intake_seconds",
             "From the arrival of a request to its being checked, rendered and tokenized",

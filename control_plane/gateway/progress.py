@@ -26,6 +26,7 @@ class Progress:
     last_failure: WorkerFailure | None = None
     model_fingerprint: bytes | None = None
     keys_by_model: dict[bytes, list[BlockKey]] = field(default_factory=dict)
+    last_move_s: float | None = None  # when the last try to move it ended, by the event loop's clock
 
     @property
     def num_tokens(self) -> int:

@@ -100,6 +100,7 @@ class WorkerSession:
             model_fingerprint=self.member.model.fingerprint,
             load=self.member.load,
             is_healthy=self.is_ready,
+            is_draining=self.member.is_draining,
             num_assigned=len(self._sinks),
             num_unreported_tokens=self._num_unreported_tokens,
             num_unreported_pages=self._num_unreported_pages,
@@ -116,6 +117,10 @@ class WorkerSession:
         """Counts what was just sent against this worker until its next report."""
         self._last_pick = number
         self._num_unreported_tokens += num_tokens
+        self._num_unreported_pages += num_pages
+
+    def note_move(self, *, num_pages: int) -> None:
+        """As `note_pick`, for a request that moves here: the next new one need not go elsewhere for that."""
         self._num_unreported_pages += num_pages
 
     def submit(self, message: worker_pb2.SessionRequest, *, sink: Sink) -> None:

@@ -150,11 +150,27 @@ def write_generate(assignment: Assignment, *, kv_source: Member | None) -> worke
     if kv_source is None:
         submit.kv_holders.extend(map(_write_holder, assignment.kv_holders))
     else:
-        submit.kv_source.worker_id = kv_source.worker_id
-        submit.kv_source.epoch = kv_source.epoch
-        submit.kv_source.control_address = kv_source.control_address
-        submit.kv_source.request_id = assignment.request_id
+        submit.kv_source.CopyFrom(_write_source(kv_source, request_id=assignment.request_id))
     return worker_pb2.SessionRequest(submit=submit)
+
+
+def write_move(
+    assignment: Assignment, *, source: Member, source_request_id: str
+) -> worker_pb2.SessionRequest:
+    """To go on with what runs at `source` under that id."""
+    submit = _write_submit(assignment)
+    submit.kv_source.CopyFrom(_write_source(source, request_id=source_request_id))
+    submit.kv_source.is_live = True
+    return worker_pb2.SessionRequest(submit=submit)
+
+
+def _write_source(source: Member, *, request_id: str) -> worker_pb2.KvSource:
+    return worker_pb2.KvSource(
+        worker_id=source.worker_id,
+        epoch=source.epoch,
+        control_address=source.control_address,
+        request_id=request_id,
+    )
 
 
 def _write_holder(holder: KvHolder) -> worker_pb2.KvHolder:

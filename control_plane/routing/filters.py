@@ -13,6 +13,10 @@ def is_healthy(worker: WorkerView, request: RoutingRequest) -> bool:
     return worker.is_healthy
 
 
+def takes_requests(worker: WorkerView, request: RoutingRequest) -> bool:
+    return not worker.is_draining
+
+
 def has_not_failed(worker: WorkerView, request: RoutingRequest) -> bool:
     return worker.incarnation not in request.excluded
 
@@ -23,6 +27,7 @@ Filter = Callable[[WorkerView, RoutingRequest], bool]
 FILTERS: tuple[tuple[Filter, NoPlacement], ...] = (
     (serves_model, NoPlacement.OTHER_MODEL),
     (is_healthy, NoPlacement.UNHEALTHY),
+    (takes_requests, NoPlacement.DRAINING),
     (has_not_failed, NoPlacement.ALL_FAILED),
 )
 

@@ -23,6 +23,7 @@ class WorkerView:
     model_fingerprint: bytes
     load: WorkerLoad
     is_healthy: bool = True
+    is_draining: bool = False
     num_assigned: int = 0
     num_unreported_tokens: int = 0
     num_unreported_pages: int = 0
@@ -88,5 +89,6 @@ class NoPlacement(Enum):
     NO_DECODE_WORKER = "no worker that decodes is registered"
     OTHER_MODEL = "no worker serves this model"
     UNHEALTHY = "no worker that decodes can be reached"
+    DRAINING = "every worker that decodes is draining and takes no new requests"
     ALL_FAILED = "every worker that decodes has failed this request"
     OVERLOADED = "the queue of every worker is full"

@@ -83,6 +83,7 @@ def test_without_a_prefill_worker_the_decode_worker_computes_the_prompt() -> Non
 def test_a_prefill_worker_that_cannot_serve_is_as_good_as_none() -> None:
     for prefill in (
         worker("p", Role.PREFILL, is_healthy=False),
+        worker("p", Role.PREFILL, is_draining=True),
         worker("p", Role.PREFILL, num_waiting=10),
         worker("p", Role.PREFILL, model_fingerprint=b"other"),
     ):
@@ -115,6 +116,8 @@ def test_a_mixed_worker_prefills_for_a_decode_worker_if_nobody_else_does() -> No
         ((worker("p", Role.PREFILL),), NoPlacement.NO_DECODE_WORKER),
         ((worker("d", model_fingerprint=b"other"),), NoPlacement.OTHER_MODEL),
         ((worker("d", is_healthy=False),), NoPlacement.UNHEALTHY),
+        ((worker("d", is_draining=True),), NoPlacement.DRAINING),
+        ((worker("d", is_draining=True), worker("e", is_healthy=False)), NoPlacement.DRAINING),
         ((worker("failed"),), NoPlacement.ALL_FAILED),
         ((worker("d", num_waiting=10),), NoPlacement.OVERLOADED),
         ((worker("failed"), worker("d", is_healthy=False)), NoPlacement.ALL_FAILED),
