@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from control_plane.config_migration import MigrationConfig
 from control_plane.config_workers import KvConfig, PoolsConfig, bounded
 from control_plane.strict_yaml import ConfigError, RawMapping, build, parse_mapping, set_override
 
@@ -129,6 +130,7 @@ class ClusterConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     directory: DirectoryConfig = field(default_factory=DirectoryConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     kv: KvConfig = field(default_factory=KvConfig)
     transport: Literal["unix", "tcp"] = "unix"  # between the processes of this cluster

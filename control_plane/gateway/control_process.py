@@ -25,15 +25,19 @@ from control_plane.directory.server import (
     expire_silent,
     warn_of_other_formats,
 )
+from control_plane.gateway.admin import add_admin_api
 from control_plane.gateway.app import create_app
 from control_plane.gateway.dispatch import DispatchSettings, PoolDispatcher
 from control_plane.gateway.grpc_server import add_services
 from control_plane.gateway.http_protocol import GatewayProtocol
 from control_plane.gateway.metrics import GatewayMetrics
+from control_plane.gateway.moves import Moves
 from control_plane.gateway.pool_metrics import DirectoryMetrics, add_pool_metrics
+from control_plane.gateway.rebalance import Rebalancer, RebalanceSettings
 from control_plane.gateway.sessions import SessionPool, SessionSettings
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.tokenizer import load_tokenizer
+from control_plane.migration import MigrationLimits
 from control_plane.routing.policy import RoutingPolicy
 from protos import directory_pb2_grpc
 
@@ -80,6 +84,7 @@ async def serve(
     metrics = GatewayMetrics(CollectorRegistry())
     add_pool_metrics(metrics.registry, dispatcher=dispatcher, sessions=sessions)
     metrics.registry.register(DirectoryMetrics(memory, link))
+    moves = Moves(dispatcher.running, sessions, timeout_s=config.migration.timeout_s, metrics=metrics)
     settings = GatewaySettings(
         model_path=config.model.path,
         max_body_bytes=gateway.max_body_bytes,
@@ -88,6 +93,7 @@ async def serve(
     try:
         tokenizer = load_tokenizer(config.model.path)
         app = create_app(dispatcher=dispatcher, tokenizer=tokenizer, settings=settings, metrics=metrics)
+        add_admin_api(app, moves, settings=settings)
     except ValueError as error:
         raise StartRefused(f"model.path: {error}") from error
 
@@ -124,6 +130,9 @@ async def serve(
             asyncio.create_task(expire_silent(directory)),
             asyncio.create_task(health.follow(interval_s=settings.health_interval_s)),
         ]
+        if config.migration.enabled:
+            rebalancer = Rebalancer(moves, sessions, settings=_rebalance_settings(config))
+            watches.append(asyncio.create_task(rebalancer.run()))
         if link is not None:
             watches.append(asyncio.create_task(link.run()))
         for task in (*watches, http):
@@ -170,6 +179,14 @@ def _dispatch_settings(config: ClusterConfig) -> DispatchSettings:
         max_queued_requests=config.gateway.max_queued_requests,
         request_timeout_s=config.gateway.request_timeout_s,
     )
+
+
+def _rebalance_settings(config: ClusterConfig) -> RebalanceSettings:
+    migration = config.migration
+    limits = MigrationLimits(
+        low_freeness=migration.low_freeness, high_freeness=migration.high_freeness, rest_s=migration.rest_s
+    )
+    return RebalanceSettings(limits=limits, interval_s=migration.interval_s)
 
 
 def _http_config(app: FastAPI, *, drain_timeout_s: float) -> uvicorn.Config:
