@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.cli import cache, chat, down, profile_kv, status, up
+from control_plane.cli import cache, chat, down, migrate, profile_kv, status, top, up
 from control_plane.cli.failures import FAILED, say_error
 
 app = typer.Typer(
@@ -31,6 +31,8 @@ def penstock(
 
 app.command(name="up")(up.up)
 app.command(name="status")(status.status)
+app.command(name="top")(top.top)
+app.command(name="migrate")(migrate.migrate)
 app.command(name="chat")(chat.chat)
 app.add_typer(cache.app, name="cache")
 app.command(name="down")(down.down)

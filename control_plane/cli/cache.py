@@ -1,14 +1,12 @@
 """`penstock cache`: what the tiers hold and how well they do; `penstock cache drop` makes them forget."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from control_plane.cli import options
 from control_plane.cli.failures import FAILED, CommandFailed, clean_errors, say_error
-from control_plane.runtimes.state import RunState, read_state
 from control_plane.strict_yaml import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ def cache(
         from control_plane.cli.cache_report import as_report, print_report
         from control_plane.cli.tiers import describe, find_workers
 
-        answers = describe(find_workers(_running(config, run_dir)), num_prefixes=num_prefixes)
+        answers = describe(find_workers(options.running_cluster(config, run_dir)), num_prefixes=num_prefixes)
         report = as_report(answers, num_prefixes=num_prefixes)
         if as_json:
             print(json.dumps(report, indent=1))
@@ -74,7 +72,7 @@ def drop(
         from control_plane.cli.tiers import find_workers
 
         above = context.parent.params if context.parent else {}  # `penstock cache --run-dir DIR drop`
-        state = _running(config or above.get("config"), run_dir or above.get("run_dir"))
+        state = options.running_cluster(config or above.get("config"), run_dir or above.get("run_dir"))
         workers = _chosen(find_workers(state), model=model, name=worker)
         if everything and not yes:
             typer.confirm(f"Forget all KV of {', '.join(one.worker_id for one in workers)}?", abort=True)
@@ -116,11 +114,3 @@ def _chosen(workers: "list[Worker]", *, model: str | None, name: str | None) -> 
     if not workers:
         raise CommandFailed("no worker is in the directory")
     return workers
-
-
-def _running(config: Path | None, run_dir: Path | None) -> RunState:
-    directory = options.load(config, run_dir).run_dir
-    state = read_state(directory)
-    if state is None or not state.launcher.is_alive():
-        raise CommandFailed(f"nothing runs in {directory}; penstock up starts a cluster")
-    return state

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from control_plane.cli.failures import CommandFailed
 from control_plane.config import ClusterConfig, load_config
+from control_plane.runtimes.state import RunState, read_state
 
 ConfigOption = Annotated[
     Path | None,
@@ -30,3 +32,12 @@ def load(config: Path | None, run_dir: Path | None, overrides: list[str] | None 
     """Raises ConfigError."""
     in_run_dir = [] if run_dir is None else [f"run_dir={run_dir}"]
     return load_config(config, overrides=[*(overrides or []), *in_run_dir])
+
+
+def running_cluster(config: Path | None, run_dir: Path | None) -> RunState:
+    """Raises CommandFailed if none runs in the run directory."""
+    directory = load(config, run_dir).run_dir
+    state = read_state(directory)
+    if state is None or not state.launcher.is_alive():
+        raise CommandFailed(f"nothing runs in {directory}; penstock up starts a cluster")
+    return state

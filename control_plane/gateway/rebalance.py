@@ -1,7 +1,7 @@
 """The loop that moves requests by itself: look, plan, move, account. The plan is `control_plane.migration`'s."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -37,7 +37,7 @@ class Rebalancer:
         self._sessions = sessions
         self._settings = settings
         self._left_s: dict[Incarnation, float] = {}  # when a request left this worker last
-        self._planned: set[str] = set()
+        self._under_way: dict[str, PlannedMove] = {}
         self._look_again = asyncio.Event()
 
     async def run(self) -> NoReturn:
@@ -45,7 +45,7 @@ class Rebalancer:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 for planned in plan_moves(self._view(), self._settings.limits):
-                    self._planned.add(planned.request_id)
+                    self._under_way[planned.request_id] = planned
                     tasks.create_task(self._move(planned))
                 self._look_again.clear()
                 with suppress(TimeoutError):
@@ -62,20 +62,21 @@ class Rebalancer:
             unsettled=frozenset(self._left_s),
         )
 
-    def _requests(self, running: Sequence[RunningRequest]) -> "list[RequestView]":
-        return [
-            RequestView(
-                request_id=request.request_id,
-                worker=request.worker,
-                num_tokens=request.num_prompt_tokens + request.num_output_tokens,
-                priority=request.priority,
-                is_moving=request.moving_to is not None or request.request_id in self._planned,
-                rested_s=float("inf") if request.since_move_s is None else request.since_move_s,
-                excluded=request.excluded,
-            )
-            for request in running
-            if request.worker is not None
-        ]
+    def _requests(self, running: Sequence[RunningRequest]) -> Iterator[RequestView]:
+        """What is under way counts at its source until it is accounted for, so that no other move begins there."""
+        for request in running:
+            under_way = self._under_way.get(request.request_id)
+            worker = under_way.source if under_way is not None else request.worker
+            if worker is not None:
+                yield RequestView(
+                    request_id=request.request_id,
+                    worker=worker,
+                    num_tokens=request.num_prompt_tokens + request.num_output_tokens,
+                    priority=request.priority,
+                    is_moving=under_way is not None or request.moving_to is not None,
+                    rested_s=float("inf") if request.since_move_s is None else request.since_move_s,
+                    excluded=request.excluded,
+                )
 
     async def _move(self, planned: PlannedMove) -> None:
         try:
@@ -85,7 +86,7 @@ class Rebalancer:
         except RequestError:
             return  # it ended, or the target left, since the plan was made
         finally:
-            self._planned.discard(planned.request_id)
+            del self._under_way[planned.request_id]
         if report.outcome is MoveOutcome.MOVED:
             self._left_s[planned.source] = asyncio.get_running_loop().time()
             if planned.reason is MoveReason.DRAIN:

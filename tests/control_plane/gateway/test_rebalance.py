@@ -49,7 +49,8 @@ async def start_requests(
     cluster: Cluster, dispatcher: PoolDispatcher, source: FakeWorker
 ) -> "list[asyncio.Task[list[int]]]":
     async def tokens(number: int) -> list[int]:
-        generation = make_generation(request_id=f"r{number}", max_tokens=4)
+        request_id = f"{source.member.worker_id}-{number}"
+        generation = make_generation(request_id=request_id, max_tokens=4)
         return [token async for chunk in dispatcher.generate(generation) for token in chunk.token_ids]
 
     clients = [asyncio.create_task(tokens(number)) for number in range(NUM_REQUESTS)]
