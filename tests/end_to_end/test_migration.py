@@ -18,7 +18,7 @@ TWO_MIXED = {
     # Requests move when this test says so, and only then.
     "migration": {"enabled": False},
 }
-MAX_TOKENS = 400
+MAX_TOKENS = 1200  # some seconds, in which the command is called twice
 PROMPTS = {"short": 40, "long": 640}
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -29,6 +29,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def two_mixed() -> Iterator[RunningCluster]:
     with running_cluster(TWO_MIXED) as cluster:
+        penstock(cluster, "top", "--once")  # what the commands import takes longer than a move
         yield cluster
 
 
