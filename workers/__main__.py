@@ -3,8 +3,10 @@
     python -m workers --role mixed --worker-id w0 --model-path models/demo --model-name demo
 
 Every flag is a field of `WorkerConfig`. Logs are JSON lines on stderr; the events `loading_kernels`, `loading`,
-`ready` (with the addresses) and `stopped` are for whoever started the process. It ends with 0 after SIGTERM or SIGINT,
-with 2 for a configuration, an address, a checkpoint or a disk tier that cannot be used, with 1 after a crash.
+`ready` (with the addresses), `draining` and `stopped` are for whoever started the process. SIGTERM or SIGINT drains it,
+as the RPC `Drain` does (workers/drain.py); a second signal stops it at once. It ends with 0 if it finished all it had,
+with 3 if it did not (`stopped` says what it left), with 2 for a configuration, an address, a checkpoint or a disk tier
+that cannot be used, with 1 after a crash.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from enum import Enum
 from typing import Any, Protocol
 
@@ -25,11 +27,12 @@ import uvloop
 
 from kvstore.errors import TierUnusable
 from workers.config import Role, WorkerConfig, setting_help
+from workers.drain import Drain, Left
 from workers.errors import CannotListen, CheckpointError
 from workers.identity import Identity
 from workers.logs import log_event, start_logging
 
-EXIT_CRASHED, EXIT_REFUSED = 1, 2
+EXIT_CRASHED, EXIT_REFUSED, EXIT_LEFT = 1, 2, 3
 
 _logger = logging.getLogger("workers")
 
@@ -55,14 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # A step of few tokens takes a millisecond: uvloop saves a tenth of what the loop adds to it.
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_until_stopped(serve))
+            left = runner.run(_until_stopped(serve, drain_timeout_s=config.drain_timeout_s))
     except (CannotListen, TierUnusable) as error:
         return _refuse(error)
     except Exception:
         _logger.exception("crashed")
         return EXIT_CRASHED
-    log_event(_logger, "stopped")
-    return 0
+    if left.is_nothing:
+        log_event(_logger, "stopped")
+        return 0
+    log_event(_logger, "stopped", level=logging.WARNING, **asdict(left))
+    return EXIT_LEFT
 
 
 def _refuse(error: Exception) -> int:
@@ -73,7 +79,9 @@ def _refuse(error: Exception) -> int:
 class _Serve(Protocol):
     """A worker's life, once its event loop runs."""
 
-    async def __call__(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None: ...
+    async def __call__(
+        self, *, stop: asyncio.Event, drain: Drain, on_ready: Callable[[Identity], None]
+    ) -> None: ...
 
 
 def _load_worker(config: WorkerConfig) -> _Serve:
@@ -94,10 +102,10 @@ def _load_worker(config: WorkerConfig) -> _Serve:
         on_progress=_progress_teller(),
     )
 
-    async def serve(*, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
+    async def serve(*, stop: asyncio.Event, drain: Drain, on_ready: Callable[[Identity], None]) -> None:
         from workers.worker import Worker
 
-        await Worker(config, engine).serve(stop=stop, on_ready=on_ready)
+        await Worker(config, engine).serve(stop=stop, drain=drain, on_ready=on_ready)
 
     return serve
 
@@ -110,8 +118,8 @@ def _load_store(config: WorkerConfig) -> _Serve:
     log_event(_logger, "loading", model_path=config.model_path)
     model = load_store_model(config)
 
-    async def serve(*, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
-        await StoreWorker(config, model).serve(stop=stop, on_ready=on_ready)
+    async def serve(*, stop: asyncio.Event, drain: Drain, on_ready: Callable[[Identity], None]) -> None:
+        await StoreWorker(config, model).serve(stop=stop, drain=drain, on_ready=on_ready)
 
     return serve
 
@@ -134,12 +142,23 @@ def _progress_teller() -> Callable[[float], None]:
     return tell
 
 
-async def _until_stopped(serve: _Serve) -> None:
-    stop = asyncio.Event()
+async def _until_stopped(serve: _Serve, *, drain_timeout_s: float) -> Left:
+    """What was not finished."""
+    stop, drain = asyncio.Event(), Drain(timeout_s=drain_timeout_s)
+    num_signals = 0
+
+    def stop_now_or_in_order() -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1:
+            stop.set()
+        drain.begin()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await serve(stop=stop, on_ready=_say_ready)
+        loop.add_signal_handler(number, stop_now_or_in_order)
+    await serve(stop=stop, drain=drain, on_ready=_say_ready)
+    return drain.left
 
 
 def _say_ready(identity: Identity) -> None:

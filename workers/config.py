@@ -67,6 +67,7 @@ class WorkerConfig:
     ] = ""
     lease_s: Annotated[float, "how long computed KV is kept without progress of its puller"] = 30.0
     pull_timeout_s: Annotated[float, "deadline of one pull; past it the prompt is computed here"] = 60.0
+    drain_timeout_s: Annotated[float, "how long a worker that stops may take to finish what it has"] = 30.0
     memory_tier_bytes: Annotated[int, "CPU memory for KV blocks beside the device pages; 0: no tiers"] = (
         256 * 2**20
     )
@@ -95,7 +96,7 @@ class WorkerConfig:
             raise ValueError("disk_tier_path needs memory_tier_bytes: blocks reach the disk through memory")
         if self.role is Role.STORE and self.memory_tier_bytes == 0:
             raise ValueError("memory_tier_bytes of a store must not be 0: it has nothing else")
-        for name in ("lease_s", "pull_timeout_s", "ttft_objective_s"):
+        for name in ("lease_s", "pull_timeout_s", "drain_timeout_s", "ttft_objective_s"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 2**16:

@@ -3,6 +3,7 @@
     WorkerError
     ├── InvalidRequest     the request can never run here
     ├── QueueFull          try again later or elsewhere
+    ├── WorkerDraining     this worker is about to end; try elsewhere
     ├── CheckpointError    the model on disk is missing, truncated, of another shape or unsupported
     ├── CannotListen       an address of this worker is taken or not ours
     ├── MoveFailed         a request that runs elsewhere could not be moved here, and goes on there
@@ -28,6 +29,10 @@ class QueueFull(WorkerError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class WorkerDraining(WorkerError):
+    pass
 
 
 class CheckpointError(WorkerError):

@@ -29,6 +29,7 @@ from workers.errors import (
     PullCorrupted,
     PullError,
     QueueFull,
+    WorkerDraining,
     WorkerError,
 )
 from workers.exports import Exports, NoSuchExport
@@ -99,6 +100,7 @@ class RequestLoop:
         self._tiers = tiers
         self._moves = LiveMoves(state, exports, max_moves=max_num_moves)
         self._num_submitted = 0
+        self._is_admitting = True
         self._inbox: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
@@ -121,8 +123,21 @@ class RequestLoop:
         self._outboxes[session_id] = outbox
         return session_id
 
+    def stop_admitting(self) -> None:
+        """From now on every request is refused; those that are here go on."""
+        self._is_admitting = False
+
+    @property
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """All that are here, those that wait for their puller included."""
+        return tuple(self._requests)
+
     def submit(self, request: Request) -> None:
-        """Raises `QueueFull` or `InvalidRequest`; then nothing has happened."""
+        """Raises `QueueFull`, `InvalidRequest` or `WorkerDraining`; then nothing has happened."""
+        if not self._is_admitting:
+            if request.purpose is Purpose.PREFILL_ONLY:
+                self._exports.close(request.request_id)  # so that its puller learns at once
+            raise WorkerDraining("this worker takes no new requests: it stops when those it has are done")
         twin = self._requests.get(request.request_id)
         if twin is not None:
             if twin.session_id == request.session_id and twin.request_id not in self._aborted:

@@ -79,6 +79,11 @@ class Membership:
         self._current = 0
         self._sequence = 0
         self._is_known = False
+        self._news = asyncio.Event()
+
+    def announce(self) -> None:
+        """What the description says has changed, beside the load: the directory is told at once."""
+        self._news.set()
 
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -101,9 +106,7 @@ class Membership:
         while True:
             stub = stubs[self._current]
             try:
-                reply = await stub.Register(
-                    directory_pb2.RegisterRequest(worker=self._describe()), timeout=RPC_TIMEOUT_S
-                )
+                reply = await self._register(stub)
                 self._is_known = True
                 retry_s, num_away = FIRST_RETRY_S, 0
                 log_event(_logger, "registered", directory=self._directories[self._current])
@@ -120,6 +123,10 @@ class Membership:
             # Jitter, so that many workers do not fall upon a directory that has just come back.
             await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
             retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def _register(self, stub: "directory_pb2_grpc.DirectoryAsyncStub") -> directory_pb2.RegisterReply:
+        request = directory_pb2.RegisterRequest(worker=self._describe())
+        return await stub.Register(request, timeout=RPC_TIMEOUT_S)
 
     def _log_failure(self, error: grpc.aio.AioRpcError) -> None:
         # A directory that is away is tried again and again; only the first time is news. One that answers no is.
@@ -138,6 +145,9 @@ class Membership:
         self._sequence = 0
         self._blocks.restart()
         while True:
+            if self._news.is_set():
+                self._news.clear()
+                await self._register(stub)
             pending = self._blocks.take(max_keys=MAX_KEYS_PER_HEARTBEAT)
             worker = self._describe()
             self._sequence += 1
@@ -160,7 +170,9 @@ class Membership:
                 self._blocks.restart()
             self._on_stores([_store_from_wire(store) for store in reply.stores])
             if reply.resend_blocks or not self._blocks.has_more:
-                await asyncio.sleep(every_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(every_s):
+                        await self._news.wait()
 
     async def _say_goodbye(self, stub: "directory_pb2_grpc.DirectoryAsyncStub") -> None:
         worker = self._describe()

@@ -49,7 +49,8 @@ class OfferIntake:
         self._fetcher = fetcher
         self._chunk_blocks = chunk_blocks(block_bytes=store.arena_SX.shape[1])
         self._turns = asyncio.Semaphore(max_offers)
-        self._num_waiting = 0
+        self._num_waiting = self._num_taking = 0
+        self._rested = asyncio.Event()
         self._timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="intake")
 
@@ -70,6 +71,17 @@ class OfferIntake:
                 _lost(holder, str(error))
         return taken
 
+    @property
+    def is_quiet(self) -> bool:
+        """No offer is being taken or waits for its turn."""
+        return self._num_waiting == self._num_taking == 0
+
+    async def settled(self) -> None:
+        """Returns once it is quiet."""
+        while not self.is_quiet:
+            self._rested.clear()
+            await self._rested.wait()
+
     def close(self) -> None:
         """After the last `take` has ended."""
         self._threads.shutdown()
@@ -83,10 +95,13 @@ class OfferIntake:
             await self._turns.acquire()
         finally:
             self._num_waiting -= 1
+        self._num_taking += 1
         try:
             yield
         finally:
+            self._num_taking -= 1
             self._turns.release()
+            self._rested.set()
 
     async def _take(self, run: BlockRun, holder: KvHolder, so_far: Taken) -> Taken:
         num_held = len(self._store.lookup(run.keys))

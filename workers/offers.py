@@ -87,6 +87,8 @@ class Offers:
         self._numbers = itertools.count()
         self._homes: OrderedDict[BlockKey, BlockKey] = OrderedDict()  # of a run's last key: the chain's first
         self._changed = asyncio.Event()
+        self._is_putting = False
+        self._rested = asyncio.Event()
 
     @property
     def num_stores(self) -> int:
@@ -118,28 +120,40 @@ class Offers:
         }
         self._changed.set()
 
+    async def settled(self) -> None:
+        """Returns once every store that answers has what it was offered."""
+        while self._is_putting or (self._waiting and self._ready_stores()):
+            self._rested.clear()
+            await self._rested.wait()
+
     async def run(self, holder: KvHolder) -> None:
         """Offers what waits, one store after the other; `holder` is this worker."""
         channels = Channels(max_idle=MAX_IDLE_CHANNELS)
         try:
             while True:
                 store, runs = await self._next_batch()
+                self._is_putting = True
                 await self._put(channels, store, runs, holder)
+                self._is_putting = False
         finally:
             await channels.close()
 
     async def _next_batch(self) -> tuple[_Store, list[BlockRun]]:
         """Runs for one store, as many as fit an offer; waits until there are any."""
         while True:
-            now_s = asyncio.get_running_loop().time()
-            ready = [store for store in self._stores.values() if store.ready_at_s <= now_s]
-            if self._waiting and ready:
+            if self._waiting and (ready := self._ready_stores()):
                 return self._take_batch(ready)
+            self._rested.set()
             self._changed.clear()
+            now_s = asyncio.get_running_loop().time()
             away_s = [store.ready_at_s - now_s for store in self._stores.values()] if self._waiting else []
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(away_s, default=None)):
                     await self._changed.wait()
+
+    def _ready_stores(self) -> list[_Store]:
+        now_s = asyncio.get_running_loop().time()
+        return [store for store in self._stores.values() if store.ready_at_s <= now_s]
 
     def _take_batch(self, ready: Sequence[_Store]) -> tuple[_Store, list[BlockRun]]:
         chosen: _Store | None = None

@@ -22,6 +22,7 @@ class Outbox:
     def __init__(self, *, max_steps: int = MAX_UNREAD_STEPS) -> None:
         self._max_steps = max_steps
         self._events: deque[worker_pb2.SessionEvent] = deque()
+        self._is_closed = False
         self._filled = asyncio.Event()
         self.overflowed = asyncio.Event()
 
@@ -33,8 +34,16 @@ class Outbox:
         """The end of a request that never began."""
         self._put(step_to_wire(0, [refusal_to_wire(request_id, error)]))
 
-    async def get(self) -> worker_pb2.SessionEvent:
+    def close(self) -> None:
+        """Nothing more comes; what is there can still be had."""
+        self._is_closed = True
+        self._filled.set()
+
+    async def get(self) -> worker_pb2.SessionEvent | None:
+        """None: that was all."""
         while not self._events:
+            if self._is_closed:
+                return None
             self._filled.clear()
             await self._filled.wait()
         return self._events.popleft()

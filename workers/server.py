@@ -6,6 +6,7 @@ the session, its requests are aborted before the gateway hears of it.
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 from kvstore.listener import is_answered
 from protos import worker_pb2, worker_pb2_grpc
+from workers.drain import Drain
 from workers.errors import CannotListen, WorkerError
 from workers.grpc_options import SERVER_OPTIONS
 from workers.logs import log_event
@@ -23,6 +25,8 @@ from workers.request import RequestId, SessionId
 from workers.wire import request_from_wire
 
 HELLO_TIMEOUT_S = 5.0
+# How long a gateway may take to read the last words of sessions that end with the worker.
+LAST_WORDS_S = 1.0
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _logger = logging.getLogger(__name__)
@@ -45,16 +49,28 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         loop: RequestLoop,
         *,
         describe: Callable[[], worker_pb2.WorkerDescription],
+        drain: Drain,
         now_s: Callable[[], float],
     ) -> None:
         self._loop = loop
         self._describe = describe
+        self._drain = drain
+        self._outboxes: set[Outbox] = set()
         self._now_s = now_s
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: Any
     ) -> worker_pb2.WorkerDescription:
         return self._describe()
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainReply:
+        await begin_drain(self._drain, request, context)
+        return worker_pb2.DrainReply(num_requests=len(self._loop.request_ids))
+
+    def end_sessions(self) -> None:
+        """Once all that is to be said has been written. Requests that still run are aborted with their sessions."""
+        for outbox in self._outboxes:
+            outbox.close()
 
     async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         try:
@@ -96,6 +112,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def _serve(self, context: Any, gateway_id: str) -> None:
         outbox = Outbox()
+        self._outboxes.add(outbox)
         session_id = self._loop.open_session(outbox)
         log_event(_logger, "session_opened", session=session_id, gateway=gateway_id)
         tasks = (
@@ -106,6 +123,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._outboxes.discard(outbox)
             self._loop.close_session(session_id)
             for task in tasks:
                 task.cancel()
@@ -134,9 +152,19 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             outbox.put_refusal(submit.request_id, error)
 
 
+async def begin_drain(drain: Drain, request: worker_pb2.DrainRequest, context: Any) -> None:
+    """Refuses a deadline that is none."""
+    if not 0.0 <= request.timeout_s < math.inf:
+        await context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"timeout_s must be a number of seconds, or 0 for the worker's own, got {request.timeout_s}",
+        )
+    drain.begin(request.timeout_s or None)
+
+
 async def _write(context: Any, outbox: Outbox) -> None:
-    while True:
-        await context.write(await outbox.get())
+    while (event := await outbox.get()) is not None:
+        await context.write(event)
 
 
 async def _until_overflow(outbox: Outbox) -> None:

@@ -19,6 +19,7 @@ from protos import worker_pb2, worker_pb2_grpc
 from protos.kv_pb2_grpc import add_KvTransferServicer_to_server
 from workers.block_server import BlockService
 from workers.config import WorkerConfig
+from workers.drain import Drain
 from workers.handoff_server import KvTransferService
 from workers.identity import Identity
 from workers.membership import BlockReport, Membership
@@ -28,7 +29,7 @@ from workers.model.info import ModelInfo, load_model_info
 from workers.offer_intake import OfferIntake
 from workers.planes import listening, make_identity, running, source_identity
 from workers.reports import Load
-from workers.server import make_server
+from workers.server import begin_drain, make_server
 from workers.tiers import open_tiers
 from workers.wire import description_to_wire
 
@@ -47,8 +48,11 @@ class StoreWorker:
         self._holdings = Holdings()
         self._tiers = open_tiers(config, model, holdings=self._holdings, registry=self.registry)
 
-    async def serve(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
-        """Serves until `stop` is set and leaves nothing behind. Raises CannotListen before it is ready."""
+    async def serve(self, *, stop: asyncio.Event, drain: Drain, on_ready: Callable[[Identity], None]) -> None:
+        """Serves until it is drained or `stop` is set, and leaves nothing behind.
+
+        Raises CannotListen before it is ready.
+        """
         config, tiers = self._config, self._tiers
         async with contextlib.AsyncExitStack() as stack:  # ends in the reverse order
             stack.push_async_callback(tiers.close)
@@ -59,7 +63,11 @@ class StoreWorker:
             )
             if config.metrics_port is not None:
                 stack.enter_context(serve_metrics(self.registry, config.metrics_port))
-            service = StoreService(lambda: self._describe(identity))
+
+            def describe() -> worker_pb2.WorkerDescription:
+                return description_to_wire(identity, self._load(), is_draining=drain.is_draining)
+
+            service = StoreService(describe, drain=drain)
             server, control_address = make_server(config.control_address, service=service)
             identity = make_identity(
                 config,
@@ -75,24 +83,26 @@ class StoreWorker:
             await server.start()
             stack.push_async_callback(server.stop, None)
             tasks = {await stack.enter_async_context(running(work)) for work in (stop.wait(), tiers.tell())}
+            membership = self._membership(describe)
             if config.directories:
-                tasks.add(await stack.enter_async_context(running(self._membership(identity).run())))
+                tasks.add(await stack.enter_async_context(running(membership.run())))
+            tasks.add(await stack.enter_async_context(running(_drained(drain, membership, intake))))
             on_ready(identity)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
 
-    def _membership(self, identity: Identity) -> Membership:
+    def _membership(self, describe: Callable[[], worker_pb2.WorkerDescription]) -> Membership:
         return Membership(
             self._config.directories,
-            describe=lambda: self._describe(identity),
+            describe=describe,
             blocks=BlockReport(self._holdings, take_device_events=None),
             on_stores=lambda stores: None,
         )
 
-    def _describe(self, identity: Identity) -> worker_pb2.WorkerDescription:
+    def _load(self) -> Load:
         memory = self._tiers.store.describe().tiers[Tier.MEMORY]
-        load = Load(
+        return Load(
             num_running=0,
             num_waiting=0,
             num_pages=memory.capacity_blocks,
@@ -101,19 +111,31 @@ class StoreWorker:
             num_leases=0,
             num_demanded_pages=0,
         )
-        return description_to_wire(identity, load)
+
+
+async def _drained(drain: Drain, membership: Membership, intake: OfferIntake) -> None:
+    """Returns when a drain has been begun and what was offered before has been taken, or its time is over."""
+    await drain.begun()
+    if not intake.is_quiet:
+        membership.announce()  # so that workers offer it nothing more
+    await drain.finish(intake.settled())
 
 
 class StoreService(worker_pb2_grpc.WorkerServicer):
     """Says what this is, and that it computes nothing."""
 
-    def __init__(self, describe: Callable[[], worker_pb2.WorkerDescription]) -> None:
+    def __init__(self, describe: Callable[[], worker_pb2.WorkerDescription], *, drain: Drain) -> None:
         self._describe = describe
+        self._drain = drain
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: Any
     ) -> worker_pb2.WorkerDescription:
         return self._describe()
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainReply:
+        await begin_drain(self._drain, request, context)
+        return worker_pb2.DrainReply()
 
     async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         await context.abort(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from kvstore.blocks import FORMAT_VERSION
 from protos import worker_pb2
 from workers.config import Role
-from workers.errors import InvalidRequest, MoveFailed, QueueFull, WorkerError
+from workers.errors import InvalidRequest, MoveFailed, QueueFull, WorkerDraining, WorkerError
 from workers.handoff_wire import FINISH_TO_WIRE, layout_to_wire, logprobs_to_wire, stamps_to_wire
 from workers.identity import Identity
 from workers.reports import Load
@@ -42,6 +42,7 @@ _FAILURE_CODES: dict[type[WorkerError], "worker_pb2.Failure.Code.ValueType"] = {
     InvalidRequest: worker_pb2.Failure.INVALID,
     QueueFull: worker_pb2.Failure.OVERLOADED,
     MoveFailed: worker_pb2.Failure.UNAVAILABLE,
+    WorkerDraining: worker_pb2.Failure.UNAVAILABLE,
 }
 
 
@@ -122,7 +123,7 @@ def _kv_holders_from_wire(message: worker_pb2.Submit) -> tuple[KvHolder, ...]:
     )
 
 
-def description_to_wire(identity: Identity, load: Load) -> worker_pb2.WorkerDescription:
+def description_to_wire(identity: Identity, load: Load, *, is_draining: bool) -> worker_pb2.WorkerDescription:
     return worker_pb2.WorkerDescription(
         worker_id=identity.worker_id,
         epoch=identity.epoch,
@@ -147,6 +148,7 @@ def description_to_wire(identity: Identity, load: Load) -> worker_pb2.WorkerDesc
         ),
         pid=identity.pid,
         block_format=FORMAT_VERSION,
+        is_draining=is_draining,
     )
 
 

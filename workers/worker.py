@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from protos.kv_pb2_grpc import add_KvTransferServicer_to_server
 from workers.block_server import BlockService, DevicePages
 from workers.config import WorkerConfig
 from workers.cost_model import CostModel
+from workers.drain import MAX_NAMED_REQUESTS, Drain, Left
 from workers.engine.engine import Engine
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
@@ -26,6 +28,7 @@ from workers.handoff_server import ComputingSource, KvTransferService
 from workers.identity import Identity
 from workers.load_parts import LoadLimits, LoadParts
 from workers.loading import Loader
+from workers.logs import log_event
 from workers.loop import RequestLoop
 from workers.membership import BlockReport, Membership
 from workers.messages import Message
@@ -34,7 +37,7 @@ from workers.offers import Offers
 from workers.planes import listening, make_identity, running, source_identity
 from workers.request import KvHolder
 from workers.scheduler import SchedulerLimits
-from workers.server import WorkerService, make_server
+from workers.server import LAST_WORDS_S, WorkerService, make_server
 from workers.state import EngineState, StateLimits
 from workers.tickets import TicketIssuer
 from workers.tier_traffic import TierTraffic
@@ -46,6 +49,8 @@ from workers.write_behind import WriteBehind, WriteParts
 SETTLE_TIMEOUT_S = 1.0
 # Pulls of blocks by key, beside the hand-overs of all requests that run.
 MAX_BLOCK_PULLS = 64
+
+_logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -111,8 +116,8 @@ class Worker:
             tiers=self._tier_traffic,
         )
 
-    async def serve(self, *, stop: asyncio.Event, on_ready: Callable[[Identity], None]) -> None:
-        """Serves until `stop` is set, then aborts what is there and leaves nothing behind.
+    async def serve(self, *, stop: asyncio.Event, drain: Drain, on_ready: Callable[[Identity], None]) -> None:
+        """Serves until it is drained or `stop` is set, then aborts what is there and leaves nothing behind.
 
         Raises `CannotListen` before it is ready, `EngineFailed` if the engine fails step after step.
         """
@@ -126,7 +131,11 @@ class Worker:
                 listening(config, issuers, max_connections=config.max_num_seqs + MAX_BLOCK_PULLS)
             )
             stack.push_async_callback(self.puller.close)
-            service = WorkerService(self.loop, describe=lambda: self._describe(identity), now_s=time.time)
+
+            def describe() -> worker_pb2.WorkerDescription:
+                return description_to_wire(identity, self.state.load(), is_draining=drain.is_draining)
+
+            service = WorkerService(self.loop, describe=describe, drain=drain, now_s=time.time)
             if config.metrics_port is not None:
                 stack.enter_context(serve_metrics(self.metrics.registry, config.metrics_port))
             server, control_address = make_server(config.control_address, service=service)
@@ -134,21 +143,50 @@ class Worker:
             add_KvTransferServicer_to_server(self._transfers(identity), server)
             loop_task = await stack.enter_async_context(running(self.loop.run()))
             await server.start()
-            stack.push_async_callback(self._end_all, server, loop_task)
+            stack.push_async_callback(self._end_all, server, service, loop_task)
             tasks = {loop_task, await stack.enter_async_context(running(stop.wait()))}
             if self.tiers is not None:
                 for work in (self.offers.run(_holder(identity)), self.tiers.tell()):
                     tasks.add(await stack.enter_async_context(running(work)))
+            membership = self._membership(describe)
             if config.directories:
-                tasks.add(await stack.enter_async_context(running(self._membership(identity).run())))
+                tasks.add(await stack.enter_async_context(running(membership.run())))
+            tasks.add(await stack.enter_async_context(running(self._drained(drain, membership))))
             on_ready(identity)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            drain.left = self._left()
 
-    async def _end_all(self, server: grpc.aio.Server, loop_task: asyncio.Task[None]) -> None:
+    async def _drained(self, drain: Drain, membership: Membership) -> None:
+        """Returns when a drain has been begun and all is done, or its time is over."""
+        await drain.begun()
+        self.loop.stop_admitting()
+        left = self._left()
+        log_event(_logger, "draining", num_requests=left.num_requests, num_leases=left.num_leases)
+        if not left.is_nothing:
+            membership.announce()  # an idle worker says goodbye at once
+        await drain.finish(self._settled())
+
+    async def _settled(self) -> None:
+        await self.loop.settled()
+        await self.offers.settled()
+
+    def _left(self) -> Left:
+        load = self.state.load()
+        return Left(
+            num_requests=len(self.loop.request_ids) - load.num_leases,
+            num_leases=load.num_leases,
+            num_pages=load.num_pages - load.num_free_pages,
+            request_ids=self.loop.request_ids[:MAX_NAMED_REQUESTS],
+        )
+
+    async def _end_all(
+        self, server: grpc.aio.Server, service: WorkerService, loop_task: asyncio.Task[None]
+    ) -> None:
         """Closes all sessions, which aborts their requests, and waits until the loop has seen it."""
-        await server.stop(None)
+        service.end_sessions()
+        await server.stop(LAST_WORDS_S)
         self.exports.close_all()
         settled = asyncio.create_task(self.loop.settled())
         await asyncio.wait(
@@ -212,16 +250,13 @@ class Worker:
         )
         return KvTransferService(identity=source_identity(identity), computing=computing, blocks=blocks)
 
-    def _membership(self, identity: Identity) -> Membership:
+    def _membership(self, describe: Callable[[], worker_pb2.WorkerDescription]) -> Membership:
         return Membership(
             self._config.directories,
-            describe=lambda: self._describe(identity),
+            describe=describe,
             blocks=BlockReport(self._holdings, take_device_events=self.state.take_block_events),
             on_stores=self.offers.set_stores,
         )
-
-    def _describe(self, identity: Identity) -> worker_pb2.WorkerDescription:
-        return description_to_wire(identity, self.state.load())
 
     async def _drop_pages(self, root: BlockKey | None) -> int:
         if self._tier_traffic is not None:

@@ -57,14 +57,16 @@ class MemoryDirectory:
         return self._members.get(worker_id)
 
     def stores_for(self, worker_id: WorkerId) -> tuple[Member, ...]:
-        """The stores that hold blocks of this worker's model, or of any; a store itself offers blocks to nobody."""
+        """The stores that take blocks of this worker's model, or of any; a store itself offers blocks to nobody."""
         member = self._members.get(worker_id)
         if member is None or member.role is Role.STORE:
             return ()
         return tuple(
             store
             for store in self._members.values()
-            if store.role is Role.STORE and store.model.fingerprint in (b"", member.model.fingerprint)
+            if store.role is Role.STORE
+            and not store.is_draining
+            and store.model.fingerprint in (b"", member.model.fingerprint)
         )
 
     def replaced_epochs(self, worker_id: WorkerId) -> tuple[int, ...]:

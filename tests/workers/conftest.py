@@ -19,6 +19,7 @@ import transformers
 from protos import worker_pb2, worker_pb2_grpc
 from tests.workers.worker_process import WorkerProcess
 from workers.config import Role, WorkerConfig
+from workers.drain import Drain
 from workers.engine.engine import Engine, load_engine
 from workers.errors import EngineFailed
 from workers.identity import Identity
@@ -55,6 +56,7 @@ class RunningWorker:
     engine: Engine
     identity: Identity
     stop: asyncio.Event
+    drain: Drain
     task: "asyncio.Task[None]"
 
     async def end(self) -> None:
@@ -100,14 +102,14 @@ async def start_worker(checkpoint: Path) -> AsyncIterator[StartWorker]:
             }  # fmt: skip
             config = WorkerConfig(**(defaults | settings))
             engine = load_engine(model_path=checkpoint, num_pages=config.num_pages)
-            worker, stop = Worker(config, engine), asyncio.Event()
+            worker, stop, drain = Worker(config, engine), asyncio.Event(), Drain(timeout_s=TIMEOUT_S)
             ready: asyncio.Future[Identity] = asyncio.get_running_loop().create_future()
-            task = asyncio.create_task(worker.serve(stop=stop, on_ready=ready.set_result))
+            task = asyncio.create_task(worker.serve(stop=stop, drain=drain, on_ready=ready.set_result))
             await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 task.result()
             running = RunningWorker(
-                worker=worker, engine=engine, identity=ready.result(), stop=stop, task=task
+                worker=worker, engine=engine, identity=ready.result(), stop=stop, drain=drain, task=task
             )
             stack.push_async_callback(end_quietly, running)
             return running

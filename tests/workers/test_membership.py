@@ -11,7 +11,7 @@ from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer
 from kvstore.blocks import BlockKey, chain_keys, root_key
 from kvstore.holdings import Holdings
 from kvstore.tiers.tier import Tier
-from protos import directory_pb2_grpc
+from protos import directory_pb2_grpc, worker_pb2
 from workers.config import Role
 from workers.membership import BlockReport
 from workers.request import Request, RequestId, SamplingParams, SessionId
@@ -82,6 +82,21 @@ async def test_a_worker_that_stops_says_goodbye(directory: Directory, start_work
     running = await start_worker(directory=directory.address)
     await directory.until(lambda: len(directory.memory.members()) == 1)
     await running.end()
+    assert directory.memory.members() == ()
+
+
+async def test_a_worker_that_drains_says_so_and_goes_when_it_is_done(
+    directory: Directory, start_worker: Fixture, open_session: Fixture
+) -> None:
+    running = await start_worker(Role.PREFILL, directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    session = await open_session(running)
+    held = await session.submit("r", PROMPT, purpose=worker_pb2.Submit.PREFILL_ONLY)
+    await held.began.wait()
+    running.drain.begin()
+    await directory.until(lambda: any(member.is_draining for member in directory.memory.members()))
+    await session.abort("r")
+    await running.task
     assert directory.memory.members() == ()
 
 

@@ -24,6 +24,7 @@ from tests.workers.block_ends import serving
 from tests.workers.handoff_ends import wait_until
 from workers.block_wire import holder_to_wire, runs_to_wire
 from workers.config import Role, WorkerConfig
+from workers.drain import Drain
 from workers.fetch import BlockFetcher, FetchTimeouts
 from workers.handoff_wire import layout_to_wire
 from workers.identity import Identity
@@ -43,8 +44,8 @@ async def running_store(checkpoint: Path, **settings: Any) -> AsyncIterator[Iden
     )  # fmt: skip
     stop = asyncio.Event()
     ready: asyncio.Future[Identity] = asyncio.get_running_loop().create_future()
-    worker = StoreWorker(config, load_store_model(config))
-    task = asyncio.create_task(worker.serve(stop=stop, on_ready=ready.set_result))
+    worker, drain = StoreWorker(config, load_store_model(config)), Drain(timeout_s=20.0)
+    task = asyncio.create_task(worker.serve(stop=stop, drain=drain, on_ready=ready.set_result))
     await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
