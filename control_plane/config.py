@@ -43,6 +43,9 @@ class GatewayConfig:
     max_concurrent_requests: int = 256  # being generated at the same time
     max_queued_requests: int = 512  # waiting beyond those; one more is answered with 429
     request_timeout_s: float = 600.0
+    worker_wait_s: float = (
+        30.0  # for a worker to come back, if the last one that could serve a request has gone
+    )
     stream_write_timeout_s: float = 30.0  # a client that reads nothing for so long is dropped
     max_body_bytes: int = 8 * 1024 * 1024
     drain_timeout_s: float = 10.0  # at a stop, for running requests to finish
@@ -62,6 +65,7 @@ class GatewayConfig:
         bounded("max_concurrent_requests", self.max_concurrent_requests, low=1, high=1_000_000)
         bounded("max_queued_requests", self.max_queued_requests, low=0, high=1_000_000)
         bounded("request_timeout_s", self.request_timeout_s, low=0.1, high=86_400)
+        bounded("worker_wait_s", self.worker_wait_s, low=0, high=86_400)
         bounded("stream_write_timeout_s", self.stream_write_timeout_s, low=0.1, high=3600)
         bounded("max_body_bytes", self.max_body_bytes, low=1024, high=1 << 31)
         bounded("drain_timeout_s", self.drain_timeout_s, low=0, high=3600)

@@ -45,6 +45,9 @@ class PoolConfig:
     num_threads: int | None = None  # None: as many as the worker's cores
     lease_s: float | None = None  # how long computed KV is kept without progress of its puller
     pull_timeout_s: float | None = None  # of one pull; past it the prompt is computed again
+    drain_timeout_s: float | None = (
+        None  # how long one that is scaled down or drained may take to finish what it has
+    )
     memory_tier_bytes: int | None = None  # None: what `kv` says
     disk_tier_bytes: int | None = None  # None: what `kv` says; 0: no disk tier
     metrics_port: int | None = None  # Prometheus, of the first replica; each further one takes the next port
@@ -59,6 +62,7 @@ class PoolConfig:
         bounded("num_threads", self.num_threads, low=1, high=1024)
         bounded("lease_s", self.lease_s, low=0.1, high=3600)
         bounded("pull_timeout_s", self.pull_timeout_s, low=0.1, high=3600)
+        bounded("drain_timeout_s", self.drain_timeout_s, low=0.1, high=3600)
         _bounded_memory_tier(self.memory_tier_bytes)
         bounded("disk_tier_bytes", self.disk_tier_bytes, low=0, high=1 << 50)
         bounded("metrics_port", self.metrics_port, low=1, high=65536 - max(1, self.replicas))

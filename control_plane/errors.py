@@ -3,6 +3,7 @@
     RequestError
     ├── InvalidRequest      400  the request can never succeed
     ├── ModelNotFound       404
+    ├── PoisonRequest       422  two workers died of it; never to be retried
     ├── QueueFull           429  carries `retry_after_s`
     ├── GenerationFailed    500  the pools accepted the request and could not finish it
     ├── NoWorkers           503  nobody can serve it now; carries `retry_after_s`
@@ -34,6 +35,10 @@ class InvalidRequest(RequestError):
 
 
 class ModelNotFound(RequestError):
+    pass
+
+
+class PoisonRequest(RequestError):
     pass
 
 

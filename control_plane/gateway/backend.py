@@ -27,7 +27,7 @@ class Dispatcher(Protocol):
         ...
 
     def models(self) -> Sequence[ServedModel]:
-        """Empty while no worker serves anything."""
+        """Empty while no worker serves anything, nor did lately."""
         ...
 
     def ready(self) -> bool:

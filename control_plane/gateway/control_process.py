@@ -178,6 +178,7 @@ def _dispatch_settings(config: ClusterConfig) -> DispatchSettings:
         max_concurrent_requests=config.gateway.max_concurrent_requests,
         max_queued_requests=config.gateway.max_queued_requests,
         request_timeout_s=config.gateway.request_timeout_s,
+        worker_wait_s=config.gateway.worker_wait_s,
     )
 
 

@@ -7,6 +7,7 @@ and those of another decode worker after a failure are one sequence (token_merge
 import asyncio
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,6 +21,7 @@ from control_plane.errors import (
     GenerationTimeout,
     InvalidRequest,
     NoWorkers,
+    PoisonRequest,
     QueueFull,
     RequestError,
 )
@@ -54,11 +56,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchSettings:
-    """`request_timeout_s`: without any token. `connect_wait_s`: for a worker that has joined to answer hello."""
+    """`request_timeout_s`: without any token. `connect_wait_s`: for a worker that has joined to answer hello.
+
+    `worker_wait_s`: for another one, after the last that could serve a request has gone or has begun to stop.
+    """
 
     max_concurrent_requests: int
     max_queued_requests: int
     request_timeout_s: float
+    worker_wait_s: float
     max_retries: int = 2
     connect_wait_s: float = 2.0
 
@@ -88,12 +94,18 @@ class PoolDispatcher:
         )
 
     def models(self) -> Sequence[ServedModel]:
-        """Those that somebody generates with; where workers differ, the length that all of them can do."""
+        """Those that somebody generates with, or whose workers may be back soon; where they differ, the length that
+        all of them can do."""
+        served = [
+            session.member.model
+            for session in self._sessions.sessions()
+            if session.is_ready and session.member.role.can_decode
+        ]
+        now_s = asyncio.get_running_loop().time()
+        served += self._sessions.absences.models(since_s=now_s - self._settings.worker_wait_s)
         lengths: dict[str, int] = {}
-        for session in self._sessions.sessions():
-            model = session.member.model
-            if session.is_ready and session.member.role.can_decode:
-                lengths[model.name] = min(model.max_model_len, lengths.get(model.name, model.max_model_len))
+        for model in served:
+            lengths[model.name] = min(model.max_model_len, lengths.get(model.name, model.max_model_len))
         return [ServedModel(name=name, max_model_len=length) for name, length in sorted(lengths.items())]
 
     def ready(self) -> bool:
@@ -135,7 +147,7 @@ class PoolDispatcher:
 
     async def _place(self, run: Progress) -> Attempt:
         """Submits to whom routing picks, once somebody can be picked."""
-        deadline_s = asyncio.get_running_loop().time() + self._settings.connect_wait_s
+        began_s = asyncio.get_running_loop().time()
         while True:
             placement = self._route(run)
             if isinstance(placement, Placement):
@@ -144,10 +156,8 @@ class PoolDispatcher:
                 except SessionClosed:
                     run.excluded.add(placement.decode)
                     continue
-            if not self._somebody_connects(run):
-                raise self._nobody_error(run, placement)
             try:
-                async with asyncio.timeout_at(deadline_s):
+                async with asyncio.timeout_at(self._wait_until_s(run, placement, began_s=began_s)):
                     await self._sessions.wait_for_change()
             except TimeoutError:
                 raise self._nobody_error(run, placement) from None
@@ -223,6 +233,18 @@ class PoolDispatcher:
             session.note_pick(number, num_tokens=num_tokens, num_pages=num_pages)
         return run.attempt
 
+    def _wait_until_s(self, run: Progress, reason: NoPlacement, *, began_s: float) -> float:
+        """Until when somebody may come who can serve this; in the past if nobody may."""
+        settings = self._settings
+        until_s = -math.inf
+        if self._somebody_connects(run):
+            until_s = began_s + settings.connect_wait_s
+        if not _is_full(run, reason):
+            gone_s = self._sessions.absences.since_s(run.model_fingerprint)
+            gone_s = max(gone_s, began_s) if reason is NoPlacement.DRAINING else gone_s
+            until_s = max(until_s, gone_s + settings.worker_wait_s)
+        return min(until_s, began_s + settings.request_timeout_s)
+
     def _somebody_connects(self, run: Progress) -> bool:
         """Whether a worker that may be able to serve this has joined and not answered hello yet."""
         return any(
@@ -246,13 +268,19 @@ class PoolDispatcher:
             reason=failure.message,
             num_tokens=len(run.merge.token_ids),
         )
-        run.excluded.add(run.attempt.decode)
+        if failure.code is not FailureCode.LOST:
+            run.excluded.add(run.attempt.decode)  # one that is lost is welcome if it can be reached again
         run.close_attempt()
         run.last_failure = failure
         if failure.code is FailureCode.INVALID:
             raise InvalidRequest(failure.message)
-        if failure.code is FailureCode.OVERLOADED:
-            return  # it did nothing, so nothing was retried; the number of workers bounds this
+        if failure.code in (FailureCode.OVERLOADED, FailureCode.UNAVAILABLE):
+            return  # nothing went wrong, so nothing is retried; the number of workers bounds this
+        if failure.code is FailureCode.LOST and run.note_death():
+            raise PoisonRequest(
+                f"two workers died in a row when they came to token {len(run.merge.token_ids)} of this request,"
+                f" the last one was {worker_id}; do not send it again"
+            )
         run.num_retries += 1
         if run.num_retries > self._settings.max_retries:
             raise GenerationFailed(
@@ -261,8 +289,7 @@ class PoolDispatcher:
 
     def _nobody_error(self, run: Progress, reason: NoPlacement) -> RequestError:
         failure = run.last_failure
-        was_refused = failure is not None and failure.code is FailureCode.OVERLOADED
-        if was_refused or reason is NoPlacement.OVERLOADED:
+        if _is_full(run, reason):
             retry_after_s = failure.retry_after_s if failure is not None else 0.0
             return QueueFull(
                 f"{NoPlacement.OVERLOADED.value}; try again later",
@@ -271,3 +298,10 @@ class PoolDispatcher:
         if failure is not None and (failure.code is FailureCode.INTERNAL or run.merge.token_ids):
             return GenerationFailed(f"{failure.message}, and no other worker can go on")
         return NoWorkers(reason.value, retry_after_s=NO_WORKERS_RETRY_AFTER_S)
+
+
+def _is_full(run: Progress, reason: NoPlacement) -> bool:
+    """Somebody is there and has too much to do."""
+    failure = run.last_failure
+    was_refused = failure is not None and failure.code is FailureCode.OVERLOADED
+    return was_refused or reason is NoPlacement.OVERLOADED

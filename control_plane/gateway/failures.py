@@ -22,6 +22,7 @@ from control_plane.errors import (
     InvalidRequest,
     ModelNotFound,
     NoWorkers,
+    PoisonRequest,
     QueueFull,
     RequestError,
     RequestNotFound,
@@ -68,6 +69,10 @@ FAILURES: dict[type[RequestError], Failure] = {
         415, grpc.StatusCode.INVALID_ARGUMENT, "invalid_request_error", "unsupported_media_type"
     ),
     ClientStalled: Failure(408, grpc.StatusCode.DEADLINE_EXCEEDED, "invalid_request_error", "client_stalled"),
+    # No 5xx: clients, OpenAI's own too, send those again by themselves, and each time two more workers would die.
+    PoisonRequest: Failure(
+        422, grpc.StatusCode.FAILED_PRECONDITION, "invalid_request_error", "poison_request"
+    ),
     QueueFull: Failure(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error", "queue_full"),
     GenerationFailed: Failure(500, grpc.StatusCode.INTERNAL, "server_error", "generation_failed"),
     NoWorkers: Failure(503, grpc.StatusCode.UNAVAILABLE, "server_error", "no_workers"),

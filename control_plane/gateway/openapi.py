@@ -48,6 +48,7 @@ ERRORS: Responses = {
 }
 MODEL_ERRORS: Responses = {code: ERRORS[code] for code in (404, 503)}
 GENERATION_ERRORS: Responses = ERRORS | {
+    422: _error("Two workers died of the request"),
     429: _error("The queue is full") | {"headers": _RETRY_AFTER},
     500: _error("The generation failed"),
     504: _error("The generation made no progress"),

@@ -24,6 +24,7 @@ class Progress:
     num_retries: int = 0
     excluded: set[Incarnation] = field(default_factory=set)
     last_failure: WorkerFailure | None = None
+    last_death_at_token: int | None = None
     model_fingerprint: bytes | None = None
     keys_by_model: dict[bytes, list[BlockKey]] = field(default_factory=dict)
     last_move_s: float | None = None  # when the last try to move it ended, by the event loop's clock
@@ -45,6 +46,15 @@ class Progress:
         if self.attempt is not None:
             self.attempt.close()
             self.attempt = None
+
+    def note_death(self) -> bool:
+        """A worker was lost; whether the one before was lost at the very same token.
+
+        Then the request itself is the likely cause. Who got further with it than the one that died has shown that
+        it is not.
+        """
+        previous, self.last_death_at_token = self.last_death_at_token, len(self.merge.token_ids)
+        return previous == self.last_death_at_token
 
     def absorb(self, deliveries: list[Delivery]) -> tuple[TokenChunk | None, WorkerFailure | None]:
         """The new tokens, as one chunk, and what made the attempt fail after them.
@@ -77,8 +87,9 @@ def _failure_of(delivery: Delivery) -> WorkerFailure:
             raise GenerationTimeout(f"no token came for {timeout_s:g} s")
         case Flooded(num_deliveries):
             raise GenerationFailed(f"a worker sent more than {num_deliveries} messages nobody asked for")
-        case SessionLost(reason):
-            return WorkerFailure(FailureCode.UNAVAILABLE, f"the worker was lost ({reason})")
+        case SessionLost(reason, is_orderly):
+            code = FailureCode.UNAVAILABLE if is_orderly else FailureCode.LOST
+            return WorkerFailure(code, f"the worker was lost ({reason})")
         case WorkerOutput(failure=WorkerFailure() as failure):
             return failure
         case WorkerOutput(outcome=outcome):

@@ -16,6 +16,7 @@ import grpc
 from control_plane.directory.member import Incarnation, Member, Role, WorkerId
 from control_plane.directory.memory import Change, ChangeKind
 from control_plane.gateway import wire
+from control_plane.gateway.absences import Absences
 from control_plane.gateway.logs import log_event
 from control_plane.gateway.wire import WorkerOutput
 from control_plane.routing.view import WorkerView
@@ -45,9 +46,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SessionLost:
-    """The last word of a session to its sinks: nothing more comes, and the worker has aborted the request."""
+    """The last word of a session to its sinks: nothing more comes, and the worker has aborted the request.
+
+    `is_orderly`: the worker had said that it would stop.
+    """
 
     reason: str
+    is_orderly: bool = False
 
 
 Sink = Callable[[WorkerOutput | SessionLost], None]
@@ -73,14 +78,22 @@ class SessionSettings:
 class WorkerSession:
     """Used from one event loop. `submit`, `abort` and `close` never wait.
 
-    `on_change` is called when the session becomes ready and when it is lost.
+    `on_change` is called when the session becomes ready and when it is lost, and before that `on_lost` if it was.
     """
 
-    def __init__(self, member: Member, *, settings: SessionSettings, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        member: Member,
+        *,
+        settings: SessionSettings,
+        on_change: Callable[[], None],
+        on_lost: Callable[[Member], None],
+    ) -> None:
         self.member = member
         self.is_ready = False
         self._settings = settings
         self._on_change = on_change
+        self._on_lost = on_lost
         self._sinks: dict[str, Sink] = {}
         self._outbox: asyncio.Queue[worker_pb2.SessionRequest] = asyncio.Queue(settings.max_queued_messages)
         self._connection: asyncio.Task[None] | None = None
@@ -153,12 +166,14 @@ class WorkerSession:
         return True
 
     def _fail_all(self, reason: str) -> None:
+        if self.is_ready:
+            self._on_lost(self.member)
         self.is_ready = False
         self._num_unreported_tokens = 0
         self._num_unreported_pages = 0
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink(SessionLost(reason))
+            sink(SessionLost(reason, is_orderly=self.member.is_draining))
         self._on_change()
 
     async def _run(self) -> None:
@@ -268,6 +283,7 @@ class SessionPool:
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._is_closed = False
+        self.absences = Absences()
 
     def on_change(self, change: Change) -> None:
         """A listener for `MemoryDirectory.subscribe`."""
@@ -277,7 +293,7 @@ class SessionPool:
         match change.kind:
             case ChangeKind.JOINED:
                 self._sessions[member.worker_id] = WorkerSession(
-                    member, settings=self._settings, on_change=self._notify
+                    member, settings=self._settings, on_change=self._notify, on_lost=self._lost
                 )
             case ChangeKind.UPDATED:
                 self._sessions[member.worker_id].update(member)
@@ -303,6 +319,7 @@ class SessionPool:
     async def close(self) -> None:
         """Every request that is left is told so; afterwards no task and no socket is left, nor comes a new one."""
         self._is_closed = True
+        self.absences.clear()
         for session in self._sessions.values():
             self._close(session, "the gateway is stopping")
         self._sessions.clear()
@@ -313,6 +330,10 @@ class SessionPool:
         session.close(reason)
         self._closing.add(session.task)
         session.task.add_done_callback(self._closing.discard)
+
+    def _lost(self, member: Member) -> None:
+        if member.role.can_decode and not self._is_closed:
+            self.absences.note(member.model, now_s=asyncio.get_running_loop().time())
 
     def _notify(self) -> None:
         # Those who wait have the old event; who waits from now on waits for the next change.

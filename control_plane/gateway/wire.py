@@ -23,8 +23,9 @@ class Outcome(Enum):
 class FailureCode(Enum):
     INVALID = "invalid"
     OVERLOADED = "overloaded"
-    UNAVAILABLE = "unavailable"
+    UNAVAILABLE = "unavailable"  # it stops, or has given the request up: no fault of either
     INTERNAL = "internal"
+    LOST = "lost"  # no worker says this: it died, fell silent or was cut off
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ _WORKER_SETTINGS = (
     "max_num_waiting",
     "lease_s",
     "pull_timeout_s",
+    "drain_timeout_s",
 )
 
 

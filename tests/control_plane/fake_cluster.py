@@ -44,6 +44,7 @@ class Cluster:
                     "max_concurrent_requests": 256,
                     "max_queued_requests": 512,
                     "request_timeout_s": 600.0,
+                    "worker_wait_s": 0.0,
                     **settings,
                 }
             ),

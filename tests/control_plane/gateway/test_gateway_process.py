@@ -30,7 +30,7 @@ HEARTBEAT_S, TTL_S = 0.1, 1.5
 def write_config(path: Path, model_path: Path, *, redis_url: str = "", **gateway: object) -> Path:
     config = {
         "model": {"path": str(model_path), "name": "fake"},
-        "gateway": {"port": 0, "grpc_port": 0, "drain_timeout_s": 0.1, **gateway},
+        "gateway": {"port": 0, "grpc_port": 0, "drain_timeout_s": 0.1, "worker_wait_s": 0.1, **gateway},
         "directory": {"heartbeat_s": HEARTBEAT_S, "ttl_s": TTL_S, "redis_url": redis_url},
         "run_dir": str(path),
     }

@@ -203,7 +203,10 @@ async def test_hello_is_tried_again_when_the_worker_does_not_answer_it() -> None
     await worker.start()
     sessions = SessionPool(SessionSettings(gateway_id="g", hello_timeout_s=0.05))
     session = WorkerSession(
-        worker.member, settings=SessionSettings(gateway_id="g", hello_timeout_s=0.05), on_change=lambda: None
+        worker.member,
+        settings=SessionSettings(gateway_id="g", hello_timeout_s=0.05),
+        on_change=lambda: None,
+        on_lost=lambda member: None,
     )
     await worker.until(lambda: len(worker.hellos) == 2)
     assert not session.is_ready
@@ -237,6 +240,7 @@ async def test_a_worker_that_takes_no_messages_loses_its_session() -> None:
         worker.member,
         settings=SessionSettings(gateway_id="g", max_queued_messages=4),
         on_change=(ready := asyncio.Event()).set,
+        on_lost=lambda member: None,
     )
     await ready.wait()
     sinks = [submit(session, f"r{number}") for number in range(4)]  # no turn of the loop: none is sent
