@@ -45,9 +45,7 @@ class PoolConfig:
     num_threads: int | None = None  # None: as many as the worker's cores
     lease_s: float | None = None  # how long computed KV is kept without progress of its puller
     pull_timeout_s: float | None = None  # of one pull; past it the prompt is computed again
-    drain_timeout_s: float | None = (
-        None  # how long one that is scaled down or drained may take to finish what it has
-    )
+    drain_timeout_s: float = 30.0  # how long one that stops may take to finish what it has
     memory_tier_bytes: int | None = None  # None: what `kv` says
     disk_tier_bytes: int | None = None  # None: what `kv` says; 0: no disk tier
     metrics_port: int | None = None  # Prometheus, of the first replica; each further one takes the next port

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.cli import cache, chat, down, migrate, profile_kv, status, top, up
+from control_plane.cli import cache, chat, down, drain, migrate, profile_kv, status, top, up
 from control_plane.cli.failures import FAILED, say_error
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ app.command(name="top")(top.top)
 app.command(name="migrate")(migrate.migrate)
 app.command(name="chat")(chat.chat)
 app.add_typer(cache.app, name="cache")
+app.command(name="drain")(drain.drain)
+app.command(name="resume")(drain.resume)
 app.command(name="down")(down.down)
 app.command(name="profile-kv")(profile_kv.profile_kv)
 

@@ -21,6 +21,7 @@ _STYLES = {
     Status.STARTING: "yellow",
     Status.READY: "green",
     Status.RESTARTING: "red",
+    Status.DRAINED: "yellow",
     Status.STOPPING: "yellow",
     Status.STOPPED: "dim",
 }

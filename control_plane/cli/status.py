@@ -68,6 +68,8 @@ def inspect(state: RunState) -> tuple[list[Row], list[str]]:
     for process in state.processes:
         member = by_name.get(process.name)
         health = _health(process, is_member=member is not None or not process.pool, known=members is not None)
+        if member is not None and member.is_draining:
+            health = "draining"
         rows.append(Row(process=process, health=health, member=member))
     return rows, gateways
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from control_plane.config import ClusterConfig, directory_socket, replica_port
+from control_plane.runtimes import service
 from control_plane.runtimes.commands import (
     Commands,
     WorkerPlace,
@@ -41,6 +42,7 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 _HEALTHY_AFTER_S = 30.0  # a process that served so long starts again without the pauses of earlier deaths
 _READY_POLL_S = 0.05
+_RESUME_POLL_S = 0.2
 
 
 @dataclass(slots=True)
@@ -135,8 +137,10 @@ class LocalRuntime:
         self._changed()
 
     async def scale(self, pool: str, num_replicas: int) -> None:
-        """Starts workers until the pool has `num_replicas` that are ready, or stops the youngest."""
-        pool_config(self.config, pool)  # ValueError for a name that is no pool
+        """Starts workers until the pool has `num_replicas` that are ready, or drains the youngest."""
+        drain_timeout_s = pool_config(
+            self.config, pool
+        ).drain_timeout_s  # ValueError for a name that is no pool
         if num_replicas < 0:
             raise ValueError(f"num_replicas is {num_replicas}, but it must not be negative")
         members = [member for member in self._members.values() if member.process.spec.pool == pool]
@@ -145,7 +149,8 @@ class LocalRuntime:
             starting.append(self._add_worker(pool, self._cores_beside_others(pool)))
         await self._bring_up(starting)
         surplus = members[num_replicas:]
-        await asyncio.gather(*(self._stop(member) for member in surplus))
+        timeout_s = drain_timeout_s + self.config.stop_timeout_s
+        await asyncio.gather(*(self._stop(member, timeout_s=timeout_s) for member in surplus))
         for member in surplus:
             del self._members[member.process.spec.name]
         self._changed()
@@ -247,34 +252,50 @@ class LocalRuntime:
         while True:
             began = time.monotonic()
             await process.wait_exit()
-            if time.monotonic() - began > _HEALTHY_AFTER_S:
+            if service.is_out(self.config.run_dir, process.spec.name):
+                await self._out_of_service(process)
                 pause_s = _FIRST_PAUSE_S
-            process.update(
-                status=Status.RESTARTING,
-                detail=f"{process.describe_exit()}; starts again in {pause_s:g} s",
-                progress=None,
-                process_id=None,
-                num_restarts=process.state.num_restarts + 1,
-            )
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                if time.monotonic() - began > _HEALTHY_AFTER_S:
+                    pause_s = _FIRST_PAUSE_S
+                await self._pause(process, pause_s=pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             await process.spawn()
             try:
                 await process.wait_ready(timeout_s=self.config.start_timeout_s)
             except StartFailed:
                 await process.kill()  # not ready in time; of one that has ended this does nothing
 
+    async def _pause(self, process: ManagedProcess, *, pause_s: float) -> None:
+        process.update(
+            status=Status.RESTARTING,
+            detail=f"{process.describe_exit()}; starts again in {pause_s:g} s",
+            progress=None,
+            process_id=None,
+            num_restarts=process.state.num_restarts + 1,
+        )
+        await asyncio.sleep(pause_s)
+
+    async def _out_of_service(self, process: ManagedProcess) -> None:
+        """Of a worker that was drained, until it is wanted again."""
+        detail = f"penstock resume {process.spec.name} starts it again"
+        process.update(status=Status.DRAINED, detail=detail, progress=None, process_id=None)
+        while service.is_out(self.config.run_dir, process.spec.name):  # noqa: ASYNC110  a file tells nobody
+            await asyncio.sleep(_RESUME_POLL_S)
+
     async def _stop_all(self) -> None:
         """The gateways first, while the workers can still finish what they drain; then all workers at once."""
         members = self._members.values()
         for member in members:
             await _end(member.watch)
-        await asyncio.gather(*(self._stop(member) for member in members if not member.process.spec.pool))
-        await asyncio.gather(*(self._stop(member) for member in members if member.process.spec.pool))
+        timeout_s = self.config.stop_timeout_s
+        for is_worker in (False, True):
+            stopping = [member for member in members if bool(member.process.spec.pool) is is_worker]
+            await asyncio.gather(*(self._stop(member, timeout_s=timeout_s) for member in stopping))
 
-    async def _stop(self, member: _Watched) -> None:
+    async def _stop(self, member: _Watched, *, timeout_s: float) -> None:
         await _end(member.watch)
-        await member.process.stop(timeout_s=self.config.stop_timeout_s, force=self._force)
+        await member.process.stop(timeout_s=timeout_s, force=self._force)
 
     def _changed(self) -> None:
         state = self.state()

@@ -8,6 +8,7 @@ race.
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from control_plane.config import SOCKET_DIR
 from control_plane.runtimes.errors import AlreadyRunning, RuntimeFailure
 from control_plane.runtimes.process_id import ProcessId, identify
+from control_plane.runtimes.service import DRAINED_DIR
 
 STATE_FILE = "state.json"
 EFFECTIVE_CONFIG_FILE = "effective.yaml"  # not a name that somebody gives a file of their own
@@ -28,6 +30,7 @@ class Status(Enum):
     READY = "ready"
     RESTARTING = "restarting"  # it died; the next start comes after a pause
     STOPPING = "stopping"
+    DRAINED = "drained"  # out of service until penstock resume
     STOPPED = "stopped"
 
 
@@ -112,6 +115,7 @@ def remove_leftovers(run_dir: Path) -> None:
     """Removes the state file, the effective configuration and the sockets. Logs and disk tiers stay."""
     for path in [run_dir / STATE_FILE, run_dir / f"{STATE_FILE}.tmp", run_dir / EFFECTIVE_CONFIG_FILE]:
         path.unlink(missing_ok=True)
+    shutil.rmtree(run_dir / DRAINED_DIR, ignore_errors=True)
     socket_dir = run_dir / SOCKET_DIR
     if socket_dir.is_dir():
         for path in socket_dir.iterdir():

@@ -112,17 +112,41 @@ def test_a_prefill_worker_killed_mid_way_costs_its_clients_nothing(connect: Conn
         assert [complete(client, prompt) for prompt in requests] == expected
 
 
-def test_a_killed_decode_worker_has_its_requests_finished_by_the_other_one(connect: Connect) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_decode_worker_that_dies_or_hangs_has_its_requests_finished_by_the_other_one(
+    connect: Connect, number: signal.Signals, temperature: float
+) -> None:
     with running_cluster({"pools": {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}}) as cluster:
         client = connect(cluster)
         prompts = [long_prompt(seed, 60) for seed in range(4)]
-        expected = [complete(client, prompt) for prompt in prompts]
-        streams = [start(client, prompt) for prompt in prompts]
+        expected = [complete(client, prompt, temperature=temperature) for prompt in prompts]
+        streams = [start(client, prompt, temperature=temperature) for prompt in prompts]
         texts = [next(stream).choices[0].text for stream in map(iter, streams)]
-        cluster.worker_processes()[0].send_signal(signal.SIGKILL)
+        victim = cluster.worker_processes()[0]
+        victim.send_signal(number)
+        try:
+            for index, stream in enumerate(streams):
+                texts[index] += "".join(event.choices[0].text for event in stream)
+        finally:
+            if number is signal.SIGSTOP:
+                victim.send_signal(signal.SIGCONT)
+        assert texts == expected
+
+
+def test_requests_of_the_only_worker_wait_until_it_has_been_started_again(connect: Connect) -> None:
+    pools = {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "mixed": {"replicas": 1}}
+    with running_cluster({"pools": pools}) as cluster:
+        client = connect(cluster)
+        prompts = [long_prompt(seed, 60) for seed in range(3)]
+        expected = [complete(client, prompt) for prompt in prompts]
+        streams = [start(client, prompt) for prompt in prompts[:2]]
+        texts = [next(stream).choices[0].text for stream in map(iter, streams)]
+        cluster.process("mixed").kill()
+        late = complete(client, prompts[2])  # it comes while nobody is there
         for index, stream in enumerate(streams):
             texts[index] += "".join(event.choices[0].text for event in stream)
-        assert texts == expected
+        assert [*texts, late] == expected
 
 
 async def test_a_decode_worker_killed_while_it_pulls_costs_its_clients_nothing(mixed: RunningCluster) -> None:
@@ -166,7 +190,11 @@ async def busy_decode_worker(cluster: RunningCluster) -> str:
 
 
 def test_without_any_decode_worker_left_requests_fail_clearly(connect: Connect) -> None:
-    with running_cluster({"pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}}) as cluster:
+    settings = {
+        "gateway": {"worker_wait_s": 1.0},
+        "pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 1}},
+    }
+    with running_cluster(settings) as cluster:
         client = connect(cluster)
         stream = start(client, long_prompt(1, 200))
         next(iter(stream))
@@ -196,19 +224,27 @@ def test_ctrl_c_leaves_no_process_socket_or_shared_memory_behind() -> None:
         assert {path.name for path in Path("/dev/shm").iterdir()} <= shared_memory
 
 
-def complete(client: OpenAI, prompt: list[int]) -> str:
+def complete(client: OpenAI, prompt: list[int], *, temperature: float = 0.0) -> str:
     reply = client.completions.create(
-        model=MODEL, prompt=prompt, max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=200,
+        temperature=temperature,
+        seed=5,
+        extra_body={"ignore_eos": True},
     )
     return reply.choices[0].text
 
 
-def start(client: OpenAI, prompt: list[int]) -> "openai.Stream[openai.types.Completion]":
+def start(
+    client: OpenAI, prompt: list[int], *, temperature: float = 0.0
+) -> "openai.Stream[openai.types.Completion]":
     return client.completions.create(
         model=MODEL,
         prompt=prompt,
         max_tokens=200,
-        temperature=0,
+        temperature=temperature,
+        seed=5,
         stream=True,
         extra_body={"ignore_eos": True},
     )

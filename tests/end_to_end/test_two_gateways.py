@@ -1,17 +1,30 @@
 """Two gateways over a real Redis: what came through one is found through the other; without Redis both serve."""
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from openai import OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
 from tests.control_plane.redis_server import RedisServer
-from tests.end_to_end.asking import LOADABLE_TOKENS, ask_all, gauge, prompt, state, wait_until
+from tests.end_to_end.asking import (
+    LOADABLE_TOKENS,
+    ask_all,
+    fields,
+    gauge,
+    is_idle,
+    prompt,
+    state,
+    wait_until,
+    workers,
+)
 from tests.end_to_end.kv_site import BLOCK_BYTES
 
 NUM_PROMPTS = (
@@ -93,3 +106,20 @@ def test_without_redis_both_serve_and_with_an_empty_one_they_share_again(
     redis.start()
     wait_until(lambda: is_shared(cluster))
     assert_found_through_the_other(cluster, clients, 130)
+
+
+def test_a_killed_gateway_leaves_nothing_on_the_workers_and_the_other_does_not_notice(
+    cluster: RunningCluster, clients: list[OpenAI]
+) -> None:
+    wait_until(lambda: is_shared(cluster))
+    (expected,) = ask_all(clients[1], [prompt(140)], max_tokens=300)
+    doomed = clients[0].completions.create(**fields(prompt(141), max_tokens=300), stream=True)
+    other = clients[1].completions.create(**fields(prompt(140), max_tokens=300), stream=True)
+    texts = [next(stream).choices[0].text for stream in map(iter, (doomed, other))]
+    first = next(process for process in state(cluster).processes if process.name == "control")
+    assert first.process_id is not None
+    first.process_id.send(signal.SIGKILL)
+    with pytest.raises((openai.APIError, httpx.TransportError)):
+        list(doomed)
+    assert texts[1] + "".join(event.choices[0].text for event in other) == expected.text
+    wait_until(lambda: (found := workers(cluster)) and len(found) == 2 and all(map(is_idle, found)))

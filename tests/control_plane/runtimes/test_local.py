@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from control_plane.config import PROJECT_ROOT, ClusterConfig
+from control_plane.runtimes import service
 from control_plane.runtimes.commands import Commands
 from control_plane.runtimes.errors import AlreadyRunning, PortBusy, StartFailed
 from control_plane.runtimes.local import LocalRuntime
@@ -256,6 +257,25 @@ async def test_a_worker_that_dies_is_started_again_after_a_pause_that_grows(
             back = await watcher.until(lambda state: state.processes[1].status is Status.READY)
             assert back.processes[1].num_restarts == num_deaths
             assert back.processes[1].process_id not in (None, victim.process_id)
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_a_drained_worker_stays_away_until_it_is_wanted_again(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+        worker = runtime.state().processes[1]
+        assert worker.process_id is not None
+        service.take_out(config.run_dir, worker.name)
+        os.kill(worker.process_id.pid, signal.SIGTERM)
+        away = await watcher.until(lambda state: state.processes[1].status is Status.DRAINED)
+        assert away.processes[1].detail == "penstock resume prefill-0 starts it again"
+        service.put_back(config.run_dir, worker.name)
+        back = await watcher.until(lambda state: state.processes[1].status is Status.READY)
+        assert back.processes[1].num_restarts == 0
+        service.take_out(config.run_dir, worker.name)
     assert_nothing_left(config.run_dir, watcher)
 
 
