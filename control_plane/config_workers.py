@@ -13,6 +13,7 @@ ENGINE_SETTINGS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "max_num_waiting",
+    "scheduling_policy",
     "num_threads",
 )
 
@@ -42,6 +43,7 @@ class PoolConfig:
     max_num_batched_tokens: int | None = None  # computed in one engine step
     max_num_seqs: int | None = None  # running at the same time
     max_num_waiting: int | None = None  # more are refused as overloaded
+    scheduling_policy: Literal["fcfs", "priority", "fair", "deadline"] | None = None  # who goes first
     num_threads: int | None = None  # None: as many as the worker's cores
     lease_s: float | None = None  # how long computed KV is kept without progress of its puller
     pull_timeout_s: float | None = None  # of one pull; past it the prompt is computed again

@@ -121,7 +121,8 @@ def _to_raw(value: object) -> object:
 def _convert(value: object, hint: Any, default: object, *, directory: Path, path: str) -> object:
     if dataclasses.is_dataclass(hint):
         return build(default, value, directory=directory, path=path)
-    if isinstance(hint, types.UnionType):
+    # A Literal's union is typing's own until Python 3.14.
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None and type(None) in typing.get_args(hint):
             return None
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))

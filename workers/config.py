@@ -8,6 +8,7 @@ from typing import Annotated, get_type_hints
 
 from kvstore.addresses import parse_address
 from kvstore.layout import ITEM_BYTES
+from workers.policies import POLICIES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TIER_POLICIES = ("cost", "lru")
@@ -57,6 +58,9 @@ class WorkerConfig:
     max_num_waiting: Annotated[int, "requests waiting; more are refused as overloaded"] = 1024
     max_num_pulls: Annotated[int, "hand-overs pulled from other workers at a time"] = 8
     max_num_moves: Annotated[int, "running requests that move to other workers at a time"] = 1
+    scheduling_policy: Annotated[
+        str, "who goes first: fcfs, priority, fair (between tenants) or deadline"
+    ] = "priority"
     num_threads: Annotated[int, "threads that compute"] = 1
     cores: Annotated[tuple[int, ...], "cores to stay on, as 0,1; default: any"] = ()
     control_address: Annotated[str, "gRPC, host:port (port 0: any free one) or unix:/path"] = "127.0.0.1:0"
@@ -86,6 +90,7 @@ class WorkerConfig:
                 raise ValueError(f"{name} must not be empty")
         _one_of("dtype", self.dtype, tuple(ITEM_BYTES))
         _one_of("log_level", self.log_level, LOG_LEVELS)
+        _one_of("scheduling_policy", self.scheduling_policy, tuple(POLICIES))
         for name in _COUNTS:
             _at_least_one(name, getattr(self, name))
         _one_of("tier_policy", self.tier_policy, TIER_POLICIES)

@@ -144,6 +144,9 @@ class Request:
     sampling: SamplingParams
     arrival_s: float
     priority: int = 0
+    tenant: str = ""
+    tenant_weight: float = 1.0
+    deadline_s: float | None = None  # by which its first token is wanted, since the Unix epoch
     cache_salt: str = ""
     purpose: Purpose = Purpose.GENERATE
     kv_source: KvSource | None = None
@@ -155,6 +158,7 @@ class Request:
     is_moving: bool = False  # another worker pulls it while it runs: its pages must stay
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0  # what will be computed when the step that executes has ended
+    num_charged_tokens: int = 0  # its tenant has paid for these; see workers.tenants
     num_cached_tokens: int = 0
     num_exact_tokens: int | None = (
         None  # KV from here on may differ from what the model computes; None: all is exact

@@ -5,8 +5,8 @@ Order of a plan: one token for every request that decodes, then chunks of prompt
 admissions from the queue. There are no phases: a request computes from `num_computed_tokens` towards
 `num_tokens`.
 
-Rank is (priority, arrival): lower is sooner. Among requests of one priority nobody starves; a steady stream of more
-urgent ones does keep others waiting. Pages are handed out by rank, and these rules make every request end:
+Who goes first is said by the view, in whose order requests come (workers.policies). Pages are handed out in that order,
+and these rules make every request end:
 - An admission takes the pages of all its known tokens at once, so a prompt never stops half-way for want of a
   page.
 - Who lacks pages at the head of the queue is not overtaken, so those who run drain until it fits.
@@ -20,7 +20,7 @@ urgent ones does keep others waiting. Pages are handed out by rank, and these ru
   again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS
@@ -28,6 +28,10 @@ from workers.moves import pages_wanted
 from workers.pages import PagePool, num_pages_for
 from workers.request import PageId, Purpose, Request, RequestId
 from workers.step import Admission, Pull, ScheduledRequest, StepPlan
+
+# Waiting requests that lack a turn and are passed over in one step: with thousands of them a step would look for longer
+# than it computes.
+MAX_PASSED_OVER = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +60,7 @@ class SchedulerView:
     """The state as the scheduler may see it: a window, not a copy, void once the state changes. Read only."""
 
     running: Sequence[Request]  # by rank
-    waiting: Sequence[Request]  # by rank
+    waiting: Iterable[Request]  # in turn
     num_pulling: int
     pages: PagePool
 
@@ -116,14 +120,16 @@ class _Draft:
     def admit(self) -> None:
         limits, view = self._limits, self._view
         num_pulling, num_seqs = view.num_pulling, len(view.running) + view.num_pulling
+        num_passed_over = 0
         self._num_growing = num_pulling + sum(r.purpose is Purpose.GENERATE for r in view.running)
         for request in view.waiting:
-            if num_seqs >= limits.max_num_seqs:
+            if num_seqs >= limits.max_num_seqs or num_passed_over == MAX_PASSED_OVER:
                 return
             pulls = request.kv_source is not None
             # These two lack a turn, not pages: others may overtake them without taking what they wait for.
             lacks_budget = self._budget_tokens == 0 and not request.loads
             if (num_pulling >= limits.max_num_pulls) if pulls else lacks_budget:
+                num_passed_over += 1
                 continue
             if not self._admit_one(request):
                 return

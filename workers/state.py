@@ -17,6 +17,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey, chain_keys, root_key
@@ -26,6 +27,7 @@ from workers.errors import InvalidRequest, QueueFull
 from workers.invariants import prove_request
 from workers.outputs import end_output, finish_reason, logprobs_of, new_tokens_output
 from workers.pages import PagePool, num_pages_for
+from workers.policies import Policy, own_rank, priority, rank
 from workers.reports import BlockEvents, ExportProgress, Load
 from workers.request import (
     FinishReason,
@@ -40,7 +42,9 @@ from workers.request import (
 )
 from workers.scheduler import SchedulerView
 from workers.step import SampledToken, ScheduledRequest, StepPlan, StepResult
+from workers.tenants import Tenants
 from workers.validation import check_request, new_tokens
+from workers.waiting import WaitingQueue
 
 # How long a rejected client should wait: a few decode steps of a full batch on a slow machine, or one long
 # prompt.
@@ -62,12 +66,15 @@ class StateLimits:
 class EngineState:
     """See the module. Methods that end a request return its last output."""
 
-    def __init__(self, limits: StateLimits) -> None:
+    def __init__(self, limits: StateLimits, *, policy: Policy = priority) -> None:
         self._limits = limits
         self._pages = PagePool(limits.num_pages)
         self._requests: dict[RequestId, Request] = {}  # all of them
-        self._waiting: list[Request] = []  # by rank
-        self._running: list[Request] = []  # by rank
+        self._policy = policy
+        self._own_rank = partial(own_rank, policy)
+        self._tenants = Tenants()
+        self._waiting = WaitingQueue(policy, self._tenants)
+        self._running: list[Request] = []  # as if of one tenant
         self._pulling: dict[RequestId, Request] = {}
         self._handoffs: dict[RequestId, Handoff] = {}  # of held and frozen requests
         self._moving: dict[RequestId, Request] = {}  # to another worker, frozen ones included
@@ -85,7 +92,10 @@ class EngineState:
 
     def view(self) -> SchedulerView:
         return SchedulerView(
-            running=self._running, waiting=self._waiting, num_pulling=len(self._pulling), pages=self._pages
+            running=self._running_in_turn(),
+            waiting=self._waiting,
+            num_pulling=len(self._pulling),
+            pages=self._pages,
         )
 
     # Requests come and go.
@@ -105,7 +115,8 @@ class EngineState:
         request.timeline.stamp(timeline.RECEIVED, request.arrival_s)
         request.timeline.stamp(timeline.QUEUED, now_s)
         self._requests[request.request_id] = request
-        insort(self._waiting, request, key=_rank)
+        self._tenants.enter(request)
+        self._waiting.add(request)
 
     def abort(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
         """Ends a request, whatever it is doing; None if it is not here (any more).
@@ -189,7 +200,10 @@ class EngineState:
         request = self._moving.get(request_id)
         if request is None or request.status not in (Status.WAITING, Status.RUNNING):
             return False
-        _remove(self._waiting if request.status is Status.WAITING else self._running, request)
+        if request.status is Status.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._remove_running(request)
         request.loads.clear()
         request.status = Status.FROZEN
         request.timeline.stamp(timeline.FROZEN, now_s)
@@ -205,8 +219,11 @@ class EngineState:
         if request.status is Status.FROZEN:
             del self._handoffs[request_id]
             request.timeline.stamp(timeline.RESUMED, now_s)
-            request.status = Status.RUNNING if request.page_ids else Status.WAITING
-            insort(self._running if request.page_ids else self._waiting, request, key=_rank)
+            if request.page_ids:
+                self._run(request)
+            else:
+                request.status = Status.WAITING
+                self._waiting.add(request)
 
     # A step.
 
@@ -218,7 +235,7 @@ class EngineState:
             request = self._requests[admission.request_id]
             self._admit(request, admission.page_ids, admission.first_block, now_s=now_s)
             request.status = Status.RUNNING
-            insort(self._running, request, key=_rank)
+            insort(self._running, request, key=self._own_rank)
         for pull in plan.pulls:
             self._admit(pull.request, pull.page_ids, pull.first_block, now_s=now_s)
             pull.request.timeline.stamp(timeline.PULL_STARTED, now_s)
@@ -365,9 +382,11 @@ class EngineState:
             num_waiting=len(self._waiting),
             num_pages=self._pages.num_pages,
             num_free_pages=self._pages.num_available,
-            num_waiting_tokens=sum(map(_num_prompt_tokens_left, chain(self._waiting, self._running))),
+            num_waiting_tokens=sum(
+                map(_num_prompt_tokens_left, chain(self._waiting.requests(), self._running))
+            ),
             num_leases=len(self._handoffs),
-            num_demanded_pages=sum(num_pages_for(request.num_tokens) for request in self._waiting),
+            num_demanded_pages=sum(num_pages_for(request.num_tokens) for request in self._waiting.requests()),
         )
 
     def check(self) -> None:
@@ -379,21 +398,35 @@ class EngineState:
             users.update(request.page_ids)
             prove_request(request)
         self._pages.check(users)
-        assert by_status[Status.WAITING] == {r.request_id for r in self._waiting}
+        assert by_status[Status.WAITING] == {r.request_id for r in self._waiting.requests()}
         assert by_status[Status.RUNNING] == {r.request_id for r in self._running}
         assert by_status[Status.PULLING] | by_status[Status.DOOMED] == set(self._pulling)
         assert by_status[Status.HELD] | by_status[Status.FROZEN] == set(self._handoffs)
         assert by_status[Status.FROZEN] <= set(self._moving)
         assert {r.request_id for r in self._requests.values() if r.is_moving} == set(self._moving)
-        for ranked in (self._waiting, self._running):
-            assert ranked == sorted(ranked, key=_rank)
+        self._waiting.check()
+        self._tenants.check(Counter(request.tenant for request in self._requests.values()))
+        assert self._running == sorted(self._running, key=self._own_rank)
 
     # Inside.
+
+    def _running_in_turn(self) -> list[Request]:
+        if self._tenants.num_present < 2:
+            return self._running
+        served = self._tenants.served
+        return sorted(self._running, key=lambda r: rank(self._policy, r, served(r.tenant)))
+
+    def _remove_running(self, request: Request) -> None:
+        position = bisect_left(self._running, self._own_rank(request), key=self._own_rank)
+        assert self._running[position] is request, (
+            f"request {request.request_id!r} is not where its rank says"
+        )
+        del self._running[position]
 
     def _admit(
         self, request: Request, page_ids: tuple[PageId, ...], num_cached: int, *, now_s: float
     ) -> None:
-        _remove(self._waiting, request)
+        self._waiting.remove(request)
         cached = page_ids[:num_cached]
         self._pages.share(cached)
         self._pages.take(page_ids[num_cached:])
@@ -407,7 +440,7 @@ class EngineState:
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
 
     def _preempt(self, request: Request, *, now_s: float) -> None:
-        _remove(self._running, request)
+        self._remove_running(request)
         self._pages.release(request.page_ids)
         request.page_ids = ()
         request.num_computed_tokens = request.num_scheduled_tokens = 0
@@ -415,7 +448,7 @@ class EngineState:
         request.loads.clear()
         request.status = Status.WAITING
         request.timeline.stamp(timeline.PREEMPTED, now_s)
-        insort(self._waiting, request, key=_rank)
+        self._waiting.add(request)
 
     def _moved_here(self, request: Request, handoff: Handoff, *, now_s: float) -> RequestOutput | None:
         """As `pull_succeeded`, for a request that ran elsewhere until now."""
@@ -435,11 +468,15 @@ class EngineState:
         del self._pulling[request.request_id]
         request.kv_source = None
         request.status = Status.RUNNING
-        insort(self._running, request, key=_rank)
+        insort(self._running, request, key=self._own_rank)
 
     def _apply_row(self, row: ScheduledRequest, result: StepResult, *, now_s: float) -> RequestOutput | None:
         request = row.request
-        self._computed.advance(request, row.num_computed_tokens + row.num_new_tokens)
+        end_token = row.num_computed_tokens + row.num_new_tokens
+        self._tenants.charge(
+            request, first_token=row.num_computed_tokens, end_token=end_token, num_sampled=int(row.samples)
+        )
+        self._computed.advance(request, end_token)
         if not request.output_token_ids:
             request.timeline.stamp_once(timeline.FIRST_CHUNK, now_s)
         if row.samples:
@@ -496,7 +533,7 @@ class EngineState:
         return new_tokens_output(request, tokens, is_first=is_first, reason=reason)
 
     def _hold(self, request: Request, tokens: Sequence[SampledToken], reason: FinishReason | None) -> None:
-        _remove(self._running, request)
+        self._remove_running(request)
         request.status = Status.HELD
         self._handoffs[request.request_id] = Handoff(
             num_computed_tokens=request.num_computed_tokens,
@@ -517,9 +554,9 @@ class EngineState:
         """Forgets a request in any status. Its full blocks stay cached."""
         match request.status:
             case Status.WAITING:
-                _remove(self._waiting, request)
+                self._waiting.remove(request)
             case Status.RUNNING:
-                _remove(self._running, request)
+                self._remove_running(request)
             case Status.PULLING | Status.DOOMED:
                 del self._pulling[request.request_id]
             case Status.HELD | Status.FROZEN:
@@ -527,23 +564,12 @@ class EngineState:
         del self._requests[request.request_id]
         self._moving.pop(request.request_id, None)
         request.is_moving = False
+        self._tenants.leave(request)
         self._pages.release(request.page_ids)
         request.page_ids = ()
         request.loads.clear()
 
 
-def _rank(request: Request) -> tuple[int, float, str]:
-    # The id makes it total, and the same on every worker: a source and its puller serve requests in one
-    # order.
-    return request.priority, request.arrival_s, request.request_id
-
-
 def _num_prompt_tokens_left(request: Request) -> int:
     num_left = request.num_tokens - request.num_computed_tokens - loads.num_loaded_tokens(request)
     return num_left if num_left > 1 else 0  # one token is a decode
-
-
-def _remove(ranked: list[Request], request: Request) -> None:
-    position = bisect_left(ranked, _rank(request), key=_rank)
-    assert ranked[position] is request, f"request {request.request_id!r} is not where its rank says"
-    del ranked[position]

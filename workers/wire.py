@@ -26,6 +26,7 @@ from workers.request import (
 
 MAX_REQUEST_ID_CHARS = 256
 MAX_KV_HOLDERS = 16
+MAX_TENANT_CHARS = 256
 
 _ROLES = {
     Role.PREFILL: worker_pb2.ROLE_PREFILL,
@@ -57,6 +58,10 @@ def request_from_wire(message: worker_pb2.Submit, *, session_id: SessionId, now_
         )
     if message.purpose not in _PURPOSES:
         raise InvalidRequest(f"purpose must be GENERATE (0) or PREFILL_ONLY (1), got {message.purpose}")
+    if len(message.tenant) > MAX_TENANT_CHARS:
+        raise InvalidRequest(
+            f"tenant must have at most {MAX_TENANT_CHARS} characters, got {len(message.tenant)}"
+        )
     arrival_s = message.arrival_unix_s
     return Request(
         request_id=RequestId(message.request_id),
@@ -65,12 +70,22 @@ def request_from_wire(message: worker_pb2.Submit, *, session_id: SessionId, now_
         sampling=_sampling_from_wire(message.sampling),
         arrival_s=min(arrival_s, now_s) if 0.0 < arrival_s < math.inf else now_s,
         priority=message.priority,
+        tenant=message.tenant,
+        tenant_weight=_weight_from_wire(message),
+        deadline_s=message.deadline_unix_s if 0.0 < message.deadline_unix_s < math.inf else None,
         cache_salt=message.cache_salt,
         purpose=_PURPOSES[message.purpose],
         kv_source=_kv_source_from_wire(message) if message.HasField("kv_source") else None,
         kv_holders=_kv_holders_from_wire(message),
         output_token_ids=list(message.output_token_ids),
     )
+
+
+def _weight_from_wire(message: worker_pb2.Submit) -> float:
+    weight = message.tenant_weight or 1.0
+    if not 1e-3 <= weight <= 1e3:
+        raise InvalidRequest(f"tenant_weight must be between 0.001 and 1000, got {weight:g}")
+    return weight
 
 
 def _sampling_from_wire(message: worker_pb2.SamplingParams) -> SamplingParams:

@@ -35,6 +35,7 @@ from workers.messages import Message
 from workers.metrics import WorkerMetrics, serve_metrics
 from workers.offers import Offers
 from workers.planes import listening, make_identity, running, source_identity
+from workers.policies import POLICIES
 from workers.request import KvHolder
 from workers.scheduler import SchedulerLimits
 from workers.server import LAST_WORDS_S, WorkerService, make_server
@@ -73,7 +74,8 @@ class Worker:
                 eos_token_ids=model.eos_token_ids,
                 model_fingerprint=model.fingerprint,
                 max_num_waiting=config.max_num_waiting,
-            )
+            ),
+            policy=POLICIES[config.scheduling_policy],
         )
         self.metrics = WorkerMetrics(
             model_name=config.model_name,

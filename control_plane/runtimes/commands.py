@@ -17,6 +17,7 @@ _WORKER_SETTINGS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "max_num_waiting",
+    "scheduling_policy",
     "lease_s",
     "pull_timeout_s",
     "drain_timeout_s",

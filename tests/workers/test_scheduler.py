@@ -166,7 +166,7 @@ def test_a_large_request_gets_its_turn_in_an_endless_stream_of_small_ones(
         if number == 10:
             add(state, "large", prompt=110, arrival_s=10.0, kv_source=SOURCE if large_pulls else None)
         if (
-            number < 10 or len(state.view().waiting) < 5
+            number < 10 or len(list(state.view().waiting)) < 5
         ):  # ten are ahead of the large one, and always some behind
             source = SOURCE if small_pull and number % 2 else None
             add(state, f"r{number}", prompt=20, arrival_s=float(number), max_tokens=3, kv_source=source)
@@ -237,7 +237,7 @@ def test_the_youngest_is_preempted_when_pages_run_out_and_resumes_later() -> Non
     assert plan.preempted == ("r1",)
     assert rows(plan) == [("r0", 1)]
     assert names(state.view().waiting) == ["r1"]
-    num_tokens = state.view().waiting[0].num_tokens
+    num_tokens = next(iter(state.view().waiting)).num_tokens
     state.abort(RequestId("r0"), now_s=0.0)
     plan, _ = step(state, limits)
     # It goes on from its own full blocks, which stayed cached, and with the tokens it had.

@@ -18,6 +18,7 @@ EVERYTHING = PoolConfig(
     max_num_batched_tokens=200,
     max_num_seqs=3,
     max_num_waiting=4,
+    scheduling_policy="fair",
     num_threads=5,
     lease_s=6.5,
     pull_timeout_s=7.5,

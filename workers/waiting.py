@@ -1,0 +1,81 @@
+"""The queue of a worker: a lane for each tenant, and the heads of the lanes compared when somebody can be admitted.
+
+What a tenant was served changes with every step; the order within a lane does not. So nothing is sorted again: a step
+that admits nobody costs nothing, one that does looks at the head of each lane.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from functools import partial
+from heapq import heapify, heappop, heapreplace
+
+from workers.policies import Policy, Rank, own_rank, rank
+from workers.request import Request, RequestId
+from workers.tenants import Tenants
+
+
+class WaitingQueue:
+    """Iterates in turn: as the policy says if those before were admitted, and their tenants had paid for them."""
+
+    def __init__(self, policy: Policy, tenants: Tenants) -> None:
+        self._policy = policy
+        self._own_rank = partial(own_rank, policy)
+        self._tenants = tenants
+        self._lanes: dict[str, list[Request]] = {}  # none is empty
+        self._num_requests = 0
+
+    def __len__(self) -> int:
+        return self._num_requests
+
+    def add(self, request: Request) -> None:
+        insort(self._lanes.setdefault(request.tenant, []), request, key=self._own_rank)
+        self._num_requests += 1
+
+    def remove(self, request: Request) -> None:
+        lane = self._lanes[request.tenant]
+        position = bisect_left(lane, self._own_rank(request), key=self._own_rank)
+        assert lane[position] is request, f"request {request.request_id!r} is not where its rank says"
+        del lane[position]
+        if not lane:
+            del self._lanes[request.tenant]
+        self._num_requests -= 1
+
+    def requests(self) -> Iterator[Request]:
+        """In no order."""
+        for lane in self._lanes.values():
+            yield from lane
+
+    def __iter__(self) -> Iterator[Request]:
+        if len(self._lanes) == 1:
+            yield from self.requests()
+            return
+        served = {tenant: self._tenants.served(tenant) for tenant in self._lanes}
+        lanes = {tenant: iter(lane) for tenant, lane in self._lanes.items()}
+        heads = [self._ranked(next(lane), served) for lane in lanes.values()]
+        heapify(heads)
+        while heads:
+            _, head = heads[0]
+            yield head
+            served[head.tenant] += _cost(head)
+            following = next(lanes[head.tenant], None)
+            if following is None:
+                heappop(heads)
+            else:
+                heapreplace(heads, self._ranked(following, served))
+
+    def check(self) -> None:
+        """Proves the invariants. AssertionError is a bug of ours."""
+        assert self._num_requests == sum(map(len, self._lanes.values()))
+        for tenant, lane in self._lanes.items():
+            assert lane, f"the lane of {tenant!r} is empty"
+            assert all(request.tenant == tenant for request in lane)
+            assert lane == sorted(lane, key=self._own_rank)
+
+    def _ranked(self, request: Request, served: dict[str, float]) -> tuple[tuple[Rank, RequestId], Request]:
+        return rank(self._policy, request, served[request.tenant]), request
+
+
+def _cost(request: Request) -> float:
+    """What its tenant will have paid when it has its next token, as far as that is known."""
+    num_left = request.num_tokens - max(request.num_computed_tokens, request.num_charged_tokens)
+    return (max(0, num_left) + 1) / request.tenant_weight
