@@ -5,6 +5,7 @@ overrides from the working directory. Facts that are measured at start (how many
 free) are not settings: `None` leaves them to the worker.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Literal
 
 from control_plane.config_migration import MigrationConfig
 from control_plane.config_workers import KvConfig, PoolsConfig, bounded
+from control_plane.gateway.tenancy import parse_weights
 from control_plane.strict_yaml import ConfigError, RawMapping, build, parse_mapping, set_override
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # sun_path holds 108 bytes with its terminator; a name such as "/decode-99-control.sock" follows.
 MAX_SOCKET_DIR_BYTES = 80
 SOCKET_DIR = "sockets"  # in run_dir
+_HEADER = re.compile(r"[A-Za-z0-9-]*")
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
@@ -42,6 +45,9 @@ class GatewayConfig:
     replicas: int = 1  # control processes; each further one takes the next ports. More than one need Redis
     max_concurrent_requests: int = 256  # being generated at the same time
     max_queued_requests: int = 512  # waiting beyond those; one more is answered with 429
+    max_queued_per_tenant: int | None = None  # of those; None: as many as of all
+    tenant_header: str = ""  # names the tenant; to be set by whoever authenticates clients in front of us
+    tenant_weights: str = ""  # shares of tenants beside each other, as gold=3,free=0.5; others have 1
     request_timeout_s: float = 600.0
     worker_wait_s: float = (
         30.0  # for a worker to come back, if the last one that could serve a request has gone
@@ -64,6 +70,13 @@ class GatewayConfig:
             )
         bounded("max_concurrent_requests", self.max_concurrent_requests, low=1, high=1_000_000)
         bounded("max_queued_requests", self.max_queued_requests, low=0, high=1_000_000)
+        bounded("max_queued_per_tenant", self.max_queued_per_tenant, low=0, high=self.max_queued_requests)
+        if not _HEADER.fullmatch(self.tenant_header):
+            raise ValueError(f"tenant_header is {self.tenant_header!r}, but it must be the name of a header")
+        try:
+            parse_weights(self.tenant_weights)
+        except ValueError as error:
+            raise ValueError(f"tenant_weights: {error}") from error
         bounded("request_timeout_s", self.request_timeout_s, low=0.1, high=86_400)
         bounded("worker_wait_s", self.worker_wait_s, low=0, high=86_400)
         bounded("stream_write_timeout_s", self.stream_write_timeout_s, low=0.1, high=3600)

@@ -39,6 +39,9 @@ class Generation:
     sampling: SamplingOptions
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""  # whose share it uses; empty: that of all who have no name
+    tenant_weight: float = 1.0
+    deadline_unix_s: float | None = None  # by which its first token is wanted
 
 
 @dataclass(frozen=True, slots=True)

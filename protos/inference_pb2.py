@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x15penstock.inference.v1\"\x9f\x05\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x33\n\x08messages\x18\x03 \x01(\x0b\x32\x1f.penstock.inference.v1.MessagesH\x00\x12;\n\x10prompt_token_ids\x18\x04 \x01(\x0b\x32\x1f.penstock.inference.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x04H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x12\n\nmin_tokens\x18\x10 \x01(\r\x12\x12\n\nignore_eos\x18\x11 \x01(\x08\x12\x10\n\x08priority\x18\x12 \x01(\x11\x12\x12\n\ncache_salt\x18\x13 \x01(\t\x12\x12\n\nrequest_id\x18\x14 \x01(\tB\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"<\n\x08Messages\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.penstock.inference.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x88\x01\n\rGenerateReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12+\n\x05usage\x18\x05 \x01(\x0b\x32\x1c.penstock.inference.v1.Usage\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"?\n\x0fListModelsReply\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.penstock.inference.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r2\xc7\x01\n\tInference\x12Z\n\x08Generate\x12&.penstock.inference.v1.GenerateRequest\x1a$.penstock.inference.v1.GenerateReply0\x01\x12^\n\nListModels\x12(.penstock.inference.v1.ListModelsRequest\x1a&.penstock.inference.v1.ListModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x15penstock.inference.v1\"\xc7\x05\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x33\n\x08messages\x18\x03 \x01(\x0b\x32\x1f.penstock.inference.v1.MessagesH\x00\x12;\n\x10prompt_token_ids\x18\x04 \x01(\x0b\x32\x1f.penstock.inference.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\r \x01(\x04H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x12\n\nmin_tokens\x18\x10 \x01(\r\x12\x12\n\nignore_eos\x18\x11 \x01(\x08\x12\x10\n\x08priority\x18\x12 \x01(\x11\x12\x12\n\ncache_salt\x18\x13 \x01(\t\x12\x12\n\nrequest_id\x18\x14 \x01(\t\x12\x17\n\ndeadline_s\x18\x15 \x01(\x01H\n\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_deadline_s\"<\n\x08Messages\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.penstock.inference.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x88\x01\n\rGenerateReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12+\n\x05usage\x18\x05 \x01(\x0b\x32\x1c.penstock.inference.v1.Usage\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"?\n\x0fListModelsReply\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.penstock.inference.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r2\xc7\x01\n\tInference\x12Z\n\x08Generate\x12&.penstock.inference.v1.GenerateRequest\x1a$.penstock.inference.v1.GenerateReply0\x01\x12^\n\nListModels\x12(.penstock.inference.v1.ListModelsRequest\x1a&.penstock.inference.v1.ListModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,23 +32,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.inference_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=50
-  _globals['_GENERATEREQUEST']._serialized_end=721
-  _globals['_MESSAGES']._serialized_start=723
-  _globals['_MESSAGES']._serialized_end=783
-  _globals['_MESSAGE']._serialized_start=785
-  _globals['_MESSAGE']._serialized_end=825
-  _globals['_TOKENIDS']._serialized_start=827
-  _globals['_TOKENIDS']._serialized_end=856
-  _globals['_GENERATEREPLY']._serialized_start=859
-  _globals['_GENERATEREPLY']._serialized_end=995
-  _globals['_USAGE']._serialized_start=997
-  _globals['_USAGE']._serialized_end=1077
-  _globals['_LISTMODELSREQUEST']._serialized_start=1079
-  _globals['_LISTMODELSREQUEST']._serialized_end=1098
-  _globals['_LISTMODELSREPLY']._serialized_start=1100
-  _globals['_LISTMODELSREPLY']._serialized_end=1163
-  _globals['_MODEL']._serialized_start=1165
-  _globals['_MODEL']._serialized_end=1207
-  _globals['_INFERENCE']._serialized_start=1210
-  _globals['_INFERENCE']._serialized_end=1409
+  _globals['_GENERATEREQUEST']._serialized_end=761
+  _globals['_MESSAGES']._serialized_start=763
+  _globals['_MESSAGES']._serialized_end=823
+  _globals['_MESSAGE']._serialized_start=825
+  _globals['_MESSAGE']._serialized_end=865
+  _globals['_TOKENIDS']._serialized_start=867
+  _globals['_TOKENIDS']._serialized_end=896
+  _globals['_GENERATEREPLY']._serialized_start=899
+  _globals['_GENERATEREPLY']._serialized_end=1035
+  _globals['_USAGE']._serialized_start=1037
+  _globals['_USAGE']._serialized_end=1117
+  _globals['_LISTMODELSREQUEST']._serialized_start=1119
+  _globals['_LISTMODELSREQUEST']._serialized_end=1138
+  _globals['_LISTMODELSREPLY']._serialized_start=1140
+  _globals['_LISTMODELSREPLY']._serialized_end=1203
+  _globals['_MODEL']._serialized_start=1205
+  _globals['_MODEL']._serialized_end=1247
+  _globals['_INFERENCE']._serialized_start=1250
+  _globals['_INFERENCE']._serialized_end=1449
 # @@protoc_insertion_point(module_scope)

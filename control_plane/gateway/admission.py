@@ -1,10 +1,16 @@
-"""How many generations run at a time, how many wait, and what those who may not even wait are told."""
+"""How many generations run at a time, how many wait, and what those who may not even wait are told.
+
+A free place goes to the tenant that holds the fewest for its weight, and within a tenant to whoever came first. So one
+that floods keeps others waiting for no more than the next place.
+"""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from control_plane.errors import QueueFull
+from control_plane.gateway.tenancy import Tenant
 
 # The rate of completions is measured over so many of the last ones.
 NUM_REMEMBERED_COMPLETIONS = 64
@@ -12,68 +18,117 @@ FIRST_RETRY_AFTER_S = 1.0  # before anything was measured
 MAX_RETRY_AFTER_S = 60.0
 
 
-class Admission:
-    """First come, first served. Every `enter` that returns must be followed by one `leave`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdmissionLimits:
+    max_concurrent: int
+    max_queued: int  # of all tenants
+    max_queued_per_tenant: int
 
-    def __init__(self, *, max_concurrent: int, max_queued: int, now_s: Callable[[], float]) -> None:
-        self._max_concurrent = max_concurrent
-        self._max_queued = max_queued
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_queued_per_tenant <= self.max_queued:
+            raise ValueError(
+                f"max_queued_per_tenant must be between 0 and max_queued ({self.max_queued}),"
+                f" got {self.max_queued_per_tenant}"
+            )
+
+
+class Admission:
+    """Every `enter` that returns must be followed by one `leave` of the same tenant."""
+
+    def __init__(self, limits: AdmissionLimits, *, now_s: Callable[[], float]) -> None:
+        self._limits = limits
         self._now_s = now_s
-        self._num_running = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._num_running: Counter[str] = Counter()  # by tenant; none is zero
+        self._waiters: dict[
+            Tenant, deque[asyncio.Future[None]]
+        ] = {}  # none is empty; who had no turn for longest first
         self._completions_s: deque[float] = deque(maxlen=NUM_REMEMBERED_COMPLETIONS)
 
     @property
     def num_running(self) -> int:
-        return self._num_running
+        return self._num_running.total()
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiters)
+        return sum(map(len, self._waiters.values()))
 
-    async def enter(self) -> None:
-        """Waits for a place. Raises QueueFull if nobody more may wait."""
-        if self._num_running < self._max_concurrent:
-            self._num_running += 1
+    async def enter(self, tenant: Tenant) -> None:
+        """Waits for a place. Raises QueueFull if nobody more may wait, of this tenant or at all."""
+        if self.num_running < self._limits.max_concurrent:
+            self._num_running[tenant.name] += 1
             return
-        if len(self._waiters) >= self._max_queued:
-            raise QueueFull(
-                f"{self._num_running} requests are running and {len(self._waiters)} are waiting; try again later",
-                retry_after_s=self.retry_after_s(),
-            )
+        self._refuse_if_full(tenant)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(place)
+        self._waiters.setdefault(tenant, deque()).append(place)
         try:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
-                self._hand_on()  # it was granted in the same turn of the loop
-            elif place in self._waiters:  # or else it was passed over in the same turn of the loop
-                self._waiters.remove(place)
+                self._give_up(tenant)  # it was granted in the same turn of the loop
+                self._hand_on()
+            elif place in self._waiters.get(
+                tenant, ()
+            ):  # else it was passed over in the same turn of the loop
+                self._forget_waiter(tenant, place)
             raise
 
-    def leave(self, *, has_completed: bool) -> None:
+    def leave(self, tenant: Tenant, *, has_completed: bool) -> None:
         """Aborted and failed requests say nothing about how long the others take."""
         if has_completed:
             self._completions_s.append(self._now_s())
+        self._give_up(tenant)
         self._hand_on()
 
-    def retry_after_s(self) -> float:
-        """When a place in the queue should be free, judged by the completions of the last while."""
+    def retry_after_s(self, tenant: Tenant) -> float:
+        """When this tenant's next request would have its turn, by the completions of the last while.
+
+        All that waits of its own goes before, and of each other tenant as much as the weights give it by then.
+        """
         if len(self._completions_s) < 2:
             return FIRST_RETRY_AFTER_S
         # Until now, not until the last completion: if nothing completes any more, the rate falls.
         elapsed_s = self._now_s() - self._completions_s[0]
         seconds_per_completion = elapsed_s / (len(self._completions_s) - 1)
-        return min(
-            max(seconds_per_completion * (len(self._waiters) + 1), FIRST_RETRY_AFTER_S), MAX_RETRY_AFTER_S
+        num_own = len(self._waiters.get(tenant, ())) + 1
+        num_others = sum(
+            min(len(places), num_own * other.weight / tenant.weight)
+            for other, places in self._waiters.items()
+            if other != tenant
         )
+        wait_s = seconds_per_completion * (num_own + num_others)
+        return min(max(wait_s, FIRST_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+
+    def _refuse_if_full(self, tenant: Tenant) -> None:
+        num_own, num_waiting = len(self._waiters.get(tenant, ())), self.num_waiting
+        if num_waiting >= self._limits.max_queued:
+            message = (
+                f"{self.num_running} requests are running and {num_waiting} are waiting; try again later"
+            )
+        elif num_own >= self._limits.max_queued_per_tenant:
+            message = f"{num_own} requests of this tenant are waiting, the most that may; try again later"
+        else:
+            return
+        raise QueueFull(message, retry_after_s=self.retry_after_s(tenant))
+
+    def _give_up(self, tenant: Tenant) -> None:
+        self._num_running[tenant.name] -= 1
+        if not self._num_running[tenant.name]:
+            del self._num_running[tenant.name]
 
     def _hand_on(self) -> None:
-        """The place goes to the first who waits, so that nobody who comes now overtakes."""
-        while self._waiters:
-            place = self._waiters.popleft()
+        """A free place goes to one who waits, so that nobody who comes now overtakes."""
+        while self._waiters and self.num_running < self._limits.max_concurrent:
+            tenant = min(self._waiters, key=lambda tenant: self._num_running[tenant.name] / tenant.weight)
+            place = self._waiters[tenant][0]
+            self._forget_waiter(tenant, place)
             if not place.done():
+                self._num_running[tenant.name] += 1
                 place.set_result(None)
-                return
-        self._num_running -= 1
+                if tenant in self._waiters:  # behind the others that hold as many
+                    self._waiters[tenant] = self._waiters.pop(tenant)
+
+    def _forget_waiter(self, tenant: Tenant, place: asyncio.Future[None]) -> None:
+        places = self._waiters[tenant]
+        places.remove(place)
+        if not places:
+            del self._waiters[tenant]

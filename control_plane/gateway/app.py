@@ -96,15 +96,17 @@ class _Endpoints:
         self._started_unix_s = int(time.time())
 
     async def chat_completions(self, request: Request) -> Response:
+        tenant = self._settings.tenancy.tenant_of(request.headers)
         body = await read_request(request, ChatCompletionRequest, settings=self._settings)
-        job = await self._intake.chat(body, job_id=f"chatcmpl-{secrets.token_hex(16)}")
+        job = (await self._intake.chat(body, job_id=f"chatcmpl-{secrets.token_hex(16)}")).of(tenant)
         return self._answer(
             request, job, ChatFormat(job, tokenizer=self._tokenizer, created_unix_s=int(time.time()))
         )
 
     async def completions(self, request: Request) -> Response:
+        tenant = self._settings.tenancy.tenant_of(request.headers)
         body = await read_request(request, CompletionRequest, settings=self._settings)
-        job = await self._intake.completion(body, job_id=f"cmpl-{secrets.token_hex(16)}")
+        job = (await self._intake.completion(body, job_id=f"cmpl-{secrets.token_hex(16)}")).of(tenant)
         return self._answer(
             request, job, TextFormat(job, tokenizer=self._tokenizer, created_unix_s=int(time.time()))
         )

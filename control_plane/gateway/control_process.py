@@ -36,6 +36,7 @@ from control_plane.gateway.pool_metrics import DirectoryMetrics, add_pool_metric
 from control_plane.gateway.rebalance import Rebalancer, RebalanceSettings
 from control_plane.gateway.sessions import SessionPool, SessionSettings
 from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.tenancy import Tenancy, parse_weights
 from control_plane.gateway.tokenizer import load_tokenizer
 from control_plane.migration import MigrationLimits
 from control_plane.routing.policy import RoutingPolicy
@@ -89,6 +90,7 @@ async def serve(
         model_path=config.model.path,
         max_body_bytes=gateway.max_body_bytes,
         stream_write_timeout_s=gateway.stream_write_timeout_s,
+        tenancy=Tenancy(header=gateway.tenant_header, weights=parse_weights(gateway.tenant_weights)),
     )
     try:
         tokenizer = load_tokenizer(config.model.path)
@@ -177,6 +179,7 @@ def _dispatch_settings(config: ClusterConfig) -> DispatchSettings:
     return DispatchSettings(
         max_concurrent_requests=config.gateway.max_concurrent_requests,
         max_queued_requests=config.gateway.max_queued_requests,
+        max_queued_per_tenant=config.gateway.max_queued_per_tenant,
         request_timeout_s=config.gateway.request_timeout_s,
         worker_wait_s=config.gateway.worker_wait_s,
     )

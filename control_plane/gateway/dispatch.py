@@ -25,12 +25,13 @@ from control_plane.errors import (
     QueueFull,
     RequestError,
 )
-from control_plane.gateway.admission import Admission
+from control_plane.gateway.admission import Admission, AdmissionLimits
 from control_plane.gateway.attempt import Attempt
 from control_plane.gateway.backend import ServedModel
 from control_plane.gateway.logs import log_event
 from control_plane.gateway.progress import Progress
 from control_plane.gateway.sessions import SessionClosed, SessionPool
+from control_plane.gateway.tenancy import Tenant
 from control_plane.gateway.token_merge import TokenMerge
 from control_plane.gateway.wire import Assignment, FailureCode, KvHolder, WorkerFailure
 from control_plane.generation import Generation, TokenChunk
@@ -65,6 +66,7 @@ class DispatchSettings:
     max_queued_requests: int
     request_timeout_s: float
     worker_wait_s: float
+    max_queued_per_tenant: int | None = None  # None: as many as of all
     max_retries: int = 2
     connect_wait_s: float = 2.0
 
@@ -87,9 +89,13 @@ class PoolDispatcher:
         self._numbers = itertools.count(1)
         self._name = secrets.token_hex(4)
         self.running: set[Progress] = set()  # all that were let in
+        per_tenant = settings.max_queued_per_tenant
         self.admission = Admission(
-            max_concurrent=settings.max_concurrent_requests,
-            max_queued=settings.max_queued_requests,
+            AdmissionLimits(
+                max_concurrent=settings.max_concurrent_requests,
+                max_queued=settings.max_queued_requests,
+                max_queued_per_tenant=settings.max_queued_requests if per_tenant is None else per_tenant,
+            ),
             now_s=time.monotonic,
         )
 
@@ -116,7 +122,8 @@ class PoolDispatcher:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenChunk, None]:
         """See `Dispatcher.generate`. However it ends, no worker goes on with the request."""
-        await self._enter()
+        tenant = Tenant(generation.tenant, generation.tenant_weight)
+        await self._enter(tenant)
         run = Progress(
             generation=generation,
             merge=TokenMerge(max_tokens=generation.sampling.max_tokens),
@@ -135,13 +142,13 @@ class PoolDispatcher:
             # Nothing here waits, so a second cancellation cannot cut it short.
             run.close_attempt()
             self.running.discard(run)
-            self.admission.leave(has_completed=run.is_finished)
+            self.admission.leave(tenant, has_completed=run.is_finished)
 
-    async def _enter(self) -> None:
+    async def _enter(self, tenant: Tenant) -> None:
         timeout_s = self._settings.request_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                await self.admission.enter()
+                await self.admission.enter(tenant)
         except TimeoutError:
             raise GenerationTimeout(f"the request waited {timeout_s:g} s in the queue") from None
 
@@ -291,9 +298,10 @@ class PoolDispatcher:
         failure = run.last_failure
         if _is_full(run, reason):
             retry_after_s = failure.retry_after_s if failure is not None else 0.0
+            tenant = Tenant(run.generation.tenant, run.generation.tenant_weight)
             return QueueFull(
                 f"{NoPlacement.OVERLOADED.value}; try again later",
-                retry_after_s=retry_after_s or self.admission.retry_after_s(),
+                retry_after_s=retry_after_s or self.admission.retry_after_s(tenant),
             )
         if failure is not None and (failure.code is FailureCode.INTERNAL or run.merge.token_ids):
             return GenerationFailed(f"{failure.message}, and no other worker can go on")

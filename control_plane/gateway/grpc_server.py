@@ -36,6 +36,7 @@ _OPTIONAL_FIELDS = (
     "presence_penalty",
     "frequency_penalty",
     "seed",
+    "deadline_s",
 )
 
 
@@ -49,13 +50,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         tokenizer: TextTokenizer,
         intake: Intake,
         metrics: GatewayMetrics,
-        write_timeout_s: float,
+        settings: GatewaySettings,
     ) -> None:
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
         self._intake = intake
         self._metrics = metrics
-        self._write_timeout_s = write_timeout_s
+        self._write_timeout_s = settings.stream_write_timeout_s
+        self._tenancy = settings.tenancy
 
     async def Generate(  # type: ignore[override]  # the stubs know only generators; `write` can time out
         self,
@@ -68,7 +70,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
         code = grpc.StatusCode.CANCELLED  # unless we get further
         try:
-            job = await self._accept(request)
+            tenant = self._tenancy.tenant_of(_metadata(context))
+            job = (await self._accept(request)).of(tenant)
             timeline.accepted(job)
             with self._metrics.open_streams.track_inprogress():
                 await self._answer(job, timeline, context)
@@ -187,13 +190,17 @@ def add_services(
         tokenizer=tokenizer,
         intake=intake,
         metrics=metrics,
-        write_timeout_s=settings.stream_write_timeout_s,
+        settings=settings,
     )
     health_servicer = ReadinessHealth(dispatcher)
     inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return health_servicer
+
+
+def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _fields(request: pb.GenerateRequest) -> dict[str, Any]:

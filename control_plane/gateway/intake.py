@@ -1,8 +1,9 @@
 """From a validated request body to the generations that answer it. HTTP and gRPC share this path."""
 
 import asyncio
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from control_plane.errors import InvalidRequest, ModelNotFound, NoWorkers
@@ -18,6 +19,7 @@ from control_plane.gateway.schema import (
     TokenizeRequest,
 )
 from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.tenancy import Tenant
 from control_plane.gateway.tokenizer import TextTokenizer
 from control_plane.generation import Generation
 
@@ -37,6 +39,14 @@ class Job:
     num_prompt_tokens: int  # every prompt counted once
     stream: bool
     include_usage: bool
+
+    def of(self, tenant: Tenant) -> "Job":
+        """The same, as a request of `tenant`."""
+        generations = (
+            replace(generation, tenant=tenant.name, tenant_weight=tenant.weight)
+            for generation in self.generations
+        )
+        return replace(self, generations=tuple(generations))
 
 
 class Intake:
@@ -225,6 +235,7 @@ class Intake:
         self._check_vocabulary([token_id for token_id, _ in logit_bias_of(body)], param="logit_bias")
         self._check_vocabulary(body.stop_token_ids or (), param="stop_token_ids")
         num_per_prompt = body.n or 1
+        deadline_unix_s = None if body.deadline_s is None else time.time() + body.deadline_s
         generations: list[Generation] = []
         for prompt in prompts:
             budget = _output_budget(
@@ -242,6 +253,7 @@ class Intake:
                         sampling=sampling,
                         priority=body.priority or 0,
                         cache_salt=body.cache_salt or "",
+                        deadline_unix_s=deadline_unix_s,
                     )
                 )
         return Job(

@@ -90,7 +90,7 @@ class _SampledBody(_Body):
     logit_bias: LogitBias | None = Field(None, description="Token ids as strings to biases.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    # Extensions, named as in vLLM.
+    # Extensions, named as in vLLM where it has them.
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 and -1 keep all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.001, le=1000)
@@ -100,6 +100,9 @@ class _SampledBody(_Body):
     priority: int | None = Field(None, ge=INT32_MIN, le=INT32_MAX, description="Lower is sooner.")
     cache_salt: str | None = Field(
         None, max_length=256, description="Requests share cached prefixes only with equal salts."
+    )
+    deadline_s: float | None = Field(
+        None, gt=0, le=86400, description="Seconds within which the first token is wanted."
     )
     # Accepted and inactive.
     user: AnyText | None = None

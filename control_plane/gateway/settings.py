@@ -1,7 +1,9 @@
 """Limits of the public face."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from control_plane.gateway.tenancy import Tenancy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,10 +19,11 @@ class GatewaySettings:
     body_read_timeout_s: float = 30.0
     max_choices: int = 128  # prompts x n of one request
     thread_tokenize_chars: int = 4_000  # longer prompts are tokenized off the event loop
+    tenancy: Tenancy = field(default_factory=Tenancy)
     health_interval_s: float = 0.5  # how often watchers of the gRPC health service hear of changes
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if isinstance(value, int | float) and not value > 0:
-                raise ValueError(f"{field.name} must be positive, got {value}")
+                raise ValueError(f"{each.name} must be positive, got {value}")

@@ -193,6 +193,9 @@ def _write_submit(assignment: Assignment) -> worker_pb2.Submit:
         priority=generation.priority,
         cache_salt=generation.cache_salt,
         arrival_unix_s=assignment.arrival_unix_s,
+        tenant=generation.tenant,
+        tenant_weight=generation.tenant_weight,
+        deadline_unix_s=generation.deadline_unix_s or 0.0,
     )
 
 

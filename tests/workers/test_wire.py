@@ -40,7 +40,7 @@ def test_a_submit_becomes_a_request_with_every_field() -> None:
     request = request_from_wire(
         _submit(
             output_token_ids=[6, 7], sampling=sampling, priority=-3, cache_salt="tenant", arrival_unix_s=990.0,
-            kv_source=source,
+            kv_source=source, tenant="gold", tenant_weight=3.0, deadline_unix_s=1030.0,
         ),
         session_id=SessionId(2), now_s=NOW_S,
     )  # fmt: skip
@@ -49,6 +49,7 @@ def test_a_submit_becomes_a_request_with_every_field() -> None:
     assert request.prompt_token_ids == [5]
     assert request.output_token_ids == [6, 7]
     assert (request.priority, request.cache_salt, request.arrival_s) == (-3, "tenant", 990.0)
+    assert (request.tenant, request.tenant_weight, request.deadline_s) == ("gold", 3.0, 1030.0)
     assert request.purpose is Purpose.GENERATE
     assert request.kv_source == KvSource(
         worker_id="p", epoch=2**63 - 1, control_address="h:1", request_id="s"
@@ -59,6 +60,17 @@ def test_a_submit_becomes_a_request_with_every_field() -> None:
     assert ours.logit_bias == ((3, -1.0), (9, 2.0))
     assert (ours.seed, ours.stop_token_ids, ours.stop_strings) == (2**64 - 1, (4,), ("\n",))
     assert (ours.num_logprobs, ours.max_tokens, ours.min_tokens, ours.ignore_eos) == (0, 8, 1, True)
+
+
+def test_without_tenant_weight_and_deadline_a_request_is_like_any_other() -> None:
+    request = request_from_wire(_submit(), session_id=SessionId(1), now_s=NOW_S)
+    assert (request.tenant, request.tenant_weight, request.deadline_s) == ("", 1.0, None)
+
+
+@pytest.mark.parametrize("deadline_s", [-1.0, math.nan, math.inf])
+def test_a_deadline_that_is_no_time_is_none(deadline_s: float) -> None:
+    request = request_from_wire(_submit(deadline_unix_s=deadline_s), session_id=SessionId(1), now_s=NOW_S)
+    assert request.deadline_s is None
 
 
 def test_an_unset_number_of_logprobs_is_none_and_not_zero() -> None:
@@ -80,6 +92,9 @@ def test_an_arrival_that_cannot_be_is_now(arrival_s: float) -> None:
         ({"purpose": 5}, "got 5"),
         ({"sampling": worker_pb2.SamplingParams()}, "repetition_penalty must be between"),
         ({"kv_source": worker_pb2.KvSource(worker_id="p")}, "kv_source needs control_address"),
+        ({"tenant": "t" * 300}, "tenant must have at most 256 characters, got 300"),
+        ({"tenant_weight": -1.0}, "tenant_weight must be between 0.001 and 1000, got -1"),
+        ({"tenant_weight": math.nan}, "tenant_weight must be between"),
     ],
 )
 def test_what_a_message_alone_shows_to_be_wrong_is_refused(fields: dict[str, object], message: str) -> None:

@@ -1,3 +1,5 @@
+import time
+
 import openai
 import pytest
 
@@ -162,6 +164,7 @@ async def test_sampling_parameters_reach_the_dispatcher(
             "stop_token_ids": [9],
             "priority": -3,
             "cache_salt": "tenant",
+            "deadline_s": 30.0,
         },
     )
     generation = dispatcher.generations[0]
@@ -177,6 +180,7 @@ async def test_sampling_parameters_reach_the_dispatcher(
     assert sampling.stop_strings == ("x",)
     assert (sampling.min_tokens, sampling.ignore_eos, sampling.stop_token_ids) == (2, True, (9,))
     assert (generation.priority, generation.cache_salt) == (-3, "tenant")
+    assert generation.deadline_unix_s == pytest.approx(time.time() + 30.0, abs=10.0)
 
 
 async def test_fields_that_change_nothing_are_accepted(client: openai.AsyncOpenAI) -> None:

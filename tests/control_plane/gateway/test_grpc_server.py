@@ -1,5 +1,7 @@
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -11,6 +13,7 @@ from control_plane.errors import GenerationTimeout, NoWorkers, QueueFull, Reques
 from control_plane.gateway.grpc_server import ReadinessHealth, add_services
 from control_plane.gateway.metrics import GatewayMetrics
 from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.tenancy import Tenancy
 from control_plane.gateway.tokenizer import TextTokenizer
 from control_plane.generation import TokenChunk
 from protos import inference_pb2 as pb
@@ -86,12 +89,14 @@ async def test_sampling_fields_reach_the_dispatcher(served: Served, dispatcher: 
         min_tokens=1,
         ignore_eos=True,
         priority=-2,
+        deadline_s=30.0,
         cache_salt="s",
     )
     await replies(served, request)
     generation = dispatcher.generations[0]
     sampling = generation.sampling
     assert (generation.prompt_token_ids, generation.priority, generation.cache_salt) == ([3, 4], -2, "s")
+    assert generation.deadline_unix_s == pytest.approx(time.time() + 30.0, abs=WAIT_S)
     assert (sampling.max_tokens, sampling.min_tokens, sampling.seed) == (20, 1, 2**64 - 1)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 7, 0.125)
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (
@@ -207,3 +212,18 @@ async def test_reflection_lists_the_services(served: Served) -> None:
     names = {service.name for service in (await call.read()).list_services_response.service}
     assert {"penstock.inference.v1.Inference", "grpc.health.v1.Health"} <= names
     call.cancel()
+
+
+class TestWithTenants:
+    @pytest.fixture
+    def settings(self, settings: GatewaySettings) -> GatewaySettings:
+        return replace(settings, tenancy=Tenancy(header="X-Tenant", weights={"gold": 3.0}))
+
+    async def test_the_tenant_is_named_in_the_metadata(
+        self, served: Served, dispatcher: ScriptedDispatcher
+    ) -> None:
+        request = pb.GenerateRequest(model=MODEL, prompt="x", max_tokens=1)
+        call = served.inference.Generate(request, timeout=WAIT_S, metadata=(("x-tenant", "gold"),))
+        assert [reply async for reply in call]
+        (generation,) = dispatcher.generations
+        assert (generation.tenant, generation.tenant_weight) == ("gold", 3.0)

@@ -103,7 +103,9 @@ async def test_an_end_that_nobody_knows_is_a_failure(cluster: Cluster) -> None:
 async def test_what_the_generation_asks_arrives_at_the_worker(cluster: Cluster) -> None:
     worker = await cluster.start(FakeWorker("w", max_answer_tokens=0))
     source = await cluster.start(FakeWorker("p", epoch=5, role=worker_pb2.ROLE_PREFILL))
-    generation = make_generation(max_tokens=9, priority=-2, cache_salt="tenant")
+    generation = make_generation(
+        max_tokens=9, priority=-2, cache_salt="tenant", tenant="gold", tenant_weight=3.0, deadline_unix_s=99.5
+    )
     assignment = Assignment(
         request_id="r", generation=generation, output_token_ids=(5, 6), arrival_unix_s=12.5
     )
@@ -114,6 +116,7 @@ async def test_what_the_generation_asks_arrives_at_the_worker(cluster: Cluster) 
     assert list(got.prompt_token_ids) == generation.prompt_token_ids
     assert (list(got.output_token_ids), got.priority, got.cache_salt) == ([5, 6], -2, "tenant")
     assert (got.sampling.max_tokens, got.sampling.seed, got.arrival_unix_s) == (9, 1, 12.5)
+    assert (got.tenant, got.tenant_weight, got.deadline_unix_s) == ("gold", 3.0, 99.5)
     assert not got.sampling.HasField("num_logprobs")
     assert (got.kv_source.worker_id, got.kv_source.epoch, got.kv_source.request_id) == ("p", 5, "r")
     assert got.kv_source.control_address == source.description.control_address
