@@ -26,6 +26,7 @@ class RunningCluster:
     launcher: psutil.Process
     port: int
     run_dir: Path
+    grpc_port: int
     host: str = "127.0.0.1"
 
     @property
@@ -64,7 +65,7 @@ def running_cluster(settings: Mapping[str, Any]) -> Iterator[RunningCluster]:
             )
         try:
             _wait_until_ready(launcher, log_path)
-            yield RunningCluster(psutil.Process(launcher.pid), port, Path(directory))
+            yield RunningCluster(psutil.Process(launcher.pid), port, Path(directory), grpc_port)
         finally:
             launcher.send_signal(signal.SIGINT)
             try:

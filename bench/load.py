@@ -5,8 +5,9 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 
@@ -35,7 +36,12 @@ class StreamTiming:
 
 
 async def stream_completion(
-    *, host: str, port: int, body: dict[str, Any], request_id: str = "", timing: StreamTiming | None = None
+    *,
+    host: str,
+    port: int,
+    body: dict[str, Any],
+    headers: Mapping[str, str] = MappingProxyType({}),
+    timing: StreamTiming | None = None,
 ) -> StreamTiming:
     """POSTs `body` to /v1/completions with streaming on and times every event that carries text.
 
@@ -45,7 +51,7 @@ async def stream_completion(
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(payload)}\r\nConnection: close\r\n"
-        + (f"X-Request-Id: {request_id}\r\n" if request_id else "")
+        + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         + "\r\n"
     )
     timing = timing or StreamTiming(started_s=time.perf_counter())

@@ -79,7 +79,7 @@ class Client:
                 host=self._cluster.host,
                 port=self._cluster.port,
                 body={"temperature": 0, **body, **fields},
-                request_id=request_id,
+                headers={"X-Request-Id": request_id},
                 timing=timing,
             )
         )

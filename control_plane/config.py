@@ -76,7 +76,7 @@ class GatewayConfig:
         try:
             parse_weights(self.tenant_weights)
         except ValueError as error:
-            raise ValueError(f"tenant_weights: {error}") from error
+            raise ValueError(f"tenant_weights is {self.tenant_weights!r}, but {error}") from error
         bounded("request_timeout_s", self.request_timeout_s, low=0.1, high=86_400)
         bounded("worker_wait_s", self.worker_wait_s, low=0, high=86_400)
         bounded("stream_write_timeout_s", self.stream_write_timeout_s, low=0.1, high=3600)

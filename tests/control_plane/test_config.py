@@ -39,7 +39,9 @@ def test_the_documentation_lists_every_setting_with_its_default() -> None:
     assert set(documented) == {re.sub(r"^pools\.[a-z]+", "pools.*", path) for path in LEAVES}
     for path in LEAVES:
         default = functools.reduce(operator.getitem, path.split("."), raw)
-        described = ("model.path", "model.max_model_len", "run_dir", "kv.disk_path")
+        described = (
+            "model.path", "model.max_model_len", "run_dir", "kv.disk_path", "gateway.max_queued_per_tenant"
+        )  # fmt: skip
         if not path.startswith("pools.") and path not in described:
             assert documented[path] == (f"`{default}`" if default != "" else '`""`'), path
 
@@ -144,7 +146,8 @@ def test_a_misspelt_key_is_an_error_that_names_the_nearest_one(path: str) -> Non
 @pytest.mark.parametrize("path", LEAVES)
 @pytest.mark.parametrize("value", ["[1]", "{a: 1}", "yes", ".nan", "2020-01-01", "''", '"\\0"'])
 def test_a_value_of_another_type_is_an_error_that_names_the_path(path: str, value: str) -> None:
-    if value == "''" and path in ("directory.redis_url", "kv.disk_key"):
+    optional = ("directory.redis_url", "kv.disk_key", "gateway.tenant_header", "gateway.tenant_weights")
+    if value == "''" and path in optional:
         return  # empty is what they are without one
     if value == "yes" and path == "migration.enabled":
         return  # it is one of the words for true
@@ -199,6 +202,15 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
         (
             "{transport: tcp, pools: {decode: {metrics_port: 8002}}}",
             r"pools\.decode\.metrics_port needs port 8002, but directory\.port has it",
+        ),
+        ("gateway: {tenant_header: 'a b'}", r"gateway\.tenant_header is 'a b', but it must be the name"),
+        (
+            "gateway: {tenant_weights: 'a=0'}",
+            r"gateway\.tenant_weights is 'a=0', but 'a=0' must be NAME=WEIGHT",
+        ),
+        (
+            "gateway: {max_queued_requests: 5, max_queued_per_tenant: 6}",
+            r"gateway\.max_queued_per_tenant is 6, but it must be between 0 and 5",
         ),
         ("gateway: {replicas: 2}", r"gateway\.replicas is 2, but .* through Redis: set directory\.redis_url"),
         (
