@@ -8,24 +8,27 @@ again; with one its blocks come back from there.
 import asyncio
 import re
 import statistics
+import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from bench.cluster import free_port, running_cluster
 from bench.load import percentile, random_prompt
+from bench.model import write_random_model
 from protos import inference_pb2, inference_pb2_grpc
 
 VOCAB_SIZE = 2560
-NUM_CONVERSATIONS = 8
-# Long answers: who is admitted with pages for what is known grows until another must give its own up.
-TURN_TOKENS, ANSWER_TOKENS = 96, 320
-# All conversations in their last turn need more than three times as many.
-NUM_PAGES = 256
+NUM_CONVERSATIONS = 6
+# Answers are long: who was admitted with pages for what is known grows until another must give its own up.
+TURN_TOKENS, ANSWER_TOKENS = 128, 192
+# All conversations need more at the end of their first turn, and five times as many at that of the fourth.
+NUM_PAGES = 96
 DEADLINE_S = 300.0
 
 
@@ -41,16 +44,18 @@ class Run:
 def measure_swap(*, num_turns: int, repeats: int) -> float:
     """How many times longer the conversations take without memory; the median over pairs of runs."""
     ratios = []
-    for _ in range(repeats):
-        recompute = _run("recompute", memory_tier_bytes=0, num_turns=num_turns)
-        swap = _run("swap", memory_tier_bytes=512 * 2**20, num_turns=num_turns)
-        ratios.append(recompute.seconds / swap.seconds)
+    with tempfile.TemporaryDirectory(prefix="penstock-") as directory:
+        model = write_random_model(Path(directory), hidden_size=512, num_layers=8)
+        for _ in range(repeats):
+            recompute = _run(model, "recompute", memory_tier_bytes=0, num_turns=num_turns)
+            swap = _run(model, "swap", memory_tier_bytes=512 * 2**20, num_turns=num_turns)
+            ratios.append(recompute.seconds / swap.seconds)
     return statistics.median(ratios)
 
 
-def _run(name: str, *, memory_tier_bytes: int, num_turns: int) -> Run:
+def _run(model: Path, name: str, *, memory_tier_bytes: int, num_turns: int) -> Run:
     metrics_port = free_port()
-    with running_cluster(_settings(memory_tier_bytes, metrics_port)) as cluster:
+    with running_cluster(_settings(model, memory_tier_bytes, metrics_port)) as cluster:
         before = _counters(metrics_port)
         started_s = time.perf_counter()
         first_token_s, gaps_s = asyncio.run(_converse(cluster.grpc_port, num_turns=num_turns))
@@ -87,7 +92,7 @@ async def _converse(grpc_port: int, *, num_turns: int) -> tuple[list[float], lis
                 )
                 last_s = time.perf_counter()
                 request = inference_pb2.GenerateRequest(
-                    model="penstock-demo",
+                    model="bench",
                     prompt_token_ids=inference_pb2.TokenIds(token_ids=said),
                     max_tokens=ANSWER_TOKENS,
                     temperature=0.0,
@@ -114,9 +119,10 @@ def _counters(port: int) -> Mapping[str, float]:
     }
 
 
-def _settings(memory_tier_bytes: int, metrics_port: int) -> Mapping[str, Any]:
+def _settings(model: Path, memory_tier_bytes: int, metrics_port: int) -> Mapping[str, Any]:
     mixed = {"replicas": 1, "num_pages": NUM_PAGES, "metrics_port": metrics_port, "disk_tier_bytes": 0}
     return {
+        "model": {"name": "bench", "path": str(model)},
         "pools": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "mixed": mixed},
         "kv": {"memory_tier_bytes": memory_tier_bytes, "disk_tier_bytes": 0},
     }

@@ -103,6 +103,22 @@ class CostModel:
         return best
 
 
+class CopyRate:
+    """What a copy between pages and memory costs, learned from those made."""
+
+    def __init__(self, *, prior_bytes_s: float = 2e9) -> None:
+        self._bytes_s = prior_bytes_s
+
+    def observe(self, num_bytes: int, *, copy_s: float) -> None:
+        if num_bytes > 0 and copy_s > 0:
+            # In seconds a byte, not bytes a second: one copy that seemed to take no time must not count for all.
+            seconds_per_byte = 0.9 / self._bytes_s + 0.1 * copy_s / num_bytes
+            self._bytes_s = 1.0 / seconds_per_byte
+
+    def seconds(self, num_bytes: int) -> float:
+        return num_bytes / self._bytes_s
+
+
 def _pairs(first_token: int, num_tokens: int) -> float:
     """How many (token, token it looks at) pairs there are, itself included."""
     return num_tokens * (first_token + (num_tokens + 1) / 2)

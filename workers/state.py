@@ -339,6 +339,11 @@ class EngineState:
         """Of these blocks, from the first on, so many are in pages."""
         return len(self._pages.longest_cached_prefix(keys, len(keys)))
 
+    def exact_pages(self, keys: Sequence[BlockKey]) -> tuple[PageId, ...]:
+        """Those that hold these blocks exactly, from the first on, whoever uses them."""
+        page_ids = self._pages.longest_cached_prefix(keys, len(keys))
+        return tuple(page_ids[: self._pages.num_exact(page_ids)])
+
     def drop(self, root: BlockKey | None) -> int:
         """Forgets cached blocks that nobody uses, of one root or all, and says how many."""
         return self._pages.drop(root)

@@ -4,13 +4,17 @@ A computed token costs 1 and a sampled one 1 more, so that a prompt token counts
 and then computed, 2. What is computed again after a preemption, loaded or pulled costs nothing: the tenant has paid
 for it, or nobody computed it here.
 
-Idleness earns nothing: a tenant that comes back is lifted to the least counter of those who are here.
+Idleness earns little: a tenant that comes back is lifted to `MAX_CREDIT_TOKENS` below the least counter of those who
+are here. So one that uses less than its share has a prompt computed at once, and not at half the speed beside a flood;
+and one that uses more has no credit, as its own counter is ahead.
 """
 
 from collections import Counter
 
 from workers.request import Request
 
+# Of a prompt of usual length. So much sooner than its share allows may a tenant be served.
+MAX_CREDIT_TOKENS = 2048.0
 # Counters of tenants that left ahead of the others, so that leaving does not wash them off.
 MAX_REMEMBERED = 4096
 
@@ -21,21 +25,23 @@ class Tenants:
     def __init__(self) -> None:
         self._served: dict[str, float] = {}  # of those who are here, and of some who left
         self._num_requests: Counter[str] = Counter()  # of those who are here
-        self._floor = 0.0  # nobody's counter starts below it
+        self._floor = 0.0  # where the least counter was when it was last looked at
 
     @property
     def num_present(self) -> int:
         return len(self._num_requests)
 
     def served(self, tenant: str) -> float:
-        return self._served.get(tenant, self._floor)
+        """Of one that is here."""
+        return self._served[tenant]
 
     def enter(self, request: Request) -> None:
         tenant = request.tenant
         if tenant not in self._num_requests:
             if self._num_requests:
                 self._floor = max(self._floor, min(map(self._served.__getitem__, self._num_requests)))
-            self._served[tenant] = max(self._served.get(tenant, 0.0), self._floor)
+            lifted = max(0.0, self._floor - MAX_CREDIT_TOKENS / request.tenant_weight)
+            self._served[tenant] = max(self._served.get(tenant, 0.0), lifted)
         self._num_requests[tenant] += 1
 
     def leave(self, request: Request) -> None:

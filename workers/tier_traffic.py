@@ -8,15 +8,17 @@ from workers.cost_model import CostModel
 from workers.loading import Loader
 from workers.request import Request, RequestId
 from workers.step import StepPlan
+from workers.swap import Swap
 from workers.write_behind import WriteBehind
 
 
 class TierTraffic:
     """All methods but `drop` and `close` return at once."""
 
-    def __init__(self, loader: Loader, write_behind: WriteBehind, *, costs: CostModel) -> None:
+    def __init__(self, loader: Loader, write_behind: WriteBehind, *, swap: Swap, costs: CostModel) -> None:
         self._loader = loader
         self._write_behind = write_behind
+        self._swap = swap
         self._costs = costs
 
     @property
@@ -30,8 +32,7 @@ class TierTraffic:
     def step_began(self, plan: StepPlan, preempted: Sequence[Request]) -> None:
         self._write_behind.step_began()
         for request in preempted:
-            self._loader.end(request.request_id)
-            self._loader.begin(request)
+            self._swap.preempted(request)
         for admission in plan.admissions:
             self._loader.admitted(admission.request_id)
 
@@ -43,6 +44,7 @@ class TierTraffic:
         """Requests may have gone on, and blocks become cached."""
         for run in computed:
             self._write_behind.take(run)
+        self._swap.settle()
         self._loader.watch()
 
     def rested(self) -> None:
@@ -50,6 +52,7 @@ class TierTraffic:
         self._write_behind.rested()
 
     def gone(self, request_id: RequestId) -> None:
+        self._swap.gone(request_id)
         self._loader.end(request_id)
 
     async def drop(self, root: BlockKey | None) -> None:

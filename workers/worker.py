@@ -40,6 +40,7 @@ from workers.request import KvHolder
 from workers.scheduler import SchedulerLimits
 from workers.server import LAST_WORDS_S, WorkerService, make_server
 from workers.state import EngineState, StateLimits
+from workers.swap import Swap
 from workers.tickets import TicketIssuer
 from workers.tier_traffic import TierTraffic
 from workers.tiers import Tiers, open_tiers
@@ -231,7 +232,8 @@ class Worker:
                 post=post,
             )
         )
-        return TierTraffic(loader, write_behind, costs=costs)
+        swap = Swap(self.state, loader, write_behind, costs=costs)
+        return TierTraffic(loader, write_behind, swap=swap, costs=costs)
 
     def _tell_offered(self, num_blocks: int, outcome: str) -> None:
         if self.tiers is not None:

@@ -21,9 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvstore.blocks import BlockKey
+from kvstore.placement import stretches
 from kvstore.store import BlockStore, Reservation
 from kvstore.tiers.tier import BlockRun
 from workers.computed_blocks import ComputedRun
+from workers.cost_model import CopyRate
 from workers.engine.kv_pool import KvPool
 from workers.kv_metrics import KvMetrics
 from workers.messages import PagesFree
@@ -83,6 +85,8 @@ class WriteBehind:
         self._writing: list[ComputedRun] = []
         self._written = asyncio.Event()
         self._num_pinned = 0
+        self._on_their_way: set[BlockKey] = set()
+        self._copies = CopyRate()
         self._thread = ThreadPoolExecutor(1, "write-behind")
         self._task: asyncio.Task[None] | None = None
 
@@ -104,12 +108,30 @@ class WriteBehind:
             page_ids = computed.page_ids[start:stop]
             self._parts.state.pin_pages(page_ids)
             self._num_pinned += len(page_ids)
+            self._on_their_way.update(computed.run.keys[start:stop])
             self._collect(ComputedRun(run=computed.run.part(start, stop), page_ids=page_ids))
         if sum(map(_num_blocks, self._lingering.values())) > self._max_lingering:
             self._flush()
         elif self._lingering and self._linger is None:
             self._linger = asyncio.get_running_loop().call_later(self._limits.linger_s, self._flush)
         self._start()
+
+    def save_at_once(self, computed: ComputedRun) -> None:
+        """As `take`, where some may be on their way already; until the next step begins nothing pauses or lingers."""
+        num_known = len(self._parts.store.lookup(computed.run.keys))
+        missing = [key not in self._on_their_way for key in computed.run.keys[num_known:]]
+        for start, stop in stretches(missing):
+            start, stop = num_known + start, num_known + stop
+            self.take(ComputedRun(run=computed.run.part(start, stop), page_ids=computed.page_ids[start:stop]))
+        self.rested()
+
+    def is_on_its_way(self, keys: Sequence[BlockKey]) -> bool:
+        """Whether any of these blocks waits for its copy, or is being copied."""
+        return not self._on_their_way.isdisjoint(keys)
+
+    def copy_s(self, num_blocks: int) -> float:
+        """What a copy of so many blocks takes, by those made."""
+        return self._copies.seconds(num_blocks * self._parts.kv_pool.layout.block_bytes)
 
     def step_began(self) -> None:
         """The engine works: copies make pauses from now on."""
@@ -219,8 +241,11 @@ class WriteBehind:
             began_s = time.monotonic()
             save = functools.partial(kv_pool.save, page_ids[start:stop], arena_SX, slots[start:stop])
             await run_to_end(self._thread, save)
+            copy_s = time.monotonic() - began_s
+            num_bytes = len(page_ids[start:stop]) * kv_pool.layout.block_bytes
+            self._copies.observe(num_bytes, copy_s=copy_s)
             if stop < len(page_ids) or self._ready:
-                await self._pause(time.monotonic() - began_s)
+                await self._pause(copy_s)
 
     async def _pause(self, copy_s: float) -> None:
         """After a copy that took so long; none while the engine rests."""
@@ -241,6 +266,7 @@ class WriteBehind:
 
     def _let_go(self, computed: ComputedRun) -> None:
         self._num_pinned -= len(computed.page_ids)
+        self._on_their_way.difference_update(computed.run.keys)
         self._parts.state.unpin_pages(computed.page_ids)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:

@@ -33,6 +33,7 @@ from workers.metrics import WorkerMetrics
 from workers.request import KvHolder, Request, RequestId, RequestOutput, SamplingParams, SessionId
 from workers.scheduler import SchedulerLimits
 from workers.state import EngineState, StateLimits
+from workers.swap import Swap
 from workers.tier_traffic import TierTraffic
 from workers.write_behind import WriteBehind, WriteLimits, WriteParts
 
@@ -338,7 +339,9 @@ async def running_end(
         puller=puller,
         metrics=metrics,
         max_num_submitted=100,
-        tiers=TierTraffic(loader, write_behind, costs=costs),
+        tiers=TierTraffic(
+            loader, write_behind, swap=Swap(state, loader, write_behind, costs=costs), costs=costs
+        ),
     )
     ear: Any = Ear()
     end = End(

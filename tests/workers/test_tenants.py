@@ -1,6 +1,8 @@
 from workers import tenants as module
 from workers.request import Request, RequestId, SamplingParams, SessionId
-from workers.tenants import Tenants
+from workers.tenants import MAX_CREDIT_TOKENS, Tenants
+
+LONG = 10 * int(MAX_CREDIT_TOKENS)
 
 
 def request(tenant: str, *, weight: float = 1.0) -> Request:
@@ -42,24 +44,44 @@ def test_twice_the_weight_halves_the_price() -> None:
     assert tenants.served("a") == 5
 
 
-def test_a_tenant_that_comes_back_has_saved_nothing_up() -> None:
+def test_a_tenant_that_comes_back_has_saved_no_more_up_than_a_prompt() -> None:
     tenants, idle, busy = Tenants(), request("idle"), request("busy")
     tenants.enter(idle)
     tenants.leave(idle)
     tenants.enter(busy)
-    tenants.charge(busy, first_token=0, end_token=500, num_sampled=0)
+    tenants.charge(busy, first_token=0, end_token=LONG, num_sampled=0)
     tenants.enter(idle)
-    assert tenants.served("idle") == 500
+    assert tenants.served("idle") == LONG - MAX_CREDIT_TOKENS
 
 
-def test_the_last_one_to_leave_is_not_behind_the_next_one_to_come() -> None:
+def test_coming_and_going_earns_nothing_to_a_tenant_that_used_its_share() -> None:
+    tenants, flickers, busy = Tenants(), request("flickers"), request("busy")
+    tenants.enter(busy)
+    tenants.charge(busy, first_token=0, end_token=LONG, num_sampled=0)
+    tenants.enter(flickers)
+    tenants.charge(flickers, first_token=0, end_token=int(MAX_CREDIT_TOKENS) + 7, num_sampled=0)
+    tenants.leave(flickers)
+    tenants.enter(flickers)
+    assert tenants.served("flickers") == LONG + 7
+
+
+def test_the_credit_of_twice_the_weight_is_as_many_tokens() -> None:
+    tenants, heavy, busy = Tenants(), request("heavy", weight=2.0), request("busy")
+    tenants.enter(busy)
+    tenants.charge(busy, first_token=0, end_token=LONG, num_sampled=0)
+    tenants.enter(heavy)
+    tenants.charge(heavy, first_token=0, end_token=int(MAX_CREDIT_TOKENS), num_sampled=0)
+    assert tenants.served("heavy") == LONG
+
+
+def test_the_last_one_to_leave_is_a_prompt_behind_the_next_one_to_come_and_no_more() -> None:
     tenants, first, next_ = Tenants(), request("first"), request("next")
     tenants.enter(first)
-    tenants.charge(first, first_token=0, end_token=500, num_sampled=0)
+    tenants.charge(first, first_token=0, end_token=LONG, num_sampled=0)
     tenants.leave(first)
     tenants.enter(next_)
     tenants.enter(first)
-    assert tenants.served("next") == tenants.served("first") == 500
+    assert tenants.served("first") - tenants.served("next") == MAX_CREDIT_TOKENS
 
 
 def test_leaving_does_not_wash_off_what_a_tenant_was_served() -> None:
@@ -81,5 +103,5 @@ def test_tenants_without_number_are_not_all_remembered() -> None:
         tenants.charge(passing, first_token=0, end_token=number, num_sampled=0)
         tenants.leave(passing)
     assert len(tenants._served) <= module.MAX_REMEMBERED + 2
-    assert tenants.served(f"t{number}") == number
-    assert tenants.served("stays") == 0
+    tenants.enter(passing)
+    assert (tenants.served(passing.tenant), tenants.served("stays")) == (number, 0)

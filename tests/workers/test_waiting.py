@@ -59,9 +59,12 @@ def test_the_tenant_that_was_served_less_is_first() -> None:
 
 
 def test_tenants_make_no_difference_to_a_policy_that_does_not_ask() -> None:
-    queue = WaitingQueue(priority, Tenants())
+    tenants = Tenants()
+    queue = WaitingQueue(priority, tenants)
     for number in (3, 1, 2, 0):
-        queue.add(request(f"r{number}", tenant=f"t{number % 2}", arrival_s=float(number)))
+        each = request(f"r{number}", tenant=f"t{number % 2}", arrival_s=float(number))
+        tenants.enter(each)
+        queue.add(each)
     assert names(queue) == ["r0", "r1", "r2", "r3"]
 
 
