@@ -57,7 +57,7 @@ class StepPlan:
     rows: tuple[ScheduledRequest, ...] = ()
     admissions: tuple[Admission, ...] = ()
     pulls: tuple[Pull, ...] = ()
-    preempted: tuple[RequestId, ...] = ()  # lose their pages and wait again, to be recomputed
+    preempted: tuple[RequestId, ...] = ()  # lose their pages and wait again, to be loaded or recomputed
 
     @property
     def is_empty(self) -> bool:
