@@ -82,7 +82,7 @@ class Loader:
         """Gives up what is late, and what nobody waits for any more."""
         if not self._active:
             return  # it is called before every step
-        stalled = {request.request_id for request in self._parts.state.stalled()}
+        stalled = {request.request_id for request in self._parts.state.loads.stalled()}
         for request_id, active in list(self._active.items()):
             load = active.load
             if not load.request.loads:

@@ -321,9 +321,11 @@ class RequestLoop:
                         self._stop_loading(request_id)
                         self._report_progress()
                 case BlocksPlaced(request_id, region, first_block, is_exact):
-                    self._state.place(request_id, region, first_block, is_exact=is_exact, now_s=time.time())
+                    self._state.loads.place(
+                        request_id, region, first_block, is_exact=is_exact, now_s=time.time()
+                    )
                 case LoadFailed(request_id, region):
-                    self._state.load_failed(request_id, region, region.placed_block, now_s=time.time())
+                    self._state.loads.fail(request_id, region, region.placed_block, now_s=time.time())
                 case PagesFree():
                     pass  # it has woken us
 

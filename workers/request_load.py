@@ -175,7 +175,7 @@ class RequestLoad:
                 if region in self._reached:
                     return False
                 end_block = blocks.first_block + fetch.num_blocks
-                self._parts.state.shorten_load(self.request.request_id, region, end_block)
+                self._parts.state.loads.shorten(self.request.request_id, region, end_block)
                 planner = self._plan_for(Span(blocks.first_block, end_block), link)
             source = PeerSource(
                 fetch, chain, parts=self._parts, sources=self._sources, threads=threads, link=link,
@@ -236,23 +236,23 @@ class RequestLoad:
 
     def _pages_of(self, region: LoadRegion, span: Span) -> tuple[PageId, ...]:
         """Those of the last blocks of the span that the request has, and still waits for."""
-        return self._parts.state.pages_to_fill(
+        return self._parts.state.loads.pages_to_fill(
             self.request.request_id, region, first_block=span.first_block, end_block=span.end_block
         )
 
     # Claims.
 
     def _claim(self, first_block: int, end_block: int) -> LoadRegion | None:
-        return self._parts.state.open_load(
+        return self._parts.state.loads.open(
             self.request.request_id, first_block=first_block, end_block=end_block, now_s=time.time()
         )
 
     def _move(self, region: LoadRegion, first_block: int) -> None:
-        self._parts.state.move_load(self.request.request_id, region, first_block)
+        self._parts.state.loads.move(self.request.request_id, region, first_block)
 
     def _stop(self, region: LoadRegion, first_block: int) -> None:
         """Blocks of the region before this one do not come."""
-        self._parts.state.load_failed(self.request.request_id, region, first_block, now_s=time.time())
+        self._parts.state.loads.fail(self.request.request_id, region, first_block, now_s=time.time())
 
     def _plan_for(self, blocks: Span, link: LinkEstimate) -> StreamPlanner:
         parts = self._parts

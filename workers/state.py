@@ -25,6 +25,7 @@ from workers import loads, moves, timeline
 from workers.computed_blocks import ComputedBlocks, ComputedRun
 from workers.errors import InvalidRequest, QueueFull
 from workers.invariants import prove_request
+from workers.load_book import LoadBook
 from workers.outputs import end_output, finish_reason, logprobs_of, new_tokens_output
 from workers.pages import PagePool, num_pages_for
 from workers.policies import Policy, own_rank, priority, rank
@@ -32,7 +33,6 @@ from workers.reports import BlockEvents, ExportProgress, Load
 from workers.request import (
     FinishReason,
     Handoff,
-    LoadRegion,
     PageId,
     Purpose,
     Request,
@@ -79,6 +79,7 @@ class EngineState:
         self._handoffs: dict[RequestId, Handoff] = {}  # of held and frozen requests
         self._moving: dict[RequestId, Request] = {}  # to another worker, frozen ones included
         self._computed = ComputedBlocks(self._pages)
+        self.loads = LoadBook(self._requests, self._running, self._computed)
 
     @property
     def max_request_tokens(self) -> int:
@@ -234,8 +235,7 @@ class EngineState:
         for admission in plan.admissions:
             request = self._requests[admission.request_id]
             self._admit(request, admission.page_ids, admission.first_block, now_s=now_s)
-            request.status = Status.RUNNING
-            insort(self._running, request, key=self._own_rank)
+            self._run(request)
         for pull in plan.pulls:
             self._admit(pull.request, pull.page_ids, pull.first_block, now_s=now_s)
             pull.request.timeline.stamp(timeline.PULL_STARTED, now_s)
@@ -255,69 +255,6 @@ class EngineState:
         """Instead of `apply`, if the step broke off: its rows are where they were. Whether they end is the caller's."""
         for row in plan.rows:
             row.request.num_scheduled_tokens = row.request.num_computed_tokens
-
-    # Loads, see workers.loads. All but `place` are safe while a step executes.
-
-    def open_load(
-        self, request_id: RequestId, *, first_block: int, end_block: int, now_s: float
-    ) -> LoadRegion | None:
-        """Claims blocks of a request to be loaded; None if none of them can be, or the request is not here."""
-        request = self._requests.get(request_id)
-        if request is None or request.status not in (Status.WAITING, Status.RUNNING):
-            return None
-        if request.kv_source is not None:
-            return None  # its prompt comes as a whole
-        region = loads.open_region(request, first_block=first_block, end_block=end_block)
-        if region is not None:
-            request.timeline.stamp_once(timeline.LOAD_STARTED, now_s)
-        return region
-
-    def move_load(self, request_id: RequestId, region: LoadRegion, first_block: int) -> None:
-        """What is to be loaded begins there, as near as may be; at `end_block`: nothing more is."""
-        request = self._loading(request_id, region)
-        if request is not None:
-            loads.move_region(request, region, first_block)
-
-    def shorten_load(self, request_id: RequestId, region: LoadRegion, end_block: int) -> None:
-        """Less can be loaded than was thought, and nothing of it is in pages yet."""
-        request = self._loading(request_id, region)
-        if request is not None:
-            loads.shorten_region(request, region, end_block)
-
-    def place(
-        self, request_id: RequestId, region: LoadRegion, first_block: int, *, is_exact: bool, now_s: float
-    ) -> None:
-        """Blocks from `first_block` up to those placed before are in the pages: the request goes on from the last."""
-        request = self._loading(request_id, region)
-        if request is not None and request.status is Status.RUNNING:
-            loads.place_blocks(region, first_block, is_exact=is_exact)
-            self._jump(request, now_s=now_s)
-
-    def load_failed(
-        self, request_id: RequestId, region: LoadRegion, first_block: int, *, now_s: float
-    ) -> None:
-        """No blocks before `first_block` come; what of them is not in pages is computed."""
-        request = self._loading(request_id, region)
-        if request is not None and region.first_block < min(first_block, region.placed_block):
-            request.timeline.stamp(timeline.LOAD_FAILED, now_s)
-            loads.move_region(request, region, first_block)
-
-    def pages_to_fill(
-        self, request_id: RequestId, region: LoadRegion, *, first_block: int, end_block: int
-    ) -> tuple[PageId, ...]:
-        """Of these blocks, as far as the request still waits for them: the last ones of the range."""
-        request = self._loading(request_id, region)
-        if request is None or request.status is not Status.RUNNING:
-            return ()
-        return request.page_ids[max(first_block, region.first_block) : end_block]
-
-    def stalled(self) -> tuple[Request, ...]:
-        """Running requests that can go on only once blocks have come."""
-        return tuple(
-            r
-            for r in self._running
-            if r.loads and r.computable_tokens(r.num_computed_tokens) == r.num_computed_tokens
-        )
 
     # Pages that others copy; safe while a step executes.
 
@@ -472,6 +409,9 @@ class EngineState:
     def _run_pulled(self, request: Request) -> None:
         del self._pulling[request.request_id]
         request.kv_source = None
+        self._run(request)
+
+    def _run(self, request: Request) -> None:
         request.status = Status.RUNNING
         insort(self._running, request, key=self._own_rank)
 
@@ -486,27 +426,8 @@ class EngineState:
             request.timeline.stamp_once(timeline.FIRST_CHUNK, now_s)
         if row.samples:
             return self._append(request, (result.sampled[request.request_id],), now_s=now_s)
-        self._jump(request, now_s=now_s)
+        self.loads.jump(request, now_s=now_s)
         return None
-
-    def _jump(self, request: Request, *, now_s: float) -> None:
-        """Goes on behind the blocks that were loaded, if the request has come to them."""
-        while (region := loads.arrived_region(request)) is not None:
-            request.loads.remove(region)
-            if region.first_lossy_block < region.end_block:
-                request.lose_exactness(region.first_lossy_block * BLOCK_SIZE_TOKENS)
-            num_loaded = (region.end_block - region.first_block) * BLOCK_SIZE_TOKENS
-            self._computed.skip(request, region.end_block * BLOCK_SIZE_TOKENS)
-            if request.timeline.first_s(timeline.PREEMPTED) is None:
-                num_cached = request.num_cached_tokens + num_loaded
-                request.num_cached_tokens = min(num_cached, request.num_prompt_tokens)
-            if not request.loads:
-                request.timeline.stamp(timeline.LOAD_DONE, now_s)
-
-    def _loading(self, request_id: RequestId, region: LoadRegion) -> Request | None:
-        """The request, if it is here and still loads this region."""
-        request = self._requests.get(request_id)
-        return request if request is not None and region in request.loads else None
 
     def _append(
         self,

@@ -439,7 +439,7 @@ async def test_the_engine_computes_what_is_late_only_when_nothing_writes_to_its_
             await asyncio.sleep(0)
     for _ in range(10):
         await asyncio.sleep(0)
-    assert [r.request_id for r in lossy.state.stalled()] == [request_id]
+    assert [r.request_id for r in lossy.state.loads.stalled()] == [request_id]
     decode.go.set()
     assert (await lossy.ended(request_id)).num_cached_tokens == 0
     await lossy.settled()

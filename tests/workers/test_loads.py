@@ -26,7 +26,7 @@ def new_state(num_tokens: int = 200) -> tuple[EngineState, Request]:
 
 
 def claim(state: EngineState, first_block: int, end_block: int) -> LoadRegion:
-    region = state.open_load(ID, first_block=first_block, end_block=end_block, now_s=0.0)
+    region = state.loads.open(ID, first_block=first_block, end_block=end_block, now_s=0.0)
     assert region is not None
     return region
 
@@ -51,8 +51,8 @@ def test_a_request_is_computed_up_to_its_load_and_goes_on_behind_it() -> None:
     assert rows(step(state)) == [(0, 64, False)]
     assert rows(step(state)) == [(64, 16, False)]
     assert step(state).is_empty
-    assert state.stalled() == (request,)
-    state.place(ID, region, 5, is_exact=True, now_s=0.0)
+    assert state.loads.stalled() == (request,)
+    state.loads.place(ID, region, 5, is_exact=True, now_s=0.0)
     assert rows(step(state)) == [(192, 8, True)]
     assert request.num_cached_tokens == 7 * BLOCK_SIZE_TOKENS
 
@@ -62,7 +62,7 @@ def test_a_request_whose_blocks_all_come_is_admitted_without_a_row() -> None:
     region = claim(state, 0, 12)
     plan = step(state)
     assert (len(plan.admissions), plan.rows, plan.is_empty) == (1, (), False)
-    state.place(ID, region, 0, is_exact=True, now_s=0.0)
+    state.loads.place(ID, region, 0, is_exact=True, now_s=0.0)
     assert rows(step(state)) == [(192, 8, True)]
 
 
@@ -77,7 +77,7 @@ def test_what_a_step_computes_cannot_be_claimed_while_it_executes() -> None:
     state.begin(plan, now_s=0.0)
     region = claim(state, 1, 12)
     assert region.first_block == 4
-    state.move_load(ID, region, 0)
+    state.loads.move(ID, region, 0)
     assert region.first_block == 4
     state.apply(plan, StepResult(sampled={}), now_s=0.0)
     state.check()
@@ -87,8 +87,8 @@ def test_a_chunk_that_fails_leaves_what_came_after_it() -> None:
     state, request = new_state()
     region = claim(state, 2, 12)
     step(state)
-    state.place(ID, region, 8, is_exact=True, now_s=0.0)
-    state.load_failed(ID, region, 8, now_s=0.0)
+    state.loads.place(ID, region, 8, is_exact=True, now_s=0.0)
+    state.loads.fail(ID, region, 8, now_s=0.0)
     computed = [row for _ in range(4) for row in rows(step(state))]
     assert computed == [(32, 64, False), (96, 32, False), (192, 8, True), (200, 1, True)]
     assert request.num_cached_tokens == 4 * BLOCK_SIZE_TOKENS
@@ -107,15 +107,15 @@ def test_cached_pages_and_loads_do_not_overlap() -> None:
     region = claim(state, 3, 12)
     step(state)
     assert again.loads == []
-    assert state.pages_to_fill(ID, region, first_block=3, end_block=12) == ()
+    assert state.loads.pages_to_fill(ID, region, first_block=3, end_block=12) == ()
 
 
 def test_what_is_computed_on_lossy_blocks_is_neither_told_nor_written() -> None:
     state, request = new_state()
     region = claim(state, 2, 6)
     step(state)
-    state.place(ID, region, 4, is_exact=True, now_s=0.0)
-    state.place(ID, region, 2, is_exact=False, now_s=0.0)
+    state.loads.place(ID, region, 4, is_exact=True, now_s=0.0)
+    state.loads.place(ID, region, 2, is_exact=False, now_s=0.0)
     for _ in range(5):
         step(state)
     assert request.num_exact_tokens == 2 * BLOCK_SIZE_TOKENS
@@ -129,8 +129,8 @@ def test_regions_are_in_order_and_a_request_jumps_over_all_that_are_there() -> N
     assert (disk.first_block, disk.end_block) == (4, 9)
     assert loads.num_loaded_tokens(request) == 9 * BLOCK_SIZE_TOKENS
     step(state)
-    state.place(ID, disk, 4, is_exact=True, now_s=0.0)
+    state.loads.place(ID, disk, 4, is_exact=True, now_s=0.0)
     assert request.num_computed_tokens == 0
-    state.place(ID, memory, 0, is_exact=True, now_s=0.0)
+    state.loads.place(ID, memory, 0, is_exact=True, now_s=0.0)
     assert request.num_computed_tokens == 9 * BLOCK_SIZE_TOKENS
     assert request.status is Status.RUNNING

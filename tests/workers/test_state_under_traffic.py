@@ -139,7 +139,9 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), first=st.integers(0, 5), num=st.integers(1, 5))
     def open_load(self, data: st.DataObject, first: int, num: int) -> None:
         request = self.live[data.draw(st.sampled_from(sorted(self.live)))]
-        region = self.state.open_load(request.request_id, first_block=first, end_block=first + num, now_s=0.0)
+        region = self.state.loads.open(
+            request.request_id, first_block=first, end_block=first + num, now_s=0.0
+        )
         if region is not None:
             self.loading.append((request, region))
 
@@ -147,7 +149,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), first=st.integers(0, 6))
     def move_load(self, data: st.DataObject, first: int) -> None:
         request, region = data.draw(st.sampled_from(self.loading))
-        self.state.move_load(request.request_id, region, first)
+        self.state.loads.move(request.request_id, region, first)
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), num=st.integers(1, 3), is_exact=st.booleans())
@@ -157,7 +159,7 @@ class EngineMachine(RuleBasedStateMachine):
         if any(other is region for _, other, *_ in self.copying):
             return
         first = max(region.placed_block - num, 0)
-        page_ids = self.state.pages_to_fill(
+        page_ids = self.state.loads.pages_to_fill(
             request.request_id, region, first_block=first, end_block=region.placed_block
         )
         if page_ids:
@@ -174,7 +176,7 @@ class EngineMachine(RuleBasedStateMachine):
     def fail_load(self, data: st.DataObject) -> None:
         request, region = data.draw(st.sampled_from(self.loading))
         if not any(other is region for _, other, *_ in self.copying):
-            self.state.load_failed(request.request_id, region, region.placed_block, now_s=0.0)
+            self.state.loads.fail(request.request_id, region, region.placed_block, now_s=0.0)
 
     @rule()
     def drop_blocks(self) -> None:
@@ -226,9 +228,9 @@ class EngineMachine(RuleBasedStateMachine):
                 if self.copying:
                     self.finish_copy(-1)
                     continue
-                if stalled := self.state.stalled():
+                if stalled := self.state.loads.stalled():
                     region = stalled[0].loads[0]
-                    self.state.load_failed(stalled[0].request_id, region, region.placed_block, now_s=0.0)
+                    self.state.loads.fail(stalled[0].request_id, region, region.placed_block, now_s=0.0)
                     continue
                 held = [i for i, r in self.live.items() if r.status is Status.HELD]
                 assert self.pulling or held, "there are requests, but nothing is done about them"
@@ -260,7 +262,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.begin(plan)
         # While a step executes, loads may claim blocks, and fail.
         for number, (request, region) in enumerate(self.loading):
-            self.state.move_load(request.request_id, region, (region.first_block + number) % 5)
+            self.state.loads.move(request.request_id, region, (region.first_block + number) % 5)
         for row in plan.rows:
             start, stop = row.num_computed_tokens, row.num_computed_tokens + row.num_new_tokens
             self.expect_memory(row.request, row.page_ids, start)
@@ -296,7 +298,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.memory[page_ids[position // 16]][position % 16] = digest if is_exact else ~digest
         if is_exact:
             self.exact_digests.update(digests)
-        self.state.place(request.request_id, region, first_block, is_exact=is_exact, now_s=0.0)
+        self.state.loads.place(request.request_id, region, first_block, is_exact=is_exact, now_s=0.0)
         self.state.unpin_pages(page_ids)
         self.state.check()
 
