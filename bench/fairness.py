@@ -117,10 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="finish within a minute; noisier")
     quick = parser.parse_args().quick
-    vs_alone = measure_flood("fair", num_requests=8 if quick else 100)
+    vs_alone = measure_flood("fair", num_requests=6 if quick else 60)
     if not quick:
         measure_flood("priority", num_requests=10)
-    swap_vs_recompute = measure_swap(num_turns=2 if quick else 4, repeats=1 if quick else 3)
+    swap_vs_recompute = measure_swap(num_turns=2, repeats=1 if quick else 3)
     write_report(
         "fairness",
         [

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.cost_model import CostModel
+from workers.cost_model import CopyRate, CostModel
 
 STEP_TOKENS = 512
 coefficients = st.tuples(st.floats(1e-4, 2e-2), st.floats(1e-6, 2e-3), st.floats(1e-10, 1e-6))
@@ -116,3 +116,15 @@ def test_ranges_that_touch_add_up(of: tuple[float, float, float], first: int, co
 def test_a_step_without_tokens_is_an_error() -> None:
     with pytest.raises(ValueError, match="tokens_per_step must be at least 1, got 0"):
         CostModel(tokens_per_step=0)
+
+
+def test_the_rate_of_copies_follows_those_made_and_one_in_no_time_says_nothing() -> None:
+    rate = CopyRate(prior_bytes_s=1e9)
+    assert rate.seconds(1_000_000) == pytest.approx(0.001)
+    for _ in range(100):
+        rate.observe(1_000_000, copy_s=0.004)
+    assert rate.seconds(1_000_000) == pytest.approx(0.004, rel=0.01)
+    rate.observe(1_000_000, copy_s=0.0)
+    assert rate.seconds(1_000_000) == pytest.approx(0.004, rel=0.01)
+    rate.observe(1_000_000, copy_s=1e-9)
+    assert rate.seconds(1_000_000) > 0.003
