@@ -27,7 +27,7 @@ VOCAB_SIZE = 2560
 NUM_CONVERSATIONS = 6
 # Answers are long: who was admitted with pages for what is known grows until another must give its own up.
 TURN_TOKENS, ANSWER_TOKENS = 128, 192
-# All conversations need more at the end of their first turn, and five times as many at that of the fourth.
+# All conversations need more at the end of their first turn, and two and a half times as many at that of the second.
 NUM_PAGES = 96
 DEADLINE_S = 300.0
 
