@@ -6,7 +6,7 @@ from kvstore.blocks import FORMAT_VERSION
 from kvstore.layout import KvLayout
 from protos import worker_pb2
 from workers.config import Role
-from workers.errors import EngineFailed, InvalidRequest, QueueFull, WorkerError
+from workers.errors import EngineFailed, InvalidRequest, QueueFull, WorkerDraining, WorkerError
 from workers.identity import Identity
 from workers.reports import Load
 from workers.request import (
@@ -131,6 +131,7 @@ def test_every_finish_reason_has_its_number(reason: FinishReason | None) -> None
         (InvalidRequest("no"), worker_pb2.Failure.INVALID),
         (EngineFailed("no"), worker_pb2.Failure.INTERNAL),
         (QueueFull("no", retry_after_s=2.5), worker_pb2.Failure.OVERLOADED),
+        (WorkerDraining("no"), worker_pb2.Failure.UNAVAILABLE),
     ],
 )
 def test_an_error_becomes_a_failure_with_its_code(
@@ -153,9 +154,9 @@ def test_a_description_says_who_we_are_and_how_busy() -> None:
         num_running=1, num_waiting=2, num_pages=10, num_free_pages=4, num_waiting_tokens=5, num_leases=6,
         num_demanded_pages=7,
     )  # fmt: skip
-    assert description_to_wire(identity, load) == worker_pb2.WorkerDescription(
+    assert description_to_wire(identity, load, is_draining=True) == worker_pb2.WorkerDescription(
         worker_id="w", epoch=2**63 - 1, role=worker_pb2.ROLE_DECODE, control_address="h:1",
-        data_address="tcp://h:2", pid=7, block_format=FORMAT_VERSION,
+        data_address="tcp://h:2", pid=7, is_draining=True, block_format=FORMAT_VERSION,
         model=worker_pb2.ModelDescription(
             name="m", fingerprint=b"f", max_model_len=99, vocab_size=260,
             layout=worker_pb2.KvLayout(
