@@ -80,10 +80,18 @@ def _inspect(directory: Path, number: int, form: SegmentFormat) -> FoundSegment 
 
 def _inspect_open(fd: int, path: Path, number: int, form: SegmentFormat) -> FoundSegment | FoundOther:
     size_bytes = os.fstat(fd).st_size
+    # The kernel would read ahead what nobody asked for: the blocks.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    was_cached = _is_cached(fd)
     try:
         header = read_segment_header(os.pread(fd, SEGMENT_HEADER_BYTES, 0), form)
         if not isinstance(header, Origin) and header.number == number:
-            return _found_ours(fd, path, header, form)
+            found = _found_ours(fd, path, header, form)
+            if not was_cached:
+                # The single pages of headers would keep the kernel from reading ahead in large ones: 1 MiB at a time
+                # came at 860 MB/s with them and at 1320 without (virtual NVMe disk).
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            return found
         origin = header if isinstance(header, Origin) else Origin.CORRUPTED
     except OSError as error:
         logger.error("cannot read %s: %s", path, error)
@@ -92,9 +100,15 @@ def _inspect_open(fd: int, path: Path, number: int, form: SegmentFormat) -> Foun
 
 
 def _found_ours(fd: int, path: Path, header: SegmentHeader, form: SegmentFormat) -> FoundSegment:
-    # The kernel would read ahead what nobody asked for: the blocks.
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     segment = Segment(fd, path=path, header=header, form=form)
     scan = segment.scan()
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
     return FoundSegment(segment=segment, scan=scan)
+
+
+def _is_cached(fd: int) -> bool:
+    """Whether the beginning of a file is in the page cache. To ask brings it there."""
+    try:
+        return os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+    except OSError:  # not there, or a file system that cannot tell
+        return False
