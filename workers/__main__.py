@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     # Modules are not garbage: to look for it among the objects of torch and numba, again and again while they come,
-    # took 0.3 of 1.9 s (2 AMD EPYC cores).
+    # took 0.3 of 1.9 s (2 Xeon cores).
     gc.disable()
     try:
         serve = _load_store(config) if config.role is Role.STORE else _load_worker(config)
