@@ -269,7 +269,7 @@ def main() -> None:
     num_pulls, num_trips = (5, 1000) if quick else (25, 10_000)
     found = {name: run(name, num_pulls=num_pulls, num_trips=num_trips) for name in LOOPS}
     claims = [claim for name, figures in found.items() for claim in claims_of(name, figures)]
-    write_report("data_plane", claims)
+    write_report("data_plane", claims, keep=not quick)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
         Encoder(Tokenizer.from_file(str(MODEL / "tokenizer.json"))),
         num_samples=20 if options.quick else options.samples,
     )
-    write_report("demo_model", claims(figures))
+    write_report("demo_model", claims(figures), keep=not options.quick)
 
 
 def claims(figures: Figures) -> list[Claim]:

@@ -127,6 +127,7 @@ def main() -> None:
             Claim(name="victim_ttft_p99_vs_alone", value=vs_alone, unit="x", aim=1.5, better="lower"),
             Claim(name="swap_vs_recompute", value=swap_vs_recompute, unit="x", aim=1.2, better="higher"),
         ],
+        keep=not quick,
     )
 
 

@@ -90,7 +90,8 @@ async def measure(port: int, *, num_prefills: int, decode_tokens: int) -> Measur
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="finish within a minute; noisier")
-    num_prefills, decode_tokens = (4, 300) if parser.parse_args().quick else (24, 1500)
+    quick = parser.parse_args().quick
+    num_prefills, decode_tokens = (4, 300) if quick else (24, 1500)
     changes = {}
     with tempfile.TemporaryDirectory(prefix="penstock-") as directory:
         model = write_random_model(Path(directory), hidden_size=512, num_layers=8)
@@ -120,6 +121,7 @@ def main() -> None:
             ),
             Claim(name="mixed_itl_p99_change", value=changes["mixed"], unit="%", aim=20, better="higher"),
         ],
+        keep=not quick,
     )
 
 

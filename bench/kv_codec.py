@@ -98,7 +98,7 @@ def main() -> None:
     for level in profiled.levels[1 : NUM_CACHEGEN_LEVELS + 1]:
         judge.row(bare, level.number, f"{level.name} no profile")
     over = compare_with_entropy(known, layout, texts, recalls, rows)
-    write_report("kv_codec", claims(rows, over))
+    write_report("kv_codec", claims(rows, over), keep=extent is FULL)
 
 
 _HEAD = (

@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="2 measurements of each")
     options = parser.parse_args(arguments)
     repeat, repeat_large = (2, 2) if options.quick else (options.repeat, options.repeat_large)
-    write_report("kv_load", asyncio.run(run_all(repeat=repeat, repeat_large=repeat_large)))
+    found = asyncio.run(run_all(repeat=repeat, repeat_large=repeat_large))
+    write_report("kv_load", found, keep=not options.quick)
 
 
 if __name__ == "__main__":

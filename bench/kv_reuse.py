@@ -219,7 +219,7 @@ def main() -> None:
         Claim(name="cost_aware_flops_vs_lru", value=worst, unit="x", aim=1.0, better="higher"),
         Claim(name="lookups_per_s", value=lookups_per_s, unit="blocks/s", aim=200_000, better="higher"),
     ]
-    write_report("kv_reuse", claims)
+    write_report("kv_reuse", claims, keep=True)
     if wrong:
         raise SystemExit("\n".join(wrong))
 

@@ -242,6 +242,7 @@ def main() -> None:
                 name="warm_restart_s", value=statistics.median(restarts_s), unit="s", aim=2, better="lower"
             ),
         ],
+        keep=not quick,
     )
 
 

@@ -256,7 +256,7 @@ def main() -> None:
             name="streams_identical", value=100 * num_same / num_streams, unit="%", aim=100, better="higher"
         ),
     ]
-    write_report("migration", claims)
+    write_report("migration", claims, keep=not quick)
 
 
 if __name__ == "__main__":

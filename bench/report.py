@@ -1,4 +1,4 @@
-"""What every bench ends with: one JSON line of claims, printed last and written to bench/results/<bench>.json."""
+"""What every bench ends with: one JSON line of claims, printed last and, of a full run, kept in bench/results/."""
 
 import json
 import os
@@ -28,8 +28,8 @@ class Claim:
         return self.value >= self.aim if self.better == "higher" else self.value <= self.aim
 
 
-def write_report(bench: str, claims: Sequence[Claim]) -> None:
-    """Prints the claims as a table and then as one JSON line, and writes that line to bench/results/<bench>.json."""
+def write_report(bench: str, claims: Sequence[Claim], *, keep: bool) -> None:
+    """Prints the claims as a table and then as one JSON line, and keeps that line in bench/results/<bench>.json."""
     for claim in claims:
         verdict = "reached" if claim.reached else "missed"
         print(f"{claim.name:40} {claim.value:10.4g} {claim.unit:8} aim {claim.aim:g} ({verdict})")
@@ -41,9 +41,10 @@ def write_report(bench: str, claims: Sequence[Claim]) -> None:
         "claims": [{**asdict(claim), "value": float(f"{claim.value:.4g}")} for claim in claims],
     }
     line = json.dumps(report)
-    results = _ROOT / "bench" / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"{bench}.json").write_text(line + "\n")
+    if keep:
+        results = _ROOT / "bench" / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"{bench}.json").write_text(line + "\n")
     print(line, flush=True)
 
 

@@ -120,7 +120,8 @@ async def members(cluster: RunningCluster) -> list[worker_pb2.WorkerDescription]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="finish within a minute; noisier")
-    quiet_s, decode_tokens = (5.0, 100) if parser.parse_args().quick else (30.0, 300)
+    quick = parser.parse_args().quick
+    quiet_s, decode_tokens = (5.0, 100) if quick else (30.0, 300)
     with tempfile.TemporaryDirectory(prefix="penstock-") as directory:
         model = write_random_model(Path(directory), hidden_size=256, num_layers=4)
         settings = {"model": {"name": "bench", "path": str(model)}, "pools": POOLS}
@@ -142,6 +143,7 @@ def main() -> None:
             Claim(name="failed", value=found.rolled.num_failed, unit="requests", aim=0, better="lower"),
             Claim(name="itl_p99_change", value=found.p99_change_percent, unit="%", aim=100, better="lower"),
         ],
+        keep=not quick,
     )
 
 

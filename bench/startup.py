@@ -96,7 +96,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one warm start after the cold one, instead of three"
     )
-    num_warm = 1 if parser.parse_args().quick else 3
+    quick = parser.parse_args().quick
+    num_warm = 1 if quick else 3
     with tempfile.TemporaryDirectory(prefix="penstock-kernels-") as kernel_cache:
         os.environ["NUMBA_CACHE_DIR"] = kernel_cache
         starts = []
@@ -119,6 +120,7 @@ def main() -> None:
             ),
             Claim(name="resident_gb", value=resident_bytes / 1e9, unit="GB", aim=2.5, better="lower"),
         ],
+        keep=not quick,
     )
 
 
