@@ -142,8 +142,9 @@ async def test_a_long_prompt_moves_while_it_is_being_computed(start_pair: StartP
 
 
 async def test_a_waiting_request_moves_as_its_tokens(start_pair: StartPair) -> None:
-    pair = await start_pair(source={"num_pages": 12})
-    hog = await pair.at_source.submit("hog", [9] * 100, max_tokens=80, ignore_eos=True)
+    # One runs at a time, and the first one for longer than the other one takes to move.
+    pair = await start_pair(source={"max_num_seqs": 1})
+    hog = await pair.at_source.submit("hog", [9] * 60, max_tokens=430, ignore_eos=True)
     async with asyncio.timeout(SOON_S):
         await hog.began.wait()
     waiting = await pair.begin(max_tokens=30)

@@ -526,7 +526,7 @@ async def test_while_the_only_worker_drains_requests_wait_for_the_next(cluster: 
     cluster.join(leaving)
     generation = make_generation()
     client = asyncio.create_task(collect(cluster.dispatcher(worker_wait_s=WAIT_S), generation))
-    with pytest.raises(NoWorkers, match="about to stop"):
+    with pytest.raises(NoWorkers, match="is draining"):
         await collect(cluster.dispatcher(), make_generation())
     await cluster.start(FakeWorker("e"))
     assert_is_whole(await client, generation)
