@@ -19,6 +19,7 @@ class StreamTiming:
     event_times_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     text: str = ""
+    tokens: list[str] = field(default_factory=list)  # one by one, if the request asks for logprobs
     error: str | None = None
 
     @property
@@ -86,7 +87,10 @@ async def _read_events(reader: asyncio.StreamReader, timing: StreamTiming) -> No
             return
         if event["choices"]:
             timing.event_times_s.append(time.perf_counter())
-            timing.text += event["choices"][0]["text"]
+            choice = event["choices"][0]
+            timing.text += choice["text"]
+            if choice["logprobs"] is not None:
+                timing.tokens += choice["logprobs"]["tokens"]
         if event.get("usage"):
             timing.num_tokens = event["usage"]["completion_tokens"]
     if not finished or not timing.num_tokens:

@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
-from tests.control_plane.redis_server import RedisServer
+from bench.redis_server import RedisServer
 from tests.end_to_end.asking import (
     LOADABLE_TOKENS,
     ask_all,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.redis_server import RedisServer
 from control_plane.directory.block_events import BlockEvents
 from control_plane.directory.errors import StaleEpoch, UnknownWorker
 from control_plane.directory.member import Incarnation, Member, Model, Role, WorkerId, WorkerLoad
@@ -17,7 +18,6 @@ from control_plane.directory.redis_link import RedisLink, RedisSettings
 from control_plane.directory.server import Directory, expire_silent
 from kvstore.blocks import BlockKey
 from kvstore.layout import KvLayout
-from tests.control_plane.redis_server import RedisServer
 
 WAIT_S = 10.0
 HEARTBEAT_S, TTL_S = 0.02, 0.4

@@ -16,12 +16,12 @@ import httpx
 import pytest
 import yaml
 
+from bench.redis_server import RedisServer
 from control_plane.config import PROJECT_ROOT, load_config
 from control_plane.directory.memory import MemoryDirectory
 from control_plane.gateway import control_process
 from protos import directory_pb2, directory_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.control_plane.fake_worker import FakeWorker
-from tests.control_plane.redis_server import RedisServer
 
 TIMEOUT_S = 30.0
 HEARTBEAT_S, TTL_S = 0.1, 1.5

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.redis_server import RedisServer
 from control_plane.directory.block_events import BlockEvents
 from control_plane.directory.member import WorkerLoad
 from control_plane.directory.memory import MemoryDirectory
@@ -18,7 +19,6 @@ from kvstore.blocks import chain_keys, root_key
 from protos import worker_pb2
 from tests.control_plane.fake_cluster import Cluster, collect, make_generation
 from tests.control_plane.fake_worker import WAIT_S, FakeWorker, expected_tokens
-from tests.control_plane.redis_server import RedisServer
 
 LONG = 200
 

@@ -16,7 +16,7 @@ START_TIMEOUT_S = 10.0
 class RedisServer:
     def __init__(self, directory: Path) -> None:
         binary = shutil.which("redis-server")
-        assert binary, "these tests need redis-server: say make redis, or install the package redis-server"
+        assert binary, "this needs redis-server: say make redis, or install the package redis-server"
         self._binary = binary
         self._socket = directory / "redis.sock"
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,0 +1,115 @@
+"""The cluster that a storm rages in, with its Redis: who runs, who is known, and whether all is well."""
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.chaos_load import GatewayDoor
+from bench.cluster import RunningCluster, running_cluster
+from bench.redis_server import RedisServer
+from control_plane.cli.members import watch_workers
+from control_plane.runtimes.process_id import ProcessId
+from control_plane.runtimes.state import GatewayState, RunState, Status, read_state
+from protos import worker_pb2
+
+POLL_S = 0.1
+# The pauses before a process that dies young is started again grow to 15 s.
+RECOVERY_TIMEOUT_S = 60.0
+NUM_GATEWAYS = 2
+SHAPES = {
+    "disaggregated": {"prefill": {"replicas": 2}, "decode": {"replicas": 2}},
+    "mixed": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "mixed": {"replicas": 2}},
+}
+TIER_BYTES = 64 * 2**20
+
+
+class Site:
+    def __init__(self, cluster: RunningCluster, redis: RedisServer) -> None:
+        self.cluster = cluster
+        self.redis = redis
+        state = self.state()
+        self.doors = {gateway.name: GatewayDoor(_port(gateway)) for gateway in state.gateways}
+        self.workers = [process.name for process in state.processes if process.pool]
+        self.generating = [process.name for process in state.processes if process.pool in ("decode", "mixed")]
+
+    def state(self) -> RunState:
+        found = read_state(self.cluster.run_dir)
+        if found is None:
+            raise RuntimeError(f"the cluster in {self.cluster.run_dir} has gone")
+        return found
+
+    def process(self, name: str) -> ProcessId | None:
+        """None while it starts."""
+        found = next(process for process in self.state().processes if process.name == name)
+        return found.process_id if found.status is Status.READY else None
+
+    def control_address(self, worker: str) -> str:
+        return f"unix:{self.cluster.run_dir / 'sockets' / f'{worker}.control.sock'}"
+
+    def members(self) -> list[dict[str, worker_pb2.WorkerDescription]]:
+        """By name, of every gateway's directory; empty of one that does not answer."""
+        found = (
+            watch_workers([gateway.directory_address], timeout_s=1.0) for gateway in self.state().gateways
+        )
+        return [{member.worker_id: member for member in members or ()} for members in found]
+
+    def are_well(self, workers: Collection[str]) -> bool:
+        """They serve, and every gateway knows these very incarnations of them."""
+        processes = {worker: self.process(worker) for worker in workers}
+        return all(
+            process is not None
+            and process.is_alive()
+            and (member := members.get(worker)) is not None
+            and member.pid == process.pid
+            and not member.is_draining
+            for members in self.members()
+            for worker, process in processes.items()
+        )
+
+
+@contextmanager
+def running_site(shape: str) -> Iterator[Site]:
+    """Two gateways over a Redis, and two workers of each pool."""
+    with tempfile.TemporaryDirectory(prefix="penstock-") as directory:  # a short path: it holds a socket
+        redis = RedisServer(Path(directory))
+        redis.start()
+        settings: dict[str, Any] = {
+            "gateway": {"replicas": NUM_GATEWAYS},
+            "directory": {"redis_url": redis.url},
+            "pools": SHAPES[shape],
+            "routing": {"prefill_threshold_tokens": 32},
+            # Lossy KV would change answers, as it may.
+            "kv": {"memory_tier_bytes": TIER_BYTES, "disk_tier_bytes": TIER_BYTES, "max_level": 0},
+        }
+        try:
+            with running_cluster(settings) as cluster:
+                yield Site(cluster, redis)
+        finally:
+            redis.kill()
+
+
+def is_ready(door: GatewayDoor) -> bool:
+    try:
+        reply = httpx.get(f"http://127.0.0.1:{door.port}/ready", trust_env=False, timeout=1.0)
+    except httpx.TransportError:
+        return False
+    return reply.status_code == 200
+
+
+async def until(holds: Callable[[], bool], *, what: str, timeout_s: float = RECOVERY_TIMEOUT_S) -> None:
+    """Raises RuntimeError if `what` has not come about by then."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not await asyncio.to_thread(holds):  # noqa: ASYNC110  what is asked tells nobody
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise RuntimeError(f"not within {timeout_s:g} s: {what}") from None
+
+
+def _port(gateway: GatewayState) -> int:
+    return int(gateway.http_url.rpartition(":")[2])
