@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +142,7 @@ class Clients:
             await asyncio.sleep(0.05)
 
     async def _stream(self, door: GatewayDoor, body: dict[str, Any], *, name: str) -> StreamTiming:
-        timing = StreamTiming(started_s=asyncio.get_running_loop().time())
+        timing = StreamTiming(started_s=time.perf_counter())
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 await stream_completion(

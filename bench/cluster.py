@@ -52,7 +52,9 @@ class RunningCluster:
 def running_cluster(settings: Mapping[str, Any]) -> Iterator[RunningCluster]:
     """`settings` are those of the cluster file; ports and run_dir are filled in. Stops by Ctrl-C at the end."""
     with tempfile.TemporaryDirectory(prefix="penstock-") as directory:
-        port, grpc_port = free_port(), free_port()
+        replicas = settings.get("gateway", {}).get("replicas", 1)
+        port = free_ports(2 * replicas)
+        grpc_port = port + replicas
         gateway = {**settings.get("gateway", {}), "port": port, "grpc_port": grpc_port}
         config = Path(directory, "cluster.yaml")
         config.write_text(yaml.safe_dump({**settings, "gateway": gateway, "run_dir": directory}))
@@ -80,6 +82,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def free_ports(number: int) -> int:
+    """The first of so many in a row."""
+    while True:
+        first = free_port()
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError, OverflowError):
+            for port in range(first, first + number):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def _wait_until_ready(launcher: "subprocess.Popen[bytes]", log_path: Path) -> None:

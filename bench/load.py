@@ -75,7 +75,7 @@ async def _read_events(reader: asyncio.StreamReader, timing: StreamTiming) -> No
         timing.error = f"{status} {(await reader.read(4096)).decode(errors='replace')[-300:]}"
         return
     finished = False
-    while line := await reader.readline():
+    while (line := await reader.readline()).endswith(b"\n"):  # else whoever sent it has died in mid-line
         if not line.startswith(b"data: "):
             continue
         if line.startswith(b"data: [DONE]"):

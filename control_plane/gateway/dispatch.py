@@ -21,7 +21,6 @@ from control_plane.errors import (
     GenerationTimeout,
     InvalidRequest,
     NoWorkers,
-    PoisonRequest,
     QueueFull,
     RequestError,
 )
@@ -31,6 +30,7 @@ from control_plane.gateway.backend import ServedModel
 from control_plane.gateway.logs import log_event
 from control_plane.gateway.progress import Progress
 from control_plane.gateway.sessions import SessionClosed, SessionPool
+from control_plane.gateway.suspicion import judge
 from control_plane.gateway.tenancy import Tenant
 from control_plane.gateway.token_merge import TokenMerge
 from control_plane.gateway.wire import Assignment, FailureCode, KvHolder, WorkerFailure
@@ -57,7 +57,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchSettings:
-    """`request_timeout_s`: without any token. `connect_wait_s`: for a worker that has joined to answer hello.
+    """`request_timeout_s`: without any token. `connect_wait_s`: for a worker that has joined to answer hello, or
+    one whose session broke to do so again.
 
     `worker_wait_s`: for another one, after the last that could serve a request has gone or has begun to stop.
     """
@@ -154,6 +155,7 @@ class PoolDispatcher:
 
     async def _place(self, run: Progress) -> Attempt:
         """Submits to whom routing picks, once somebody can be picked."""
+        await judge(run.suspicion, self._sessions, wait_s=self._settings.connect_wait_s)
         began_s = asyncio.get_running_loop().time()
         while True:
             placement = self._route(run)
@@ -264,7 +266,8 @@ class PoolDispatcher:
     def _count_failure(self, run: Progress, failure: WorkerFailure) -> None:
         """Closes the attempt, so that the next one is made elsewhere. Raises if none may be made."""
         assert run.attempt is not None, "an attempt failed that was not made"
-        worker_id = run.attempt.decode.worker_id
+        lost = run.attempt.decode
+        worker_id = lost.worker_id
         log_event(
             _log,
             "attempt_failed",
@@ -276,18 +279,15 @@ class PoolDispatcher:
             num_tokens=len(run.merge.token_ids),
         )
         if failure.code is not FailureCode.LOST:
-            run.excluded.add(run.attempt.decode)  # one that is lost is welcome if it can be reached again
+            run.excluded.add(lost)  # one that is lost is welcome if it can be reached again
         run.close_attempt()
         run.last_failure = failure
         if failure.code is FailureCode.INVALID:
             raise InvalidRequest(failure.message)
         if failure.code in (FailureCode.OVERLOADED, FailureCode.UNAVAILABLE):
             return  # nothing went wrong, so nothing is retried; the number of workers bounds this
-        if failure.code is FailureCode.LOST and run.note_death():
-            raise PoisonRequest(
-                f"two workers died in a row when they came to token {len(run.merge.token_ids)} of this request,"
-                f" the last one was {worker_id}; do not send it again"
-            )
+        if failure.code is FailureCode.LOST:
+            run.suspicion.note(lost, num_tokens=len(run.merge.token_ids))
         run.num_retries += 1
         if run.num_retries > self._settings.max_retries:
             raise GenerationFailed(

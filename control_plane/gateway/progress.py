@@ -6,6 +6,7 @@ from control_plane.directory.member import Incarnation
 from control_plane.errors import GenerationFailed, GenerationTimeout
 from control_plane.gateway.attempt import Attempt, Delivery, Flooded, TimedOut
 from control_plane.gateway.sessions import SessionLost
+from control_plane.gateway.suspicion import Suspicion
 from control_plane.gateway.token_merge import BadSequence, TokenMerge, joined
 from control_plane.gateway.wire import FINISH_REASONS, FailureCode, WorkerFailure, WorkerOutput
 from control_plane.generation import Generation, TokenChunk
@@ -24,7 +25,7 @@ class Progress:
     num_retries: int = 0
     excluded: set[Incarnation] = field(default_factory=set)
     last_failure: WorkerFailure | None = None
-    last_death_at_token: int | None = None
+    suspicion: Suspicion = field(default_factory=Suspicion)
     model_fingerprint: bytes | None = None
     keys_by_model: dict[bytes, list[BlockKey]] = field(default_factory=dict)
     last_move_s: float | None = None  # when the last try to move it ended, by the event loop's clock
@@ -46,15 +47,6 @@ class Progress:
         if self.attempt is not None:
             self.attempt.close()
             self.attempt = None
-
-    def note_death(self) -> bool:
-        """A worker was lost; whether the one before was lost at the very same token.
-
-        Then the request itself is the likely cause. Who got further with it than the one that died has shown that
-        it is not.
-        """
-        previous, self.last_death_at_token = self.last_death_at_token, len(self.merge.token_ids)
-        return previous == self.last_death_at_token
 
     def absorb(self, deliveries: list[Delivery]) -> tuple[TokenChunk | None, WorkerFailure | None]:
         """The new tokens, as one chunk, and what made the attempt fail after them.

@@ -552,10 +552,27 @@ async def test_a_request_of_which_two_workers_died_is_refused(cluster: Cluster) 
     for victim in victims[:2]:
         await victim.until(lambda victim=victim: len(victim.submits) == 1)
         await victim.stop()
+        await cluster.until(lambda victim=victim: not cluster.is_ready(victim))
+        cluster.leave(victim)
     with pytest.raises(PoisonRequest, match="two workers died"):
         await client
     assert victims[2].submits == []
     assert_is_idle(cluster, dispatcher)
+
+
+async def test_a_request_that_lost_two_workers_which_are_back_goes_on(cluster: Cluster) -> None:
+    workers = [await cluster.start(FakeWorker(f"d{number}", max_answer_tokens=0)) for number in range(2)]
+    generation = make_generation()
+    client = asyncio.create_task(collect(cluster.dispatcher(), generation))
+    for worker in workers:
+        await worker.until(lambda worker=worker: len(worker.submits) == 1)
+        worker.welcomes.clear()
+        worker.break_sessions()
+        await cluster.until(lambda worker=worker: not cluster.is_ready(worker))
+    for worker in workers:
+        worker.max_answer_tokens = None
+        worker.welcomes.set()
+    assert_is_whole(await client, generation)
 
 
 async def test_a_request_that_went_on_after_a_death_is_not_blamed_for_the_next(cluster: Cluster) -> None:
