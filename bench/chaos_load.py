@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.chaos_storm import Difference, difference
+from bench.chaos_storm import Difference, difference, num_equal
 from bench.load import StreamTiming, random_prompt, stream_completion
 
 MODEL = "penstock-demo"
@@ -39,6 +39,7 @@ class Known:
 
     body: dict[str, Any]
     tokens: Sequence[str]
+    logprobs: Sequence[float]
     text: str
 
 
@@ -53,12 +54,31 @@ class Account:
     failures: list[str] = field(default_factory=list)  # that clients saw
     mismatches: list[str] = field(default_factory=list)  # answers that are not what they must be
 
-    def add(self, name: str, found: Difference) -> None:
+    def compare(self, name: str, timing: StreamTiming, known: Known) -> None:
+        """What has come of an answer, up to its end or to where it broke off."""
+        is_whole = timing.error is None
+        expected = known.tokens if is_whole else known.tokens[: len(timing.tokens)]
+        found = difference(timing.tokens, expected)
         self.num_lost += found.num_lost
         self.num_duplicated += found.num_duplicated
         self.num_wrong += found.num_wrong
         if found != Difference():
-            self.mismatches.append(f"{name}: {found}")
+            self.mismatches.append(f"{name}: {found}, {_where(timing, known)}")
+        elif is_whole and timing.text != known.text:
+            self.num_wrong += 1
+            self.mismatches.append(f"{name}: the right tokens, but another text")
+
+
+def _where(timing: StreamTiming, known: Known) -> str:
+    """Logprobs that were off before the first wrong token speak for wrong KV, and equal ones for a near tie."""
+    same = num_equal(timing.tokens, known.tokens)
+    pairs = zip(timing.logprobs[:same], known.logprobs[:same], strict=True)
+    off = max((abs(one - other) for one, other in pairs), default=0.0)
+    sampling = {name: value for name, value in known.body.items() if name not in ("prompt", "model")}
+    return (
+        f"from token {same} of {len(known.tokens)} on, prompt of {len(known.body['prompt'])}; "
+        f"logprobs before it off by at most {off:.1e}; {sampling}"
+    )
 
 
 def request_bodies(seed: int) -> list[dict[str, Any]]:
@@ -95,7 +115,7 @@ class Clients:
             for _, timing in answers:
                 if timing.error is not None:
                     raise RuntimeError(f"a request failed before the storm: {timing.error}")
-            return [Known(body, timing.tokens, timing.text) for body, timing in answers]
+            return [Known(body, timing.tokens, timing.logprobs, timing.text) for body, timing in answers]
 
         for known in await asyncio.gather(*(ask() for _ in range(NUM_CLIENTS))):
             self._known += known
@@ -124,15 +144,12 @@ class Clients:
             if timing.error is None or door.num_kills == num_kills:
                 break
             # What had come must have been right all the same.
-            self.account.add(f"storm-{number}", difference(timing.tokens, known.tokens[: len(timing.tokens)]))
+            self.account.compare(f"storm-{number}.{attempt}", timing, known)
             self.account.num_with_gateway += 1
         self.account.num_tokens += len(timing.tokens)
+        self.account.compare(f"storm-{number}.{attempt}", timing, known)
         if timing.error is not None:
             self.account.failures.append(f"storm-{number} after {len(timing.tokens)} tokens: {timing.error}")
-            return
-        self.account.add(f"storm-{number}", difference(timing.tokens, known.tokens))
-        if timing.tokens == known.tokens and timing.text != known.text:
-            self.account.add(f"storm-{number}, by its text", difference(timing.text, known.text))
 
     async def _open_door(self, turn: int) -> GatewayDoor:
         while True:

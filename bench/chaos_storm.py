@@ -73,11 +73,15 @@ class Difference:
     num_wrong: int = 0
 
 
+def num_equal(found: Sequence[str], expected: Sequence[str]) -> int:
+    """How many are the same before the first that is not."""
+    pairs = enumerate(zip(found, expected, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(found), len(expected)))
+
+
 def difference(found: Sequence[str], expected: Sequence[str]) -> Difference:
     """A run that is missing or comes again counts as that if the rest is right, else all that differs is wrong."""
-    same = 0
-    while same < min(len(found), len(expected)) and found[same] == expected[same]:
-        same += 1
+    same = num_equal(found, expected)
     excess = len(found) - len(expected)
     if excess <= 0 and list(found[same:]) == list(expected[same - excess :]):
         return Difference(num_lost=-excess)

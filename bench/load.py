@@ -20,6 +20,7 @@ class StreamTiming:
     num_tokens: int = 0
     text: str = ""
     tokens: list[str] = field(default_factory=list)  # one by one, if the request asks for logprobs
+    logprobs: list[float] = field(default_factory=list)  # of these
     error: str | None = None
 
     @property
@@ -91,6 +92,7 @@ async def _read_events(reader: asyncio.StreamReader, timing: StreamTiming) -> No
             timing.text += choice["text"]
             if choice["logprobs"] is not None:
                 timing.tokens += choice["logprobs"]["tokens"]
+                timing.logprobs += choice["logprobs"]["token_logprobs"]
         if event.get("usage"):
             timing.num_tokens = event["usage"]["completion_tokens"]
     if not finished or not timing.num_tokens:
