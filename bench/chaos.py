@@ -117,7 +117,7 @@ def main() -> None:
     minutes = 1.0 if chosen.quick else chosen.minutes
     result = run(shape=chosen.shape, seed=chosen.seed, lasts_s=60 * minutes)
     print_result(result)
-    write_report("chaos", result.claims)
+    write_report("chaos", result.claims, keep=not chosen.quick)
 
 
 if __name__ == "__main__":

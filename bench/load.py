@@ -19,6 +19,7 @@ class StreamTiming:
     event_times_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     text: str = ""
+    response_id: str = ""
     tokens: list[str] = field(default_factory=list)  # one by one, if the request asks for logprobs
     logprobs: list[float] = field(default_factory=list)  # of these
     error: str | None = None
@@ -86,6 +87,7 @@ async def _read_events(reader: asyncio.StreamReader, timing: StreamTiming) -> No
         if "error" in event:
             timing.error = str(event["error"])
             return
+        timing.response_id = event["id"]
         if event["choices"]:
             timing.event_times_s.append(time.perf_counter())
             choice = event["choices"][0]

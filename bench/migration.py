@@ -70,7 +70,7 @@ class Client:
         self.num_moves = 0
 
     def start(
-        self, request_id: str, prompt: list[int], *, max_tokens: int, **fields: Any
+        self, prompt: list[int], *, max_tokens: int, **fields: Any
     ) -> tuple[StreamTiming, "asyncio.Task[StreamTiming]"]:
         timing = StreamTiming(started_s=time.perf_counter())
         body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
@@ -79,28 +79,29 @@ class Client:
                 host=self._cluster.host,
                 port=self._cluster.port,
                 body={"temperature": 0, **body, **fields},
-                headers={"X-Request-Id": request_id},
                 timing=timing,
             )
         )
         return timing, task
 
-    async def where(self, request_id: str) -> str | None:
+    async def where(self, stream: StreamTiming) -> str | None:
         reply = await asyncio.to_thread(self._cluster.get, "/admin/requests")
-        return next((r["worker"] for r in reply["requests"] if r["request_id"] == request_id), None)
+        return next((r["worker"] for r in reply["requests"] if r["request_id"] == _name(stream)), None)
 
-    async def move(self, request_id: str, worker: str) -> str:
+    async def move(self, stream: StreamTiming, worker: str) -> str:
         """The outcome; `gone` if no such request runs, `busy` if it or the worker cannot now."""
-        outcome = await asyncio.to_thread(self._post, f"{self._admin}/{request_id}/move", {"worker": worker})
+        outcome = await asyncio.to_thread(
+            self._post, f"{self._admin}/{_name(stream)}/move", {"worker": worker}
+        )
         self.num_moves += outcome == "moved"
         return outcome
 
-    async def move_surely(self, request_id: str, worker: str) -> None:
+    async def move_surely(self, stream: StreamTiming, worker: str) -> None:
         for _ in range(MAX_TRIES):
-            if await self.where(request_id) == worker or await self.move(request_id, worker) == "moved":
+            if await self.where(stream) == worker or await self.move(stream, worker) == "moved":
                 return
             await asyncio.sleep(0.05)
-        raise RuntimeError(f"{request_id} could not be moved to {worker}")
+        raise RuntimeError(f"{_name(stream)} could not be moved to {worker}")
 
     def _post(self, url: str, body: dict[str, str]) -> str:
         request = urllib.request.Request(
@@ -120,33 +121,31 @@ async def measure(client: Client, *, context: int, repeats: int) -> list[Moved]:
     neighbours = []
     for number in range(2):
         prompt = random_prompt(seed=number + 1, num_tokens=64, vocab_size=VOCAB_SIZE)
-        name = f"neighbour-{context}-{number}"
-        neighbours.append((name, *client.start(name, prompt, max_tokens=NEIGHBOUR_TOKENS)))
+        neighbours.append(client.start(prompt, max_tokens=NEIGHBOUR_TOKENS))
     prompt = random_prompt(seed=context, num_tokens=context, vocab_size=VOCAB_SIZE)
-    name = f"mover-{context}"
     num_tokens = (repeats + 1) * (SETTLE_TOKENS + BEHIND_TOKENS + 200)
-    mover, moving = client.start(name, prompt, max_tokens=num_tokens)
+    mover, moving = client.start(prompt, max_tokens=num_tokens)
     found = []
     try:
         for turn in range(repeats + 1):
             await _until(mover, len(mover.event_times_s) + 2)
-            here = await client.where(name)
+            here = await client.where(mover)
             there = next(worker for worker in WORKERS if worker != here)
-            for neighbour, *_ in neighbours:
+            for neighbour, _ in neighbours:
                 await client.move_surely(neighbour, str(here))
             await _until(mover, len(mover.event_times_s) + SETTLE_TOKENS)
             began_s = time.perf_counter()
-            outcome = await client.move(name, there)
+            outcome = await client.move(mover, there)
             ended_s = time.perf_counter()
             if outcome != "moved":
                 raise RuntimeError(f"the move of {context} tokens ended as {outcome}")
             await _until(mover, len(mover.event_times_s) + BEHIND_TOKENS)
             if turn > 0:
-                found.append(_judge(mover, [timing for _, timing, _ in neighbours], began_s, ended_s))
+                found.append(_judge(mover, [timing for timing, _ in neighbours], began_s, ended_s))
     finally:
-        for task in (moving, *(task for *_, task in neighbours)):
+        for task in (moving, *(task for _, task in neighbours)):
             task.cancel()
-        await asyncio.gather(moving, *(task for *_, task in neighbours), return_exceptions=True)
+        await asyncio.gather(moving, *(task for _, task in neighbours), return_exceptions=True)
     return found
 
 
@@ -188,29 +187,33 @@ async def measure_identity(client: Client, *, num_moves: int) -> tuple[int, int]
     """(streams that said what they say undisturbed, streams)."""
     num_same = num_streams = 0
     while client.num_moves < num_moves:
-        first = num_streams
-        names = [f"stream-{first + i}" for i in range(IDENTITY_STREAMS_AT_A_TIME)]
-        expected = await asyncio.gather(*(_say(client, f"{name}-still", name, False) for name in names))
-        found = await asyncio.gather(*(_say(client, name, name, True) for name in names))
+        numbers = range(num_streams, num_streams + IDENTITY_STREAMS_AT_A_TIME)
+        expected = await asyncio.gather(*(_say(client, number, moves=False) for number in numbers))
+        found = await asyncio.gather(*(_say(client, number, moves=True) for number in numbers))
         num_same += sum(a == b for a, b in zip(expected, found, strict=True))
-        num_streams += len(names)
+        num_streams += len(numbers)
     return num_same, num_streams
 
 
-async def _say(client: Client, request_id: str, seed: str, moves: bool) -> str:
+async def _say(client: Client, number: int, *, moves: bool) -> str:
     """What a stream says; every second one is seeded, the others are greedy."""
-    number = int(seed.rpartition("-")[2])
     prompt = random_prompt(seed=number, num_tokens=100 + number % 300, vocab_size=VOCAB_SIZE)
     sampling = {"temperature": 0.8, "seed": number} if number % 2 else {}
-    _, streaming = client.start(request_id, prompt, max_tokens=IDENTITY_TOKENS, **sampling)
+    timing, streaming = client.start(prompt, max_tokens=IDENTITY_TOKENS, **sampling)
     while moves and not streaming.done():
-        here = await client.where(request_id)
+        here = await client.where(timing) if timing.response_id else None
         if here is not None:
-            await client.move(request_id, next(worker for worker in WORKERS if worker != here))
-    timing = await streaming
+            await client.move(timing, next(worker for worker in WORKERS if worker != here))
+        await asyncio.sleep(0)
+    await streaming
     if timing.error is not None:
         raise RuntimeError(timing.error)
     return timing.text
+
+
+def _name(stream: StreamTiming) -> str:
+    """As the gateway calls the one choice of a response."""
+    return f"{stream.response_id}-0"
 
 
 def main() -> None:

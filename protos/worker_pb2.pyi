@@ -214,7 +214,7 @@ class WorkerLoad(_message.Message):
     num_leases: _builtins.int
     """hand-overs kept for a decode worker"""
     num_demanded_pages: _builtins.int
-    """that waiting requests need to start, beside what is cached"""
+    """that all waiting requests need to start"""
     def __init__(
         self,
         *,

@@ -10,4 +10,5 @@ def allocate_arena(num_bytes: int) -> NDArray[np.uint8]:
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
     except RuntimeError as error:
-        raise OSError(f"no memory for memory_tier_bytes {num_bytes}: {error}") from error
+        reason = str(error).splitlines()[0]  # torch goes on with where in its sources
+        raise OSError(f"no memory for memory_tier_bytes {num_bytes}: {reason}") from error

@@ -90,7 +90,7 @@ class Puller:
 
         Raises PullRefused, PullInterrupted or PullCorrupted; the pages then hold nothing of use. Either way the
         source is told in the background that we want no more. A cancelled pull tells it nothing: whoever aborts
-        the request does.
+        the request does. Nor does that of a request that runs there: `release` says that it runs here now.
         """
         source = pull.request.kv_source
         assert source is not None, f"request {pull.request.request_id} has no source to pull from"
@@ -103,8 +103,13 @@ class Puller:
                 if not source.is_live:
                     self._release_soon(source)
                 raise
-        self._release_soon(source)
+        if not source.is_live:
+            self._release_soon(source)
         return handoff
+
+    def release(self, source: KvSource) -> None:
+        """Tells the source in the background that a request that ran there runs here now."""
+        self._release_soon(source)
 
     async def close(self) -> None:
         """Gives up releases that are still on their way: their leases run out by themselves."""

@@ -7,7 +7,7 @@ import time
 
 from workers.errors import QueueFull
 from workers.exports import Exports, NoSuchExport
-from workers.moves import must_freeze
+from workers.moves import Room, must_freeze
 from workers.request import RequestId
 from workers.state import EngineState
 
@@ -21,20 +21,20 @@ class LiveMoves:
         self._state = state
         self._exports = exports
         self._max_moves = max_moves
-        self._num_pages: dict[RequestId, int] = {}  # that the puller has room for, of each that moves
+        self._open: dict[RequestId, Room] = {}  # of each that moves
 
     def open(self, request_id: RequestId, *, num_pages: int) -> None:
         """May be called while a step executes. Raises NoSuchExport, and QueueFull if too many move at a time."""
-        if len(self._num_pages) >= self._max_moves:
+        if len(self._open) >= self._max_moves:
             raise QueueFull(
-                f"{len(self._num_pages)} requests move from here, the most at a time",
+                f"{len(self._open)} requests move from here, the most at a time",
                 retry_after_s=RETRY_AFTER_S,
             )
         if not self._state.open_move(request_id, num_pages=num_pages):
             raise NoSuchExport(
                 f"request {request_id!r} cannot move to {num_pages} pages: unknown, ended, pulled itself, or too long"
             )
-        self._num_pages[request_id] = num_pages
+        self._open[request_id] = Room(num_pages, num_known_tokens=self._state.num_tokens(request_id))
         self._exports.open_live(request_id, max_blocks=num_pages)
 
     def step_ended(self) -> tuple[RequestId, ...]:
@@ -42,7 +42,7 @@ class LiveMoves:
         grown = [
             request.request_id
             for request in self._state.moving()
-            if must_freeze(request, num_pages=self._num_pages[request.request_id])
+            if must_freeze(request, self._open[request.request_id])
         ]
         return tuple(request_id for request_id in grown if self.freeze(request_id))
 
@@ -50,12 +50,12 @@ class LiveMoves:
         """The puller has all that is ready, or can have no more: the last of it travels now. False: it does already."""
         return self._state.freeze(request_id, now_s=time.time())
 
-    def stay(self, request_id: RequestId) -> None:
-        """The puller does not have the request: it goes on here."""
-        self._num_pages.pop(request_id, None)
-        self._state.end_move(request_id, now_s=time.time())
+    def stay(self, request_id: RequestId) -> bool:
+        """The puller does not have the request: it goes on here. Whether it was frozen."""
+        self._open.pop(request_id, None)
+        return self._state.end_move(request_id, now_s=time.time())
 
     def gone(self, request_id: RequestId) -> None:
         """The request has ended here, for whatever reason."""
-        if self._num_pages.pop(request_id, None) is not None:
+        if self._open.pop(request_id, None) is not None:
             self._exports.close(request_id)

@@ -373,9 +373,9 @@ class RequestLoop:
     def _end_lease(self, request_id: RequestId, *, released: bool) -> None:
         request = self._requests.get(request_id)
         if not released and request is not None and request.is_moving:
-            self._moves.stay(request_id)
-            if self._tiers is not None and request.status is Status.WAITING:
-                self._tiers.queued(request)
+            was_frozen = self._moves.stay(request_id)
+            if was_frozen and self._tiers is not None and request.status is Status.WAITING:
+                self._tiers.queued(request)  # it was told that nothing is to be loaded any more
         elif not released:
             self._end(request_id)
         elif (output := self._state.release(request_id, now_s=time.time())) is not None:
@@ -423,8 +423,11 @@ class RequestLoop:
         if handoff is None:
             output = self._pull_failed(request_id, now_s=now_s)
         else:
+            source = self._requests[request_id].kv_source
             try:
                 output = self._state.pull_succeeded(request_id, handoff, now_s=now_s)
+                if source is not None and source.is_live and request_id not in self._doomed:
+                    self._puller.release(source)
             except PullCorrupted as error:
                 log_event(
                     _logger, "pull_unusable", level=logging.WARNING, request=request_id, detail=str(error)

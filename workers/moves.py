@@ -11,6 +11,7 @@ stop strings on the tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS
 from workers.errors import PullCorrupted
@@ -23,14 +24,18 @@ from workers.step import SampledToken
 _LEAST_ROOM_TOKENS = 64
 _ROOM_SHARE = 8
 # Log-probabilities that come along: of what the gateway may not have heard yet, which is what the room is for.
-_MAX_LOGPROBS = 1024
+MAX_LOGPROBS = 1024
 
 
-def pages_wanted(request: Request) -> int:
-    """That a puller reserves for a request that moves to it: for what it knows of it, and for what it may grow."""
-    room = max(_LEAST_ROOM_TOKENS, request.num_tokens // _ROOM_SHARE)
+def pages_for_move(request: Request, *, num_available: int) -> int:
+    """That a puller reserves for a request that moves to it: for what it knows of it, and for what it may grow.
+
+    The latter as far as there is room: nobody who waits is overtaken, so one that asked for more would hold up all.
+    """
+    growth = max(_LEAST_ROOM_TOKENS, request.num_tokens // _ROOM_SHARE)
     most = request.num_prompt_tokens + request.sampling.max_tokens
-    return num_pages_for(min(request.num_tokens + room, most))
+    wanted = num_pages_for(min(request.num_tokens + growth, most))
+    return min(wanted, max(num_available, num_pages_for(request.num_tokens + 1)))
 
 
 def can_move(request: Request, *, num_pages: int) -> bool:
@@ -44,16 +49,33 @@ def can_move(request: Request, *, num_pages: int) -> bool:
     )
 
 
-def must_freeze(request: Request, *, num_pages: int) -> bool:
-    """Whether one block more may be too many for the puller's room."""
-    return num_pages_for(request.num_tokens + 1) >= num_pages
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a puller has for a request, and how long that was when it came."""
+
+    num_pages: int
+    num_known_tokens: int
+
+
+def must_freeze(request: Request, room: Room) -> bool:
+    """Whether one block more may be too many for the puller's room, or its log-probabilities for what comes along."""
+    num_new_tokens = request.num_tokens - room.num_known_tokens
+    is_full = num_pages_for(request.num_tokens + 1) >= room.num_pages
+    return is_full or (request.sampling.num_logprobs is not None and num_new_tokens >= MAX_LOGPROBS // 2)
+
+
+def keep_logprobs(request: Request, logprobs: Sequence[TokenLogprobs]) -> None:
+    """Of its newest tokens, as many as could come along: 20 alternatives a token are 2.4 kB."""
+    request.output_logprobs.extend(logprobs)
+    if len(request.output_logprobs) > 2 * MAX_LOGPROBS:
+        del request.output_logprobs[:-MAX_LOGPROBS]
 
 
 def handoff_of(request: Request) -> Handoff:
     return Handoff(
         num_computed_tokens=request.num_computed_tokens,
         output_token_ids=tuple(request.output_token_ids),
-        logprobs=tuple(request.output_logprobs[-_MAX_LOGPROBS:]),
+        logprobs=tuple(request.output_logprobs[-MAX_LOGPROBS:]),
         num_cached_tokens=request.num_cached_tokens,
         num_exact_tokens=request.num_exact_tokens,
         timeline=tuple(request.timeline.stamps),

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS
-from workers.moves import pages_wanted
+from workers.moves import pages_for_move
 from workers.pages import PagePool, num_pages_for
 from workers.request import PageId, Purpose, Request, RequestId
 from workers.step import Admission, Pull, ScheduledRequest, StepPlan
@@ -120,6 +120,8 @@ class _Draft:
     def admit(self) -> None:
         limits, view = self._limits, self._view
         num_pulling, num_seqs = view.num_pulling, len(view.running) + view.num_pulling
+        if num_seqs >= limits.max_num_seqs:
+            return  # before anybody is asked for: with many tenants that alone takes a millisecond
         num_passed_over = 0
         self._num_growing = num_pulling + sum(r.purpose is Purpose.GENERATE for r in view.running)
         for request in view.waiting:
@@ -140,10 +142,12 @@ class _Draft:
     def _admit_one(self, request: Request) -> bool:
         # At least one token is computed here even if all of them are cached: its logits are what is wanted.
         cached = self._pages.cached_prefix(request, (request.num_tokens - 1) // BLOCK_SIZE_TOKENS)
-        is_live = request.kv_source is not None and request.kv_source.is_live
-        num_pages = pages_wanted(request) if is_live else num_pages_for(request.num_tokens)
+        num_available = self._pages.num_available_beside(cached) - self._num_growing
+        num_pages = num_pages_for(request.num_tokens)
+        if request.kv_source is not None and request.kv_source.is_live:
+            num_pages = pages_for_move(request, num_available=num_available + len(cached))
         num_new_pages = num_pages - len(cached)
-        if num_new_pages + self._num_growing > self._pages.num_available_beside(cached):
+        if num_new_pages > num_available:
             return False
         self._pages.share(cached)
         page_ids = (*cached, *self._pages.take(num_new_pages))

@@ -193,14 +193,19 @@ class EngineState:
         self._moving[request_id] = request
         return True
 
+    def num_tokens(self, request_id: RequestId) -> int:
+        return self._requests[request_id].num_tokens
+
     def moving(self) -> tuple[Request, ...]:
         return tuple(self._moving.values())
 
     def freeze(self, request_id: RequestId, *, now_s: float) -> bool:
-        """The request stands still: `export_progress` has all of it. False if it does not move, or is frozen."""
+        """The request stands still: `export_progress` has all of it. False if it cannot now, or is frozen."""
         request = self._moving.get(request_id)
         if request is None or request.status not in (Status.WAITING, Status.RUNNING):
             return False
+        if request.status is Status.RUNNING and request.loads:
+            return False  # a thread may be writing to its pages, and it may have to go on in them at once
         if request.status is Status.WAITING:
             self._waiting.remove(request)
         else:
@@ -211,20 +216,22 @@ class EngineState:
         self._handoffs[request_id] = moves.handoff_of(request)
         return True
 
-    def end_move(self, request_id: RequestId, *, now_s: float) -> None:
-        """The request stays here, and goes on if it was frozen. Without effect if it does not move."""
+    def end_move(self, request_id: RequestId, *, now_s: float) -> bool:
+        """The request stays here. Whether it was frozen, and goes on."""
         request = self._moving.pop(request_id, None)
         if request is None:
-            return
+            return False
         request.is_moving = False
-        if request.status is Status.FROZEN:
-            del self._handoffs[request_id]
-            request.timeline.stamp(timeline.RESUMED, now_s)
-            if request.page_ids:
-                self._run(request)
-            else:
-                request.status = Status.WAITING
-                self._waiting.add(request)
+        if request.status is not Status.FROZEN:
+            return False
+        del self._handoffs[request_id]
+        request.timeline.stamp(timeline.RESUMED, now_s)
+        if request.page_ids:
+            self._run(request)
+        else:
+            request.status = Status.WAITING
+            self._waiting.add(request)
+        return True
 
     # A step.
 
@@ -402,7 +409,7 @@ class EngineState:
             request.lose_exactness(handoff.num_exact_tokens)
         self._run_pulled(request)
         request.output_token_ids.extend(token.token_id for token in tokens)
-        request.output_logprobs.extend(logprobs_of(tokens))
+        moves.keep_logprobs(request, logprobs_of(tokens))
         self._computed.advance(request, max(handoff.num_computed_tokens, request.num_computed_tokens))
         return new_tokens_output(request, tokens, is_first=True, reason=None) if tokens else None
 
@@ -439,7 +446,7 @@ class EngineState:
     ) -> RequestOutput | None:
         """New tokens at the end of the output, and perhaps the end of the request. None: the puller tells them."""
         request.output_token_ids.extend(token.token_id for token in tokens)
-        request.output_logprobs.extend(logprobs_of(tokens))
+        moves.keep_logprobs(request, logprobs_of(tokens))
         request.timeline.stamp_once(timeline.PREFILL_DONE, now_s)
         is_first = request.timeline.stamp_once(timeline.FIRST_TOKEN, now_s)
         reason = reason or finish_reason(

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,18 @@ def _disk(config: WorkerConfig, model: ModelInfo, directory: Path) -> DiskTier:
         )
     except ValueError as error:
         raise TierUnusable(str(error)) from error
+    _check_fits(directory, num_bytes=config.disk_tier_bytes)
     return DiskTier.open(directory, settings=settings)
+
+
+def _check_fits(directory: Path, *, num_bytes: int) -> None:
+    """More than the whole disk is a slip of the pen, and the index of it would take memory that is not there."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    total_bytes = shutil.disk_usage(existing).total
+    if num_bytes > total_bytes:
+        raise TierUnusable(
+            f"disk_tier_bytes {num_bytes} is more than the {total_bytes} bytes of the disk at {existing}"
+        )
 
 
 def _namespace(fingerprint: bytes, layout: KvLayout) -> bytes:

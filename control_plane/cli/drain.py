@@ -44,14 +44,16 @@ def drain(
         if worker not in known:
             raise CommandFailed(f"there is no worker {worker!r}; known here: {', '.join(known) or 'none'}")
         stays_away = not restart and any(process.name == worker for process in state.processes)
-        if stays_away:
+        takes_out = stays_away and not service.is_out(loaded.run_dir, worker)
+        if takes_out:
             service.take_out(loaded.run_dir, worker)
         with grpc.insecure_channel(known[worker].control_address) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             try:
                 _ask(stub, worker, timeout_s=timeout_s)
             except CommandFailed:
-                service.put_back(loaded.run_dir, worker)
+                if takes_out:  # or else it is leaving because of another drain
+                    service.put_back(loaded.run_dir, worker)
                 raise
             _follow(stub, known[worker])
         print(f"{worker} has gone" + (f"; penstock resume {worker} starts it again" if stays_away else ""))

@@ -12,6 +12,7 @@ from control_plane.runtimes.state import RunState
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+_WIDTH_OF_PIPES = 200
 _DIRECTORY_TIMEOUT_S = 2.0
 
 
@@ -30,6 +31,8 @@ def top(
         state = options.running_cluster(config, run_dir)
         console = Console()
         if once or not console.is_terminal:
+            # For programs and pipes: nothing is cut, above all no id that `penstock migrate` needs.
+            console.width = max(console.width, _WIDTH_OF_PIPES)
             console.print(_frame(state, num_lines=None))
         else:
             _watch(state, console, interval_s=interval_s)

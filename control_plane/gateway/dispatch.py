@@ -309,7 +309,9 @@ class PoolDispatcher:
 
 
 def _is_full(run: Progress, reason: NoPlacement) -> bool:
-    """Somebody is there and has too much to do."""
+    """Somebody is there and has too much to do. Who has tokens already was not refused: it waits for its worker."""
+    if run.merge.token_ids:
+        return False
     failure = run.last_failure
     was_refused = failure is not None and failure.code is FailureCode.OVERLOADED
     return was_refused or reason is NoPlacement.OVERLOADED

@@ -95,6 +95,11 @@ def timed_out(target: WorkerSession, *, timeout_s: float) -> Ending:
     return Ending(MoveOutcome.TIMED_OUT, detail, failure=_failed(FailureCode.UNAVAILABLE, detail))
 
 
+def given_up(target: WorkerSession) -> Ending:
+    detail = f"nobody waits any more for {target.member.incarnation} to take it over"
+    return Ending(MoveOutcome.ENDED, detail, failure=_failed(FailureCode.UNAVAILABLE, detail))
+
+
 def _diverged(detail: str) -> Ending:
     return Ending(MoveOutcome.DIVERGED, detail, failure=_failed(FailureCode.INTERNAL, detail))
 

@@ -11,7 +11,7 @@ from control_plane.directory.member import Incarnation, Role, WorkerId
 from control_plane.errors import CannotMove, RequestNotFound, WorkerNotFound
 from control_plane.gateway.logs import log_event
 from control_plane.gateway.metrics import GatewayMetrics
-from control_plane.gateway.move import Ending, Move, MoveOutcome, timed_out
+from control_plane.gateway.move import Move, MoveOutcome, given_up, timed_out
 from control_plane.gateway.progress import Progress
 from control_plane.gateway.sessions import SessionClosed, SessionPool, WorkerSession
 from control_plane.migration import MoveReason, num_pages_of
@@ -97,7 +97,7 @@ class Moves:
             attempt.end_move(move, timed_out(move.target, timeout_s=self._timeout_s))
         finally:
             # Does nothing unless whoever waited is cancelled.
-            attempt.end_move(move, Ending(MoveOutcome.ENDED))
+            attempt.end_move(move, given_up(move.target))
             report = self._account(run, move, reason)
         return report
 
@@ -105,6 +105,10 @@ class Moves:
         for run in self._running:
             if run.generation.request_id == request_id:
                 return run
+        # As the client knows it: the first of its choices, if no other one runs.
+        choices = [run for run in self._running if run.generation.request_id.rpartition("-")[0] == request_id]
+        if len(choices) == 1:
+            return choices[0]
         raise RequestNotFound(f"no request {request_id!r} runs here")
 
     def _target(self, run: Progress, worker_id: str) -> WorkerSession:

@@ -67,10 +67,17 @@ class Progress:
                 raise GenerationFailed(f"a worker sent tokens out of order: {error}") from error
             if chunk is not None:
                 chunks.append(chunk)
+                self._got_on()
                 if chunk.finish_reason is not None:
                     self.is_finished = True
                     break
         return joined(chunks) if chunks else None, failure
+
+    def _got_on(self) -> None:
+        """Somebody computes it: what failed before is no budget spent, and who was full then may not be now."""
+        if self.num_retries or self.excluded:
+            self.num_retries = 0
+            self.excluded.clear()
 
 
 def _failure_of(delivery: Delivery) -> WorkerFailure:

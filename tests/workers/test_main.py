@@ -111,6 +111,13 @@ async def test_a_store_ends_with_0_and_leaves_its_disk_and_no_socket(
     assert os.listdir(sockets) == []
 
 
+async def test_a_disk_tier_larger_than_the_disk_ends_it_with_2(
+    start_process: Fixture, tmp_path: Path
+) -> None:
+    detail = await _refused(await start_process(disk_tier_path=tmp_path, disk_tier_bytes=10**17))
+    assert f"disk_tier_bytes {10**17} is more than" in detail
+
+
 @pytest.mark.parametrize("role", ["store", "decode"])
 async def test_a_disk_tier_that_cannot_be_used_ends_it_with_2(
     start_process: Fixture, tmp_path: Path, role: str
