@@ -35,9 +35,7 @@ serve: $(STAMP)  ## start a prefill worker, a decode worker and the gateway: mak
 	$(BIN)/penstock up $(ARGS)
 
 test: $(STAMP) redis  ## run every test
-	@# Two processes, but for the tests that start whole clusters: those want the cores for themselves.
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadscope --ignore tests/end_to_end
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/end_to_end
+	$(ONE_THREAD) $(BIN)/python -m pytest
 
 lint: $(STAMP)  ## formatting, lint, types, import contracts, generated code
 	$(BIN)/ruff format --check .
