@@ -67,7 +67,7 @@ class Tenants:
         assert all(tenant in self._served for tenant in requests)
 
     def _forget(self) -> None:
-        """Of those who left, all that would be lifted anyway, and the half with the least to lose of the others."""
+        """Of those who left, the half with the least to lose."""
         left = [tenant for tenant in self._served if tenant not in self._num_requests]
         left.sort(key=self._served.__getitem__)
         for tenant in left[: len(left) // 2]:

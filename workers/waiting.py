@@ -1,7 +1,7 @@
 """The queue of a worker: a lane for each tenant, and the heads of the lanes compared when somebody can be admitted.
 
 What a tenant was served changes with every step; the order within a lane does not. So nothing is sorted again: a step
-that admits nobody costs nothing, one that does looks at the head of each lane.
+that has no seat to give costs nothing, one that has looks at the head of each lane.
 """
 
 from bisect import bisect_left, insort

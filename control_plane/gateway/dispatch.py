@@ -218,8 +218,8 @@ class PoolDispatcher:
         prefill = self._sessions.get(placement.prefill) if placement.prefill is not None else None
         assert decode is not None, f"{placement.decode} was picked but has no session"
         assignment = Assignment(
-            # A number of our own, because clients may choose one id for several requests, and a second attempt
-            # must not meet what the first one left behind; with our own name, because other gateways count too.
+            # A number of our own, because a second attempt must not meet what the first one left behind; with our
+            # own name, because other gateways count too.
             request_id=f"{run.generation.request_id[:MAX_REQUEST_ID_CHARS]}#{self._name}-{number}",
             generation=run.generation,
             output_token_ids=tuple(run.merge.token_ids),
