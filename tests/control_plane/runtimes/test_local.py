@@ -4,7 +4,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,22 @@ def assert_nothing_left(run_dir: Path, watcher: Watcher) -> None:
     assert watcher.process_ids()
     assert not [process for process in watcher.process_ids() if process.is_alive()]
     assert [path.name for path in run_dir.iterdir()] == ["logs"]
+
+
+@contextmanager
+def a_taken_port_after_a_free_one() -> Iterator[int]:
+    """Below the ports that the system gives to connections, or one of those could take the free one."""
+    for port in range(20_000, 30_000, 2):
+        with ExitStack() as both:
+            try:
+                free = both.enter_context(socket.create_server(("127.0.0.1", port)))
+                both.enter_context(socket.create_server(("127.0.0.1", port + 1)))
+            except OSError:
+                continue
+            free.close()
+            yield port + 1
+            return
+    raise OSError("no two neighbouring ports are free")
 
 
 def ready_event(config: ClusterConfig, name: str) -> dict[str, Any]:
@@ -166,8 +183,7 @@ async def test_each_gateway_has_ports_and_a_directory_of_its_own(
 async def test_a_busy_port_of_a_further_gateway_fails_the_start(
     config: ClusterConfig, make_commands: MakeCommands
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with a_taken_port_after_a_free_one() as port:
         gateway = replace(config.gateway, replicas=2, port=port - 1)
         directory = replace(config.directory, redis_url="redis://nowhere")
         config = replace(config, gateway=gateway, directory=directory)
