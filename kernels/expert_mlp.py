@@ -2,15 +2,16 @@
 
 T tokens, K active experts per token, S = T K rows sorted by expert, E experts, D channels, I expert width, W = 2I.
 gate_up_EWD holds all I gate rows of an expert, then its up rows; down_EDI its [D, I] output matrix.
-Few tokens run as four tasks (gather, products, gate, products, combine); many as torch products per expert.
+Five tasks: gather, products, gate, products, combine.
 """
 
 import torch
 from numba import carray, cfunc, int64, njit
 
 from kernels import silu_mul
-from kernels.linear import multiply
-from kernels.team import TASK, Call, Step, bind, claim, floats, words
+from kernels.linear import ROWS, multiply
+from kernels.route_experts import sort_by_expert
+from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
 
 _CHUNK = 64  # outputs per work item
 _MIN_TEAM_TOKENS = 16
@@ -65,7 +66,11 @@ def _products_task(data):
         if num_rows > 0:
             x, y = a[2] + 4 * first * depth, a[4] + 4 * first * num_outputs
             w = a[3] + 4 * expert * num_outputs * depth
-            multiply(x, w, y, num_rows, depth, num_outputs, start, min(start + _CHUNK, num_outputs))
+            for row in range(0, num_rows, ROWS):
+                multiply(
+                    x + 4 * row * depth, w, y + 4 * row * num_outputs, min(ROWS, num_rows - row), depth, num_outputs,
+                    start, min(start + _CHUNK, num_outputs),
+                )  # fmt: skip
 
 
 @njit("void(float32[::1], float32, float32[::1])", cache=True, nogil=True, fastmath=True)
@@ -129,19 +134,18 @@ def expert_mlp(
     weights_TK: torch.Tensor,
     experts_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """For many tokens: rows sorted by expert, two products for each expert that has rows."""
-    num_experts, num_active = len(gate_up_EWD), experts_TK.shape[1]
-    chosen_S = experts_TK.flatten()
-    order_S = chosen_S.argsort(stable=True)
-    token_S = order_S // num_active
-    x_SD = x_TD[token_S]
-    y_SD = torch.empty_like(x_SD)
-    start = 0
-    for expert, count in enumerate(torch.bincount(chosen_S, minlength=num_experts).tolist()):
-        if count:
-            rows = slice(start, start + count)
-            act_SI = silu_mul.silu_mul(x_SD[rows] @ gate_up_EWD[expert].T)
-            torch.mm(act_SI, down_EDI[expert].T, out=y_SD[rows])
-            start += count
-    y_SD *= weights_TK.flatten()[order_S].unsqueeze(1)
-    return torch.zeros_like(x_TD).index_add_(0, token_S, y_SD)
+    """y [T, D] of any number of tokens."""
+    if x_TD.dtype != torch.float32:
+        return reference(x_TD, gate_up_EWD, down_EDI, weights_TK=weights_TK, experts_TK=experts_TK)
+    places_TK, out_TD = torch.empty_like(experts_TK), torch.empty_like(x_TD)
+    starts = torch.empty(len(gate_up_EWD) + 1, dtype=torch.int64)
+    sort_by_expert(experts_TK.flatten().numpy(), places_TK.view(-1).numpy(), starts.numpy())
+    step = Step()
+    step.fill(len(x_TD))
+    Program(
+        expert_mlp_calls(
+            step, x_TD, gate_up_EWD, down_EDI, weights_TK=weights_TK, places_TK=places_TK, starts=starts,
+            out_TD=out_TD,
+        )
+    ).run()  # fmt: skip
+    return out_TD

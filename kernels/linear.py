@@ -3,18 +3,18 @@
 M rows, K inputs, N outputs; x [M, K], w [N, K], y [M, N]. With one row of x, w is read as one stream. With more, rows
 of w come four at a time and stay in cache while up to 64 rows of x pass, four at a time; meanwhile the next rows of w
 are on their way from memory. EPYC with AVX-512, two threads, K 1024, N 5632: M=1 0.43 ms (53 GB/s), M=8 0.83 ms,
-M=32 2.0 ms (187 GFLOP/s; without reading ahead 2.5), M=512 181 GFLOP/s against 156 of torch's linear.
+M=32 2.0 ms (187 GFLOP/s; without reading ahead 2.5), M=512 181 GFLOP/s against 156 of torch's linear (a Xeon: 264
+against 345; AVX2 on the EPYC: 129 to 180 against 171 to 193). What a row gives does not depend on the others
+(`kernels.tile`), which is why torch's is not taken where it is faster.
 """
 
 import torch
 from numba import carray, cfunc, int64, njit
 
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
-from kernels.tile import LANES, MAX_TILE_COLUMNS, TILE_ROWS, dot, tile_1, tile_2, tile_3, tile_4
+from kernels.tile import MAX_TILE_COLUMNS, TILE_ROWS, dot, tile_1, tile_2, tile_3, tile_4
 
-_ROWS, _CHUNK = 64, 64  # rows and outputs of a work item
-# The same EPYC held to AVX2, 512 rows: 129 to 180 GFLOP/s against 171 to 193 of torch's linear.
-_TAKES_ALL = LANES == 16
+ROWS, _CHUNK = 64, 64  # rows and outputs of a work item
 
 
 def reference(x_MK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,11 +24,8 @@ def reference(x_MK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | Non
 @njit("void(int64,int64,int64,int64,int64,int64,int64,int64)", cache=True, nogil=True)
 def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
     """Outputs start..stop-1 of all rows; x, w, y are addresses, start a multiple of 4."""
-    if num_rows == 1:  # bound by memory alone
-        for n in range(start, stop):
-            dot(w + 4 * n * depth, x, depth, y + 4 * n)
-        return
-    whole = start + (stop - start) // TILE_ROWS * TILE_ROWS
+    # A tile of one row of x waits for memory in four places at once, which is slower than one stream.
+    whole = start if num_rows == 1 else start + (stop - start) // TILE_ROWS * TILE_ROWS
     # While the tiles of x pass, the next rows of w come from memory, `speed` bytes for each of the K steps of a tile.
     speed = 4 * TILE_ROWS // ((num_rows + MAX_TILE_COLUMNS - 1) // MAX_TILE_COLUMNS) if num_rows else 0
     for n in range(start, whole, TILE_ROWS):
@@ -41,19 +38,18 @@ def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
             columns = min(MAX_TILE_COLUMNS, num_rows - row)
             x_row, place = x + 4 * row * depth, y + 4 * (row * num_outputs + n)
             if columns == 4:
-                tile_4(w_row, depth, x_row, depth, depth, place, 1, num_outputs, ahead, speed)
+                tile_4(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
             elif columns == 3:
-                tile_3(w_row, depth, x_row, depth, depth, place, 1, num_outputs, ahead, speed)
+                tile_3(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
             elif columns == 2:
-                tile_2(w_row, depth, x_row, depth, depth, place, 1, num_outputs, ahead, speed)
+                tile_2(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
             else:
-                tile_1(w_row, depth, x_row, depth, depth, place, 1, num_outputs, ahead, speed)
+                tile_1(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
             row += columns
             ahead += speed * depth
-    for n in range(whole, stop):  # fewer than four outputs are left: the same row of w four times, one result
+    for n in range(whole, stop):
         for row in range(num_rows):
-            place = y + 4 * (row * num_outputs + n)
-            tile_1(w + 4 * n * depth, 0, x + 4 * row * depth, depth, depth, place, 0, 0, 0, 0)
+            dot(w + 4 * n * depth, x + 4 * row * depth, depth, y + 4 * (row * num_outputs + n))
 
 
 @njit("void(int64,int64,int64,int64,int64,int64)", cache=True, nogil=True, fastmath=True)
@@ -69,13 +65,13 @@ def add_bias(y, bias, num_rows, num_outputs, start, stop):
 def _task(data):
     a = carray(data, (8,), int64)  # counter, step, x, w, bias, y, K, N
     num_rows, depth, num_outputs = words(a[1], 1)[0], a[6], a[7]
-    num_blocks = max(1, (num_rows + _ROWS - 1) // _ROWS)
+    num_blocks = max(1, (num_rows + ROWS - 1) // ROWS)
     while True:
         item = claim(data)
-        start, row = item // num_blocks * _CHUNK, item % num_blocks * _ROWS
+        start, row = item // num_blocks * _CHUNK, item % num_blocks * ROWS
         if start >= num_outputs:
             return
-        stop, block_rows = min(start + _CHUNK, num_outputs), min(_ROWS, num_rows - row)
+        stop, block_rows = min(start + _CHUNK, num_outputs), min(ROWS, num_rows - row)
         x, y = a[2] + 4 * row * depth, a[5] + 4 * row * num_outputs
         multiply(x, a[3], y, block_rows, depth, num_outputs, start, stop)
         if a[4] != 0:
@@ -100,7 +96,7 @@ def linear(
     out_MN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x w^T + bias, into `out_MN` if given."""
-    if x_MK.dtype != torch.float32 or (len(x_MK) > _ROWS and not _TAKES_ALL):
+    if x_MK.dtype != torch.float32:
         y_MN = reference(x_MK, w_NK, bias_N)
         return y_MN if out_MN is None else out_MN.copy_(y_MN)
     out_MN = x_MK.new_empty(len(x_MK), len(w_NK)) if out_MN is None else out_MN

@@ -3,7 +3,8 @@
 Token i of the chunk stands at position `num_prefix` + i and reads the positions up to its own (the last `window` of
 them, where there is a window): score_ij = scale q_i.k_j, lse_i = log(sum_j exp(score_ij)),
 out_i = sum_j exp(score_ij - lse_i) v_j.
-Without a window, prefix and chunk are two partial results, merged exactly.
+Without a window, prefix and chunk are two partial results, merged exactly. For bfloat16; in fp32 prompts run as
+`paged_attention`, whose results do not depend on how a prompt is cut into chunks.
 
 T tokens of the chunk, S of the prefix, H query heads, G key/value heads, M = H/G, C head dimension, P pages,
 B tokens per page.

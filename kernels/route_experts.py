@@ -9,7 +9,7 @@ import torch
 from numba import carray, cfunc, int64, njit
 
 from kernels.exponential import exponential
-from kernels.team import TASK, Call, Step, bind, claim, floats, words
+from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
 
 
 def reference(
@@ -46,7 +46,7 @@ def _route(logits_E, weights_K, experts_K, normalizes):
 
 
 @njit("void(int64[::1], int64[::1], int64[::1])", cache=True, nogil=True)
-def _sort_by_expert(experts_S, places_S, starts):
+def sort_by_expert(experts_S, places_S, starts):
     starts[:] = 0
     for expert in experts_S:
         starts[expert + 1] += 1
@@ -74,7 +74,7 @@ def _task(data):
         weights_K = floats(a[3] + 4 * token * num_active, num_active)
         _route(logits_E, weights_K, words(a[4] + 8 * token * num_active, num_active), a[9])
     num_choices = num_tokens * num_active
-    _sort_by_expert(words(a[4], num_choices), words(a[5], num_choices), words(a[6], num_experts + 1))
+    sort_by_expert(words(a[4], num_choices), words(a[5], num_choices), words(a[6], num_experts + 1))
 
 
 _NEVER = 2**62  # one thread routes the few tokens of a program's step faster than two start
@@ -99,5 +99,18 @@ def route_experts_call(
 def route_experts(
     logits_TE: torch.Tensor, *, num_active: int, normalizes: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights [T, K], experts [T, K] int64), largest first."""
-    return reference(logits_TE, num_active=num_active, normalizes=normalizes)
+    """(weights [T, K], experts [T, K] int64), largest first; destroys the logits."""
+    if logits_TE.dtype != torch.float32:
+        return reference(logits_TE, num_active=num_active, normalizes=normalizes)
+    num_tokens, num_experts = logits_TE.shape
+    weights_TK = logits_TE.new_empty(num_tokens, num_active)
+    experts_TK, places_TK = torch.empty(2, num_tokens, num_active, dtype=torch.int64)
+    step = Step()
+    step.fill(num_tokens)
+    Program([
+        route_experts_call(
+            step, logits_TE, normalizes=normalizes, weights_TK=weights_TK, experts_TK=experts_TK,
+            places_TK=places_TK, starts=torch.empty(num_experts + 1, dtype=torch.int64),
+        )
+    ]).run()  # fmt: skip
+    return weights_TK, experts_TK

@@ -1,54 +1,60 @@
 """The inner loops of products and attention, with their sums in vector registers.
 
-tile_X: out[m * x_step + n * w_step] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < X.
+tile_X: out[m * out_stride + n] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < X.
 dot:    out[0] = sum_k w[k] x[k]. One row of w after the other is one stream of memory, the fastest way to read it.
-mix_X:  out[m * out_stride + c] += sum_t p[m * p_stride + t] v[t * v_stride + c] for t < num_rows, c < LANES and m < X.
+mix_X:  out[m * out_stride + c] += sum_t p[m * p_stride + t] v[t * v_stride + c] for t < num_rows, c < num_vectors LANES
+        and m < X, with num_vectors 1 (mix_X) or 2 (mix_wide_X).
 mix_1_narrow: the same for m < 1 and one c.
 prefetch: starts to bring `num_bytes` at an address to L2. tile_X does so on its way, two cache lines for each vector
 of k, at ahead + k * ahead_step (bytes): lines that come between products cost nothing, and no read waits for them.
 
-Strides and steps in floats; w, x, p, v and out are addresses. Written as LLVM vector code, because the compiler does
-not keep a tile of sums in registers when it vectorises the plain loops (measured: 5 GB/s a thread against 18).
+A sum over k is the same to the last bit in all of them: LANES sums of every LANES-th product, added as a tree of
+halves, then what is left of k one by one. So what a row of x gives does not depend on the rows beside it, and a
+request's tokens not on the batch they are computed in (He and Thinking Machines Lab, "Defeating Nondeterminism in LLM
+Inference", 2025).
+
+Strides in floats; w, x, p, v and out are addresses. Written as LLVM vector code, because the compiler does not keep a
+tile of sums in registers when it vectorises the plain loops (measured: 5 GB/s a thread against 18).
 """
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels.vectors import (
+    CACHE_LINE_BYTES,
+    F32,
+    I64,
+    LANES,
+    VECTOR,
+    add_lanes,
+    ask_for,
+    fma,
+    load,
+    loop,
+    rows_of,
+    spread,
+)
+
 TILE_ROWS = 4
-_UNROLL = 4  # independent sums of `dot`, to hide the latency of an addition
-# AVX-512 has 32 registers of 16 floats; everything else gets 8 lanes, and half the tile with its 16 registers.
-_WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-LANES = 16 if _WIDE else 8
-MAX_TILE_COLUMNS = 4 if _WIDE else 2
-_LINE_BYTES = 64
-_I64, _F32 = ir.IntType(64), ir.FloatType()
-_VECTOR = ir.VectorType(_F32, LANES)
+# Without AVX-512 half the tile, for its 16 registers.
+MAX_TILE_COLUMNS = 4 if LANES == 16 else 2
 
 
 def _make_tile(num_columns):
     @intrinsic
-    def tile(_typing, w, w_stride, x, x_stride, depth, out, w_step, x_step, ahead, ahead_step):
+    def tile(_typing, w, w_stride, x, x_stride, depth, out, out_stride, ahead, ahead_step):
         def generate(context, builder, _signature, values):
-            w, w_stride, x, x_stride, depth, out, w_step, x_step, *ahead = values
-            w_rows, x_rows = _rows(builder, w, w_stride, TILE_ROWS), _rows(builder, x, x_stride, num_columns)
-            whole = builder.and_(depth, ir.Constant(_I64, -LANES))
-            zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * (TILE_ROWS * num_columns)
-            sums = _accumulate(builder, ir.Constant(_I64, 0), whole, _VECTOR, w_rows, x_rows, zeros, ahead)
-            sums = [_add_lanes(builder, total) for total in sums]
-            sums = _accumulate(builder, whole, depth, _F32, w_rows, x_rows, sums)
-            base = builder.inttoptr(out, _F32.as_pointer())
-            for i, total in enumerate(sums):
-                m, n = divmod(i, TILE_ROWS)
-                place = builder.add(
-                    builder.mul(x_step, ir.Constant(_I64, m)), builder.mul(w_step, ir.Constant(_I64, n))
-                )
-                builder.store(total, builder.gep(base, [place]))
+            w, w_stride, x, x_stride, depth, out, out_stride, *ahead = values
+            w_rows, x_rows = (
+                rows_of(builder, w, w_stride, TILE_ROWS),
+                rows_of(builder, x, x_stride, num_columns),
+            )
+            out_rows = rows_of(builder, out, out_stride, num_columns)
+            _store_products(builder, w_rows, x_rows, depth, out_rows, ahead)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), generate
+        return types.void(*[types.int64] * 9), generate
 
     return tile
 
@@ -57,24 +63,8 @@ def _make_tile(num_columns):
 def dot(_typing, w, x, depth, out):
     def generate(context, builder, _signature, values):
         w, x, depth, out = values
-        rows = [builder.inttoptr(address, _F32.as_pointer()) for address in (w, x)]
-
-        def add_products(kind):
-            def body(k, sums):
-                places = [builder.add(k, ir.Constant(_I64, i * LANES)) for i in range(len(sums))]
-                pairs = [[_load(builder, row, place, kind) for row in rows] for place in places]
-                return [_fma(builder, *pair, total) for pair, total in zip(pairs, sums, strict=True)]
-
-            return body
-
-        step = LANES * _UNROLL
-        whole = builder.and_(depth, ir.Constant(_I64, -step))
-        zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * _UNROLL
-        first, *others = _loop(builder, ir.Constant(_I64, 0), whole, step, zeros, add_products(_VECTOR))
-        for other in others:
-            first = builder.fadd(first, other)
-        (total,) = _loop(builder, whole, depth, 1, [_add_lanes(builder, first)], add_products(_F32))
-        builder.store(total, builder.inttoptr(out, _F32.as_pointer()))
+        rows = [rows_of(builder, address, None, 1) for address in (w, x, out)]
+        _store_products(builder, rows[0], rows[1], depth, rows[2])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
@@ -86,40 +76,41 @@ def prefetch(_typing, address, num_bytes):
         address, num_bytes = values
 
         def body(offset, _sums):
-            _ask_for(builder, builder.add(address, offset))
+            ask_for(builder, builder.add(address, offset))
             return []
 
-        _loop(builder, ir.Constant(_I64, 0), num_bytes, _LINE_BYTES, [], body)
+        loop(builder, ir.Constant(I64, 0), num_bytes, CACHE_LINE_BYTES, [], body)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
 
 
-def _make_mix(num_columns, kind):
+def _make_mix(num_columns, kind, num_vectors):
     @intrinsic
     def mix(_typing, p, p_stride, v, v_stride, num_rows, out, out_stride):
         def generate(context, builder, _signature, values):
             p, p_stride, v, v_stride, num_rows, out, out_stride = values
-            zero = ir.Constant(_I64, 0)
-            p_rows, out_rows = (
-                _rows(builder, p, p_stride, num_columns),
-                _rows(builder, out, out_stride, num_columns),
-            )
-            v_row = builder.inttoptr(v, _F32.as_pointer())
+            p_rows = rows_of(builder, p, p_stride, num_columns)
+            v_row = builder.inttoptr(v, F32.as_pointer())
+            offsets = [ir.Constant(I64, i * LANES) for i in range(num_vectors)]
+            places = [
+                builder.gep(row, [offset])
+                for row in rows_of(builder, out, out_stride, num_columns)
+                for offset in offsets
+            ]
 
             def add_row(t, sums):
-                v_values = _load(builder, v_row, builder.mul(t, v_stride), kind)
-                weights = [_spread(builder, _load(builder, row, t, _F32), kind) for row in p_rows]
-                return [
-                    _fma(builder, weight, v_values, total)
-                    for weight, total in zip(weights, sums, strict=True)
-                ]
+                start = builder.mul(t, v_stride)
+                v_values = [load(builder, v_row, builder.add(start, offset), kind) for offset in offsets]
+                weights = [spread(builder, load(builder, row, t, F32), kind) for row in p_rows]
+                products = [(weight, v_value) for weight in weights for v_value in v_values]
+                return [fma(builder, *product, total) for product, total in zip(products, sums, strict=True)]
 
-            sums = _loop(
-                builder, zero, num_rows, 1, [_load(builder, row, zero, kind) for row in out_rows], add_row
-            )
-            for row, total in zip(out_rows, sums, strict=True):
-                builder.store(total, builder.bitcast(row, kind.as_pointer()), align=4)
+            zero = ir.Constant(I64, 0)
+            sums = [load(builder, place, zero, kind) for place in places]
+            sums = loop(builder, zero, num_rows, 1, sums, add_row)
+            for place, total in zip(places, sums, strict=True):
+                builder.store(total, builder.bitcast(place, kind.as_pointer()), align=4)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
@@ -127,11 +118,26 @@ def _make_mix(num_columns, kind):
     return mix
 
 
-def _rows(builder, base, stride, num_rows):
-    rows = [builder.inttoptr(base, _F32.as_pointer())]
-    for _ in range(num_rows - 1):
-        rows.append(builder.gep(rows[-1], [stride]))
-    return rows
+def _store_products(builder, w_rows, x_rows, depth, out_rows, ahead=None):
+    """out_rows[m][n] = w_rows[n].x_rows[m]."""
+    num_sums = len(w_rows) * len(x_rows)
+    whole = builder.and_(depth, ir.Constant(I64, -LANES))
+    zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * num_sums
+    sums = _accumulate(builder, ir.Constant(I64, 0), whole, VECTOR, w_rows, x_rows, zeros, ahead)
+    total = add_lanes(builder, sums)
+    kind = ir.VectorType(F32, len(w_rows))
+    for m, row in enumerate(out_rows):
+        lanes = ir.Constant(
+            ir.VectorType(ir.IntType(32), len(w_rows)), [m * len(w_rows) + n for n in range(len(w_rows))]
+        )
+        part = builder.shuffle_vector(total, ir.Constant(VECTOR, ir.Undefined), lanes)
+        builder.store(part, builder.bitcast(row, kind.as_pointer()), align=4)
+    with builder.if_then(builder.icmp_signed("<", whole, depth), likely=False):
+        places = [builder.gep(row, [ir.Constant(I64, n)]) for row in out_rows for n in range(len(w_rows))]
+        sums = [builder.load(place) for place in places]
+        sums = _accumulate(builder, whole, depth, F32, w_rows, x_rows, sums)
+        for place, total in zip(places, sums, strict=True):
+            builder.store(total, place)
 
 
 def _accumulate(builder, start, stop, kind, w_rows, x_rows, sums, ahead=None):
@@ -141,79 +147,16 @@ def _accumulate(builder, start, stop, kind, w_rows, x_rows, sums, ahead=None):
         if ahead is not None:
             place = builder.add(ahead[0], builder.mul(k, ahead[1]))
             for line in range(2):
-                _ask_for(builder, builder.add(place, ir.Constant(_I64, _LINE_BYTES * line)))
-        w_values = [_load(builder, row, k, kind) for row in w_rows]
-        x_values = [_load(builder, row, k, kind) for row in x_rows]
+                ask_for(builder, builder.add(place, ir.Constant(I64, CACHE_LINE_BYTES * line)))
+        w_values = [load(builder, row, k, kind) for row in w_rows]
+        x_values = [load(builder, row, k, kind) for row in x_rows]
         products = [(w_value, x_value) for x_value in x_values for w_value in w_values]
-        return [_fma(builder, *product, total) for product, total in zip(products, sums, strict=True)]
+        return [fma(builder, *product, total) for product, total in zip(products, sums, strict=True)]
 
-    return _loop(builder, start, stop, LANES if kind is _VECTOR else 1, sums, add_products)
-
-
-def _loop(builder, start, stop, step, sums, body):
-    """for i in range(start, stop, step): sums = body(i, sums)."""
-    before = builder.block
-    head, inside, done = (builder.append_basic_block(f"tile_{name}") for name in ("head", "inside", "done"))
-    builder.branch(head)
-    builder.position_at_end(head)
-    i = builder.phi(_I64)
-    i.add_incoming(start, before)
-    carried = []
-    for total in sums:
-        carried.append(builder.phi(total.type))
-        carried[-1].add_incoming(total, before)
-    builder.cbranch(builder.icmp_signed("<", i, stop), inside, done)
-    builder.position_at_end(inside)
-    totals = body(i, carried)
-    i.add_incoming(builder.add(i, ir.Constant(_I64, step)), inside)
-    for phi, total in zip(carried, totals, strict=True):
-        phi.add_incoming(total, inside)
-    builder.branch(head)
-    builder.position_at_end(done)
-    return carried
-
-
-def _ask_for(builder, address):
-    """Starts to bring a cache line to L2; no address is wrong."""
-    void_pointer, word = cgutils.voidptr_t, ir.IntType(32)
-    signature = ir.FunctionType(ir.VoidType(), [void_pointer, word, word, word])
-    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-    to_read, to_l2, data = (ir.Constant(word, n) for n in (0, 2, 1))
-    builder.call(function, [builder.inttoptr(address, void_pointer), to_read, to_l2, data])
-
-
-def _load(builder, row, k, kind):
-    place = builder.gep(row, [k])
-    if kind is _F32:
-        return builder.load(place)
-    loaded = builder.load(builder.bitcast(place, kind.as_pointer()))
-    loaded.align = 4
-    return loaded
-
-
-def _spread(builder, value, kind):
-    """A float in all lanes."""
-    if kind is _F32:
-        return value
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), order)
-
-
-def _fma(builder, a, b, c):
-    name = "llvm.fma.f32" if a.type is _F32 else f"llvm.fma.v{LANES}f32"
-    signature = ir.FunctionType(a.type, [a.type] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), [a, b, c])
-
-
-def _add_lanes(builder, vector):
-    signature = ir.FunctionType(_F32, [_F32, _VECTOR])
-    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-    function = cgutils.get_or_insert_function(builder.module, signature, name)
-    # "reassoc" lets the lanes be added as a tree.
-    return builder.call(function, [ir.Constant(_F32, -0.0), vector], fastmath=["reassoc"])
+    return loop(builder, start, stop, LANES if kind is VECTOR else 1, sums, add_products)
 
 
 tile_1, tile_2, tile_3, tile_4 = (_make_tile(num_columns) for num_columns in (1, 2, 3, 4))
-mix_1, mix_2, mix_3, mix_4 = (_make_mix(num_columns, _VECTOR) for num_columns in (1, 2, 3, 4))
-mix_1_narrow = _make_mix(1, _F32)
+mix_1, mix_2, mix_3, mix_4 = (_make_mix(num_columns, VECTOR, 1) for num_columns in (1, 2, 3, 4))
+mix_wide_1, mix_wide_2, mix_wide_3, mix_wide_4 = (_make_mix(num, VECTOR, 2) for num in (1, 2, 3, 4))
+mix_1_narrow = _make_mix(1, F32, 1)

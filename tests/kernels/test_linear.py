@@ -36,6 +36,16 @@ def test_several_threads_compute_the_same() -> None:
         torch.set_num_threads(num_threads)
 
 
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(7, 3), (64, 64), (100, 130)])
+def test_a_row_comes_out_the_same_to_the_last_bit_beside_any_others(
+    num_inputs: int, num_outputs: int
+) -> None:
+    x, w = torch.randn(130, num_inputs), torch.randn(num_outputs, num_inputs)
+    together = linear(x, w)
+    for first, count in ((0, 1), (129, 1), (3, 2), (40, 3), (60, 5), (1, 64)):
+        assert torch.equal(linear(x[first : first + count], w), together[first : first + count])
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         linear(torch.randn(2, 5), torch.randn(3, 6))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import merge_partials
-from kernels.paged_attention import GROUP_TOKENS, paged_attention, reference
+from kernels.paged_attention import paged_attention, reference
 
 BLOCK = 16
 
@@ -52,7 +52,7 @@ def test_tokens_of_one_request_are_attended_together_and_see_their_own_context_a
     num_heads: int, num_kv_heads: int, window: int | None
 ) -> None:
     # Rows of a step: a decode, a chunk that takes several groups, another decode, a chunk of one group.
-    counts, ends = [1, 2 * GROUP_TOKENS + 3, 1, 3], [70, 60, 33, 3]
+    counts, ends = [1, 45, 1, 3], [70, 60, 33, 3]
     _, pages, where = make_case(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16, lengths=ends)
     where["rows_T"] = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
     where["lengths_T"] = torch.cat(
@@ -96,3 +96,16 @@ def test_pages_of_another_size_are_refused() -> None:
     q, _, where = make_case(num_heads=4, num_kv_heads=2, head_dim=16, lengths=[4])
     with pytest.raises(ValueError, match="16 tokens"):
         paged_attention(q, torch.zeros(4, 2, 2, 8, 16), **where, window=None, scale=1.0)
+
+
+def test_a_token_comes_out_the_same_to_the_last_bit_in_any_group() -> None:
+    _, pages, where = make_case(num_heads=6, num_kv_heads=2, head_dim=24, lengths=[150])
+    where["rows_T"], where["lengths_T"] = torch.zeros(150, dtype=torch.int64), torch.arange(1, 151)
+    q = torch.randn(150, 6, 24, generator=torch.Generator().manual_seed(6))
+    for window in (None, 20):
+        together = paged_attention(q, pages, **where, window=window, scale=0.2)
+        for first, count in ((0, 1), (149, 1), (10, 2), (33, 5), (90, 11)):
+            part = slice(first, first + count)
+            some = {**where, "rows_T": where["rows_T"][part], "lengths_T": where["lengths_T"][part]}
+            alone = paged_attention(q[part], pages, **some, window=window, scale=0.2)
+            assert all(torch.equal(a, b[part]) for a, b in zip(alone, together, strict=True))

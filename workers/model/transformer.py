@@ -92,20 +92,24 @@ class Transformer:
         )
         heads_TMC = qkv_TN.view(len(qkv_TN), -1, config.head_dim)
         q_THC = heads_TMC[:, : config.num_heads]
-        k_TGC, v_TGC = heads_TMC[:, config.num_heads :].chunk(2, dim=1)
-        out_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
-        if batch.num_singles:
-            singles = slice(0, batch.num_singles)
-            out_THC[singles], _ = paged_attention(
-                q_THC[singles], pages_P2GBC, table_RL=batch.table_RL, rows_T=batch.rows_T[singles],
-                lengths_T=batch.positions_T[singles] + 1, window=window, scale=scale,
-            )  # fmt: skip
-        for chunk in batch.chunks:
-            span = slice(chunk.start, chunk.stop)
-            out_THC[span], _ = prefill_attention(
-                q_THC[span], k_TGC[span], v_TGC[span], pages_P2GBC, prefix_pages=chunk.pages,
-                num_prefix=chunk.num_prefix, window=window, scale=scale,
-            )  # fmt: skip
+        # In fp32 one kernel reads all contexts, so that a token comes out the same whatever it is computed with.
+        num_singles = len(q_THC) if q_THC.dtype == torch.float32 else batch.num_singles
+        singles = slice(0, num_singles)
+        out_THC, _ = paged_attention(
+            q_THC[singles], pages_P2GBC, table_RL=batch.table_RL, rows_T=batch.rows_T[singles],
+            lengths_T=batch.positions_T[singles] + 1, window=window, scale=scale,
+        )  # fmt: skip
+        if num_singles < len(q_THC):
+            k_TGC, v_TGC = heads_TMC[:, config.num_heads :].chunk(2, dim=1)
+            outs_THC = [out_THC]
+            for chunk in batch.chunks:
+                span = slice(chunk.start, chunk.stop)
+                out_THC, _ = prefill_attention(
+                    q_THC[span], k_TGC[span], v_TGC[span], pages_P2GBC, prefix_pages=chunk.pages,
+                    num_prefix=chunk.num_prefix, window=window, scale=scale,
+                )  # fmt: skip
+                outs_THC.append(out_THC)
+            out_THC = torch.cat(outs_THC)
         return out_THC.flatten(1)
 
 

@@ -129,6 +129,44 @@ def test_a_batch_of_mixed_lengths_and_phases_matches_the_oracle(
         assert_close(logits, expected[name])
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_token_comes_out_the_same_to_the_last_bit_whatever_it_is_computed_with(
+    num_threads: int, family: str, checkpoint_of: Callable[[str], OracleAndPath]
+) -> None:
+    tokens = random_tokens(150)
+    usual_num_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        # A prefill in one piece, then decoding alone.
+        alone = Runner(checkpoint_of(family)[1])
+        alone.add("a", tokens[:140])
+        expected = [alone.step({"a": 140})["a"]]
+        for token in tokens[140:]:
+            alone.requests["a"].output_token_ids.append(token)
+            expected.append(alone.step({"a": 1})["a"])
+        # In chunks of all kinds beside others, decoding in batches of changing sizes.
+        crowd = Runner(checkpoint_of(family)[1])
+        crowd.add("a", tokens[:140])
+        for number in range(6):
+            crowd.add(f"b{number}", random_tokens(60, seed=number + 1))
+        got = []
+        for chunk, others in zip((1, 7, 65, 17, 50), (0, 1, 3, 6, 2), strict=True):
+            logits = crowd.step({**{f"b{number}": 5 for number in range(others)}, "a": chunk})
+        got.append(logits["a"])
+        for number, token in enumerate(tokens[140:]):
+            crowd.requests["a"].output_token_ids.append(token)
+            sizes = {f"b{other}": 1 + number for other in range(number % 4)}
+            got.append(crowd.step({"a": 1, **sizes})["a"])
+        # As if it had died at the end and were computed again from all its tokens.
+        again = Runner(checkpoint_of(family)[1])
+        again.add("a", tokens)
+        last = again.step({"a": 150})["a"]
+    finally:
+        torch.set_num_threads(usual_num_threads)
+    assert [torch.equal(a, b) for a, b in zip(got, expected, strict=True)] == [True] * 11
+    assert torch.equal(last, expected[-1])
+
+
 def test_greedy_text_of_a_batch_is_the_oracles(oracle_and_runner: tuple[Any, Runner]) -> None:
     oracle, runner = oracle_and_runner
     prompts = {
