@@ -82,6 +82,7 @@ class Offers:
         self._tell = tell  # what became of so many blocks
         self._limits = limits
         self._stores: dict[str, _Store] = {}
+        self._has_heard_of_stores = False
         self._waiting: OrderedDict[int, BlockRun] = OrderedDict()  # by number, oldest first
         self._num_waiting_blocks = 0
         self._numbers = itertools.count()
@@ -99,8 +100,8 @@ class Offers:
         return self._num_waiting_blocks
 
     def offer(self, run: BlockRun) -> None:
-        """This worker's tiers hold `run`, exactly. Forgotten at once where there is no store."""
-        if not self._stores:
+        """This worker's tiers hold `run`, exactly. Forgotten at once where it is known that there is no store."""
+        if self._has_heard_of_stores and not self._stores:
             return
         self._waiting[next(self._numbers)] = run
         self._num_waiting_blocks += len(run.keys)
@@ -118,6 +119,10 @@ class Offers:
             else _Store(address=address, backoff_s=self._limits.first_backoff_s)
             for address in addresses
         }
+        if not self._has_heard_of_stores and not self._stores:
+            self._waiting.clear()
+            self._num_waiting_blocks = 0
+        self._has_heard_of_stores = True
         self._changed.set()
 
     async def settled(self) -> None:

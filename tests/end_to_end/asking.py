@@ -18,7 +18,7 @@ MODEL = "penstock-demo"
 PROMPT_TOKENS = 640  # 40 blocks
 # The last token is always computed, so that its block is.
 LOADABLE_TOKENS = PROMPT_TOKENS - 16
-WAIT_S = 20.0
+WAIT_S = 60.0
 SYSTEM = "You answer in one word. " * 60
 
 Tiers = dict[tuple[str, str], kv_pb2.TierDescription]

@@ -51,15 +51,17 @@ async def worker() -> AsyncIterator[Peer]:
 
 @contextlib.asynccontextmanager
 async def offering(
-    worker: Peer, stores: Sequence[Peer], limits: OfferLimits | None = None
+    worker: Peer, stores: Sequence[Peer] | None, limits: OfferLimits | None = None
 ) -> AsyncIterator[Offers]:
+    """`stores` are what the worker has heard of; None if it has heard nothing yet."""
     offers = Offers(
         model_fingerprint=FINGERPRINT,
         layout=LAYOUT,
         tell=lambda num_blocks, outcome: None,
         limits=limits or OfferLimits(),
     )
-    offers.set_stores([address(f"store-{number}", store) for number, store in enumerate(stores)])
+    if stores is not None:
+        offers.set_stores([address(f"store-{number}", store) for number, store in enumerate(stores)])
     task = asyncio.create_task(offers.run(worker.holder()))
     try:
         yield offers
@@ -92,6 +94,23 @@ async def test_a_store_pulls_what_it_is_offered(worker: Peer) -> None:
         offers.offer(RUN)
         await wait_until(lambda: offers.num_known == 40)
         assert (offers.num_taken, offers.num_dropped, offers.num_waiting_blocks) == (40, 0, 0)
+
+
+async def test_what_is_computed_before_the_first_news_of_stores_is_offered_with_it(worker: Peer) -> None:
+    async with running_peer(takes_offers=True) as store, offering(worker, None) as offers:
+        offers.offer(RUN)
+        assert offers.num_waiting_blocks == 40
+        offers.set_stores([address("s", store)])
+        await wait_until(lambda: offers.num_taken == 40)
+
+
+async def test_nothing_waits_where_there_is_no_store(worker: Peer) -> None:
+    async with offering(worker, None) as offers:
+        offers.offer(RUN)
+        offers.set_stores([])
+        assert offers.num_waiting_blocks == 0
+        offers.offer(RUN)
+        assert offers.num_waiting_blocks == 0
 
 
 async def test_a_store_pulls_only_the_blocks_it_lacks(worker: Peer) -> None:
