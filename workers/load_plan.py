@@ -81,7 +81,8 @@ class StreamPlanner:
         self._spans = spans
         self._costs = costs
         self._link = link
-        self._limits = StreamLimits(max_level=max_level)
+        # What a client has read already must be gone on with as it would have been: from exact KV.
+        self._limits = StreamLimits(max_level=0 if request.output_token_ids else max_level)
         self._end_chunk = len(spans)
         self._pending_bytes = 0.0
         self._first_view: StreamView | None = None
