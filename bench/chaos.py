@@ -3,9 +3,9 @@
     make bench BENCH=chaos [ARGS="--minutes 3 --seed 5 --shape mixed"]
 
 Two gateways over a Redis, two workers of each pool, and clients that always have a request each under way. Meanwhile
-workers are killed, stopped, slowed and drained, requests moved to other workers, gateways and Redis killed and
-stopped. What happens, to whom and in which order depends on the seed alone; when it happens also on how soon the one
-before is well again.
+workers are killed, stopped, slowed, cut off and drained, their disk is full, requests are moved to other workers, and
+gateways and Redis killed and stopped. What happens, to whom and in which order depends on the seed alone; when it
+happens also on how soon the one before is well again.
 
 Every answer is compared, token by token, with that of the same request before the storm: greedy, seeded and with
 penalties. Who asked a gateway that is killed asks another one, as clients do, and that counts as no failure. When the
@@ -48,7 +48,7 @@ class Result:
 
 
 def lanes(site: Site) -> list[Lane]:
-    """A lane for each pool, and three more."""
+    """A lane for each pool, and a few more."""
     pools = sorted({worker.rpartition("-")[0] for worker in site.workers})
     return [
         *(
@@ -57,6 +57,7 @@ def lanes(site: Site) -> list[Lane]:
         ),
         Lane("gateways", GATEWAY_KINDS, list(site.doors)),
         Lane("redis", REDIS_KINDS, ["redis"]),
+        *([Lane("disk", [Kind.FILL_DISK], ["disk"])] if site.disk else []),
         Lane("moves", [Kind.MOVE_REQUEST], site.generating, longest_pause_s=LONGEST_MOVE_PAUSE_S),
     ]
 

@@ -13,11 +13,13 @@ import httpx
 
 from bench.chaos_site import Site, is_ready, until
 from bench.chaos_storm import Disturbance, Kind, Lane, disturbances
+from bench.cutting import cut_connections
 from control_plane.runtimes.process_id import ProcessId
 from protos import worker_pb2, worker_pb2_grpc
 
 RPC_TIMEOUT_S = 5.0
 MOVE_TIMEOUT_S = 30.0
+CUT_PAUSE_S = 0.05
 SLOW_S = 0.05  # stopped, and then as long not
 
 
@@ -79,6 +81,13 @@ class Storm:
                     await self._stop(name, seconds=SLOW_S)
                     await asyncio.sleep(SLOW_S)
                 return f"for {lasts_s:.1f} s"
+            case Kind.CUT_WORKER:
+                await self._cut_off(name, seconds=lasts_s)
+                return f"for {lasts_s:.1f} s"
+            case Kind.FILL_DISK:
+                with self._site.full_disk():
+                    await asyncio.sleep(lasts_s)
+                return f"for {lasts_s:.1f} s"
             case Kind.KILL_REDIS:
                 self._site.redis.kill()
                 await asyncio.sleep(lasts_s)
@@ -103,6 +112,13 @@ class Storm:
     async def _stop(self, name: str, *, seconds: float) -> None:
         with _stopped(await self._running(name)):
             await asyncio.sleep(seconds)
+
+    async def _cut_off(self, name: str, *, seconds: float) -> None:
+        victim = await self._running(name)
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s and victim.is_alive():
+            await asyncio.to_thread(cut_connections, victim.pid)
+            await asyncio.sleep(CUT_PAUSE_S)
 
     async def _kill(self, name: str) -> None:
         victim = await self._running(name)

@@ -1,9 +1,10 @@
 """The cluster that a storm rages in, with its Redis: who runs, who is known, and whether all is well."""
 
 import asyncio
+import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ SHAPES = {
     "mixed": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "mixed": {"replicas": 2}},
 }
 TIER_BYTES = 64 * 2**20
+DISK_BYTES = 6 * TIER_BYTES
 
 
 class Site:
-    def __init__(self, cluster: RunningCluster, redis: RedisServer) -> None:
+    def __init__(self, cluster: RunningCluster, redis: RedisServer, *, disk: Path | None) -> None:
         self.cluster = cluster
         self.redis = redis
+        self.disk = disk  # a file system of their own, if one could be mounted
         state = self.state()
         self.doors = {gateway.name: GatewayDoor(_port(gateway)) for gateway in state.gateways}
         self.workers = [process.name for process in state.processes if process.pool]
@@ -47,6 +50,20 @@ class Site:
         """None while it starts."""
         found = next(process for process in self.state().processes if process.name == name)
         return found.process_id if found.status is Status.READY else None
+
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """There is no room left on it. Raises RuntimeError where there is none of their own."""
+        if self.disk is None:
+            raise RuntimeError("only a disk that nobody else uses is filled")
+        filler = self.disk / "filler"
+        try:
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(2**20))
+            yield
+        finally:
+            filler.unlink()
 
     def control_address(self, worker: str) -> str:
         return f"unix:{self.cluster.run_dir / 'sockets' / f'{worker}.control.sock'}"
@@ -78,19 +95,38 @@ def running_site(shape: str) -> Iterator[Site]:
     with tempfile.TemporaryDirectory(prefix="penstock-") as directory:  # a short path: it holds a socket
         redis = RedisServer(Path(directory))
         redis.start()
+        disk = Path(directory, "disk")
+        disk.mkdir()
+        is_mounted = _mount(disk)
         settings: dict[str, Any] = {
             "gateway": {"replicas": NUM_GATEWAYS},
             "directory": {"redis_url": redis.url},
             "pools": SHAPES[shape],
             "routing": {"prefill_threshold_tokens": 32},
             # Lossy KV would change answers, as it may.
-            "kv": {"memory_tier_bytes": TIER_BYTES, "disk_tier_bytes": TIER_BYTES, "max_level": 0},
+            "kv": {
+                "memory_tier_bytes": TIER_BYTES,
+                "disk_tier_bytes": TIER_BYTES,
+                "disk_path": str(disk / "kv"),
+                "max_level": 0,
+            },
         }
         try:
             with running_cluster(settings) as cluster:
-                yield Site(cluster, redis)
+                yield Site(cluster, redis, disk=disk if is_mounted else None)
         finally:
             redis.kill()
+            if is_mounted:
+                subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def _mount(directory: Path) -> bool:
+    """A small file system of its own there, where the rights allow it."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(directory)]
+    made = subprocess.run(command, capture_output=True, check=False, text=True)
+    if made.returncode:
+        print(f"no disk is filled: {made.stderr.strip()}", flush=True)
+    return made.returncode == 0
 
 
 def is_ready(door: GatewayDoor) -> bool:

@@ -18,15 +18,17 @@ class Kind(Enum):
     KILL_WORKER = "worker killed"
     STOP_WORKER = "worker stopped"  # and continued
     SLOW_WORKER = "worker slowed"  # stopped and continued, ten times a second
+    CUT_WORKER = "worker cut off"  # all its connections end, new ones at once
     DRAIN_WORKER = "worker drained"  # and restarted
     MOVE_REQUEST = "request moved"
     KILL_GATEWAY = "gateway killed"
     STOP_GATEWAY = "gateway stopped"
     KILL_REDIS = "Redis killed"
     STOP_REDIS = "Redis stopped"
+    FILL_DISK = "disk filled"
 
 
-WORKER_KINDS = (Kind.KILL_WORKER, Kind.DRAIN_WORKER, Kind.STOP_WORKER, Kind.SLOW_WORKER)
+WORKER_KINDS = (Kind.KILL_WORKER, Kind.DRAIN_WORKER, Kind.STOP_WORKER, Kind.SLOW_WORKER, Kind.CUT_WORKER)
 GATEWAY_KINDS = (Kind.KILL_GATEWAY, Kind.STOP_GATEWAY)
 REDIS_KINDS = (Kind.KILL_REDIS, Kind.STOP_REDIS)
 

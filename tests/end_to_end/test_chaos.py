@@ -1,0 +1,18 @@
+"""A short storm with something of every kind: no client notices, and nothing is left behind.
+
+`make bench BENCH=chaos` is the long one.
+"""
+
+from bench.chaos import print_result, run
+
+SEED = 1
+STORM_S = 10.0
+
+
+def test_no_token_is_lost_duplicated_or_wrong_and_nothing_leaks_in_a_storm() -> None:
+    result = run(shape="disaggregated", seed=SEED, lasts_s=STORM_S)
+    print_result(result)
+    assert {claim.name: claim.value for claim in result.claims} == dict.fromkeys(
+        ("lost", "duplicated", "wrong", "leaked", "client_failures"), 0
+    )
+    assert {"worker killed", "worker drained", "gateway killed", "request moved"} <= result.events.keys()
