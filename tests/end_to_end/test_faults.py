@@ -13,6 +13,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
+from bench.cutting import cut_connections
 from bench.worker_client import watch_workers
 from protos import worker_pb2
 
@@ -112,25 +113,30 @@ def test_a_prefill_worker_killed_mid_way_costs_its_clients_nothing(connect: Conn
         assert [complete(client, prompt) for prompt in requests] == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_decode_worker_that_dies_or_hangs_has_its_requests_finished_by_the_other_one(
-    connect: Connect, number: signal.Signals, temperature: float
+@pytest.mark.parametrize("harm", ["killed", "stopped", "cut off"])
+def test_requests_of_a_decode_worker_that_dies_hangs_or_is_cut_off_go_on_as_if_nothing_had_happened(
+    connect: Connect, harm: str
 ) -> None:
     with running_cluster({"pools": {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}}) as cluster:
         client = connect(cluster)
-        prompts = [long_prompt(seed, 60) for seed in range(4)]
-        expected = [complete(client, prompt, temperature=temperature) for prompt in prompts]
-        streams = [start(client, prompt, temperature=temperature) for prompt in prompts]
+        asked = [(long_prompt(seed, 60), temperature) for seed, temperature in enumerate((0.0, 0.9) * 2)]
+        expected = [complete(client, prompt, temperature=temperature) for prompt, temperature in asked]
+        streams = [start(client, prompt, temperature=temperature) for prompt, temperature in asked]
         texts = [next(stream).choices[0].text for stream in map(iter, streams)]
         victim = cluster.worker_processes()[0]
-        victim.send_signal(number)
+        match harm:
+            case "killed":
+                victim.kill()
+            case "stopped":
+                victim.suspend()
+            case "cut off":
+                assert cut_connections(victim.pid) > 0
         try:
             for index, stream in enumerate(streams):
                 texts[index] += "".join(event.choices[0].text for event in stream)
         finally:
-            if number is signal.SIGSTOP:
-                victim.send_signal(signal.SIGCONT)
+            if harm == "stopped":
+                victim.resume()
         assert texts == expected
 
 
