@@ -29,6 +29,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kvstore.codec import rans_vector
+from kvstore.codec.byte_tiles import turn_
 
 NUM_LANES = rans_vector.NUM_LANES
 TOTAL_BITS = 15
@@ -65,12 +66,12 @@ def _make_row_decoder(width: int) -> Callable[..., Any]:
 
     # Neither a signature nor a cache, which closures would miss: compiled and cached as a part of `decode`.
     @njit(nogil=True, error_model="numpy")
-    def decode_row(words: Any, place: Any, bounds: Any, states: Any, step_symbols: Any, out_T: Any) -> Any:
+    def decode_row(words: Any, place: Any, bounds: Any, states: Any, out_T: Any) -> Any:
         """Returns where in `words` the next row begins. Unsigned indices, else each is tested for below 0."""
         address = np.uint64(bounds.ctypes.data)
         for t in range(np.uint64(len(out_T))):
             lane = t % np.uint64(NUM_LANES)
-            x = states[lane]
+            x = np.uint32(states[0, lane]) | np.uint32(states[1, lane]) << np.uint32(16)
             slot = x & np.uint32((1 << TOTAL_BITS) - 1)
             end = search(address, slot)
             start = end - np.uint64(1)
@@ -79,7 +80,8 @@ def _make_row_decoder(width: int) -> Callable[..., Any]:
             is_low = x < np.uint32(_LOW)
             longer = (x << np.uint32(16)) | np.uint32(words[place])
             # No branch: it would be mispredicted at each seventh symbol.
-            states[lane] = longer if is_low else x
+            x = longer if is_low else x
+            states[0, lane], states[1, lane] = x & np.uint32(0xFFFF), x >> np.uint32(16)
             place += np.uint64(is_low)
             out_T[t] = np.uint8(start)
         return place
@@ -87,27 +89,55 @@ def _make_row_decoder(width: int) -> Callable[..., Any]:
     return decode_row
 
 
-def _make_vector_row_decoder(width: int) -> Callable[..., Any]:
-    step = rans_vector.make_step(width, total_bits=TOTAL_BITS)
+def _make_group_decoder(width: int) -> Callable[..., Any]:
+    """Of the rows of one group, which leaves `out_CT` wider than its tokens are."""
+    decode_row = _make_row_decoder(width)
 
     @njit(nogil=True, error_model="numpy")
-    def decode_row(words: Any, place: Any, bounds: Any, states: Any, step_symbols: Any, out_T: Any) -> Any:
-        num_tokens, num_lanes = np.uint64(len(out_T)), np.uint64(NUM_LANES)
-        first_word, table = np.uint64(words.ctypes.data), np.uint64(bounds.ctypes.data)
-        lanes, found = np.uint64(states.ctypes.data), np.uint64(step_symbols.ctypes.data)
-        for t in range(np.uint64(0), num_tokens, num_lanes):
-            num_active = min(num_lanes, num_tokens - t)
-            place += step(first_word + np.uint64(2) * place, table, lanes, found, num_active)
-            for lane in range(num_active):
-                out_T[t + lane] = step_symbols[lane]
+    def decode_group(
+        words: Any, num_words: Any, place: Any, bounds_NS: Any, table_of_row_C: Any, states: Any, out_CT: Any,
+        num_tokens: Any,
+    ) -> Any:  # fmt: skip
+        """Returns where in `words` the next group begins, or a place after `num_words` if they are not enough."""
+        for channel in range(len(out_CT)):
+            bounds = bounds_NS[table_of_row_C[channel]]
+            place = decode_row(words, place, bounds, states, out_CT[channel, :num_tokens])
+            if place > num_words:
+                break
         return place
 
-    return decode_row
+    return decode_group
 
 
-_make_narrow = _make_vector_row_decoder if rans_vector.IS_SUPPORTED else _make_row_decoder
-_decode_row_32, _decode_row_64 = _make_narrow(32), _make_narrow(64)
-_decode_row_256 = _make_row_decoder(256)
+def _make_vector_group_decoder(width: int) -> Callable[..., Any]:
+    decode_row = rans_vector.make_row_decoder(width, total_bits=TOTAL_BITS)
+
+    @njit(nogil=True, error_model="numpy")
+    def decode_group(
+        words: Any, num_words: Any, place: Any, bounds_NS: Any, table_of_row_C: Any, states: Any, out_CT: Any,
+        num_tokens: Any,
+    ) -> Any:  # fmt: skip
+        # Addresses, because a slice of an array counts references: 40 ns a row, a tenth of decoding it.
+        first_word, tables = np.uint64(words.ctypes.data), np.uint64(bounds_NS.ctypes.data)
+        planes, room = np.uint64(states.ctypes.data), np.uint64(out_CT.ctypes.data)
+        for channel in range(np.uint64(len(out_CT))):
+            place += decode_row(
+                first_word + np.uint64(2) * place,
+                tables + np.uint64(2 * width) * np.uint64(table_of_row_C[channel]),
+                planes,
+                room + np.uint64(out_CT.shape[1]) * channel,
+                np.uint64(num_tokens),
+            )
+            if place > num_words:
+                break
+        return place
+
+    return decode_group
+
+
+_make_narrow = _make_vector_group_decoder if rans_vector.IS_SUPPORTED else _make_group_decoder
+_decode_group_32, _decode_group_64 = _make_narrow(32), _make_narrow(64)
+_decode_group_256 = _make_group_decoder(256)
 
 
 @njit("void(uint8[:, :, ::1], uint32[:, ::1])", **_OPTIONS)
@@ -152,6 +182,13 @@ def encode(symbols_GTC: Any, bounds_NS: Any, table_of_row_R: Any, words: Any) ->
     return place
 
 
+@njit(nogil=True, error_model="numpy")
+def _copy(source_X: Any, target_X: Any) -> None:
+    """As much as there is room for. Not an assignment of slices, which numba does byte by byte."""
+    for x in range(len(target_X)):
+        target_X[x] = source_X[x]
+
+
 @njit("boolean(uint16[::1], int64, uint16[:, ::1], uint32[::1], uint8[:, :, ::1])", **_OPTIONS)
 def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_GTC: Any) -> Any:
     """Fills `out_GTC`; False if the stream is not whole (`out_GTC` then holds garbage).
@@ -160,20 +197,23 @@ def decode(words: Any, num_words: Any, bounds_NS: Any, table_of_row_R: Any, out_
     """
     if num_words < 2 * NUM_LANES:
         return False
-    states, step_symbols = np.empty(NUM_LANES, np.uint32), np.empty(NUM_LANES, np.uint8)
+    states = np.empty((2, NUM_LANES), np.uint16)
     for lane in range(NUM_LANES):
-        states[lane] = np.uint32(words[2 * lane]) | np.uint32(words[2 * lane + 1]) << np.uint32(16)
-    place, width = np.uint64(2 * NUM_LANES), bounds_NS.shape[1]
-    num_channels = out_GTC.shape[2]
-    for row in range(len(table_of_row_R)):
-        bounds = bounds_NS[table_of_row_R[row]]
-        out_T = out_GTC[row // num_channels, :, row % num_channels]
+        states[0, lane], states[1, lane] = words[2 * lane], words[2 * lane + 1]
+    place, end, width = np.uint64(2 * NUM_LANES), np.uint64(num_words), bounds_NS.shape[1]
+    num_groups, num_tokens, num_channels = out_GTC.shape
+    room = (num_tokens // NUM_LANES + 1) * NUM_LANES
+    rows_CT, turned_TC = np.empty((num_channels, room), np.uint8), np.empty((room, num_channels), np.uint8)
+    for group in range(num_groups):
+        tables_C = table_of_row_R[group * num_channels : (group + 1) * num_channels]
         if width == 32:
-            place = _decode_row_32(words, place, bounds, states, step_symbols, out_T)
+            place = _decode_group_32(words, end, place, bounds_NS, tables_C, states, rows_CT, num_tokens)
         elif width == 64:
-            place = _decode_row_64(words, place, bounds, states, step_symbols, out_T)
+            place = _decode_group_64(words, end, place, bounds_NS, tables_C, states, rows_CT, num_tokens)
         else:
-            place = _decode_row_256(words, place, bounds, states, step_symbols, out_T)
-        if place > np.uint64(num_words):
+            place = _decode_group_256(words, end, place, bounds_NS, tables_C, states, rows_CT, num_tokens)
+        if place > end:
             return False
-    return place == np.uint64(num_words) and np.all(states == _LOW)
+        turn_(rows_CT, turned_TC, num_tokens)
+        _copy(turned_TC.ravel(), out_GTC[group].ravel())
+    return place == end and np.all(states[0] == 0) and np.all(states[1] == 1)
