@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kvstore.codec.past_caches import LINE_BYTES, finish, write_
 from kvstore.layout import ITEM_BYTES, KvLayout
 
 TOKENS_PER_ANCHOR = 10
@@ -199,13 +200,17 @@ def _dequantize(
     groups_of_layer = num_groups // num_layers
     block_size = num_tokens // max(1, num_blocks)
     values, base = np.empty(width, np.float32), np.empty(width, np.float32)
-    bits = values.view(np.uint32)
+    bits, words = values.view(np.uint32), np.empty(width, row_W.dtype)
+    source, first = np.uint64(words.ctypes.data), np.uint64(row_W.ctypes.data)
+    word_bytes = np.uint64(words.itemsize)
+    row_bytes = np.uint64(width) * word_bytes
+    # Whoever attends to the pages does so when the last chunk is here: long after the caches have lost the first.
+    is_whole_lines = (first | row_bytes) % np.uint64(LINE_BYTES) == 0
     for g in range(num_groups):
         mean, alpha, anchor_bin, delta_bin = mean_GC[g], alpha_GC[g], anchor_bin_GC[g], delta_bin_GC[g]
         for t in range(num_tokens):
             place = (g % groups_of_layer * block_size + t % block_size) * width
-            start = starts_LN[g // groups_of_layer, t // block_size] + place
-            words = row_W[start : start + width]
+            start = np.uint64(starts_LN[g // groups_of_layer, t // block_size] + place)
             group = t // TOKENS_PER_ANCHOR
             if t % TOKENS_PER_ANCHOR == 0:
                 symbols = anchors_GAC[g, group]
@@ -225,3 +230,9 @@ def _dequantize(
                 for c in range(width):  # to the nearest bfloat16, ties to even
                     rounded = bits[c] + np.uint32(0x7FFF) + ((bits[c] >> np.uint32(16)) & np.uint32(1))
                     words[c] = rounded >> np.uint32(16)
+            if is_whole_lines:
+                write_(source, first + start * word_bytes, row_bytes)
+            else:
+                for c in range(width):
+                    row_W[start + c] = words[c]
+    finish()

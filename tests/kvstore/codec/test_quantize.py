@@ -1,3 +1,4 @@
+import mmap
 from dataclasses import replace
 
 import numpy as np
@@ -65,6 +66,23 @@ def test_symbols_and_values_are_what_the_formulas_say(dtype: str, num_blocks: in
         rtol=1e-5 if dtype == "float32" else BFLOAT16_STEP,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_that_begins_with_a_line_of_the_caches_gets_the_same_values(dtype: str) -> None:
+    layout = layout_of(dtype, head_dim=64)
+    slots, bins = range(3), bins_of(layout)
+    symbols = quantize(arena_of(layout, num_blocks=3), slots, bins, layout=layout)
+    memory = np.frombuffer(
+        mmap.mmap(-1, 4 * layout.block_bytes), np.uint8
+    )  # begins with a page, and so with a line
+    found = []
+    for start in (0, 4):
+        out = memory[start : start + 3 * layout.block_bytes].reshape(3, -1)
+        dequantize_(out, slots, symbols, bins, layout=layout)
+        found.append(out.copy())
+    np.testing.assert_array_equal(*found)
+    assert found[0].any()
 
 
 @settings(deadline=None, max_examples=25)
