@@ -52,9 +52,10 @@ class Chains:
             self._link(slot, parent)
         elif continued is not None:
             self._wait(slot, continued)
-        for child in self._waiting.pop(block, ()):
-            del self._awaited[child]
-            self._link(child, slot)
+        if self._waiting:
+            for child in self._waiting.pop(block, ()):
+                del self._awaited[child]
+                self._link(child, slot)
 
     def remove(self, slot: int, block: Place) -> int | None:
         """Takes a block out and says which one it continued; those that continue it wait for it to come back."""

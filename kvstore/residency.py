@@ -69,6 +69,11 @@ class Residency:
         """The slots of the longest run of held blocks from the first key on. Does not count as use."""
         return self._index.longest_prefix(keys, max_blocks)
 
+    def last_used_s(self, key: BlockKey) -> float | None:
+        """None unless it is held."""
+        slot = self._index.get(key)
+        return None if slot is None else self._order.last_used_s(slot)
+
     def touch(self, keys: Iterable[BlockKey], *, now_s: float) -> None:
         """Those that are held were used now."""
         at_s = self._tick(now_s)
@@ -100,10 +105,25 @@ class Residency:
         """The reserved slots hold the leading blocks of `run` from now on. False where another does already: this
         one is free then."""
         at_s = self._tick(now_s)
-        is_new = [self._hold(slot, run=run, index=index, at_s=at_s) for index, slot in enumerate(slots)]
+        before = Place(run.parent, run.first_position - 1) if run.first_position else None
+        parent = self._slot_of(before)
+        is_new = []
+        for slot, block in zip(
+            slots, map(Place, run.keys, itertools.count(run.first_position)), strict=False
+        ):
+            self._reserved.remove(slot)
+            is_held = self._index.put(block.key, slot)
+            if is_held:
+                self._fill(slot, block, root=run.root, at_s=at_s)
+                self._chains.add(slot, block, continued=before, parent=parent)
+            else:
+                self._free.append(slot)
+            before, parent = block, slot if is_held else self._slot_of(block)
+            is_new.append(is_held)
         # Only now that all are linked: inner blocks would be queued for nothing.
         for slot in slots:
-            self._queue_if_idle(slot)
+            if self._chains.is_leaf(slot):
+                self._queue_if_idle(slot)
         return is_new
 
     def free(self, slots: Iterable[int]) -> None:
@@ -213,19 +233,11 @@ class Residency:
         self._now_s = max(now_s, math.nextafter(self._now_s, math.inf))
         return self._now_s
 
-    def _hold(self, slot: int, *, run: BlockRun, index: int, at_s: float) -> bool:
-        self._reserved.remove(slot)
-        key, position = run.keys[index], run.first_position + index
-        if not self._index.put(key, slot):
-            self._free.append(slot)
-            return False
-        self._keys[slot], self._roots[slot] = key, run.root
+    def _fill(self, slot: int, block: Place, *, root: BlockKey, at_s: float) -> None:
+        self._keys[slot], self._roots[slot] = block.key, root
         self._since_s[slot], self._num_hits[slot] = at_s, 0
-        continued = Place(run.keys[index - 1] if index else run.parent, position - 1) if position else None
-        first_token = position * self._block_size_tokens
-        self._order.place(slot, position=position, first_token=first_token, at_s=at_s)
-        self._chains.add(slot, Place(key, position), continued=continued, parent=self._slot_of(continued))
-        return True
+        first_token = block.position * self._block_size_tokens
+        self._order.place(slot, position=block.position, first_token=first_token, at_s=at_s)
 
     def _slot_of(self, block: Place | None) -> int | None:
         if block is None or (slot := self._index.get(block.key)) is None:

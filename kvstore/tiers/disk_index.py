@@ -19,7 +19,6 @@ class DiskIndex:
         self.num_evicted = 0
         self._residency = Residency(num_slots, policy=policy)
         self._placed: dict[BlockKey, Placed] = {}
-        self._used_s: dict[BlockKey, float] = {}
         self._live: dict[Segment, dict[BlockKey, None]] = {}
         self._changes: dict[BlockKey, bool] = {}
 
@@ -47,8 +46,6 @@ class DiskIndex:
         """Where the longest run of blocks from the first key on lies; they count as used."""
         used = keys[: self.longest_prefix(keys)]
         self._residency.touch(used, now_s=now_s)
-        for key in used:
-            self._used_s[key] = now_s
         return [self._placed[key] for key in used]
 
     def missing(self, run: BlockRun) -> list[tuple[int, int]]:
@@ -73,9 +70,13 @@ class DiskIndex:
         """The reserved slots stand for these consecutive blocks; one that is held already frees its slot."""
         if not blocks:
             return
-        is_new = self._residency.commit(slots, run=_run_of(blocks), now_s=now_s)
-        for index in itertools.compress(range(len(blocks)), is_new):
-            self._put_in(blocks[index], now_s=now_s)
+        run = _run_of(blocks)
+        is_new = self._residency.commit(slots, run=run, now_s=now_s)
+        keys = tuple(itertools.compress(run.keys, is_new))
+        if keys:
+            self._placed.update(zip(keys, itertools.compress(blocks, is_new), strict=True))
+            self._live.setdefault(blocks[0].segment, {}).update(dict.fromkeys(keys))
+            self._changes.update(dict.fromkeys(keys, True))
 
     def restore(self, blocks: Sequence[Placed], *, used_s: float) -> None:
         """Blocks of one record that was there at the start. Of two copies the younger one counts."""
@@ -129,7 +130,8 @@ class DiskIndex:
         return min(segments, key=self._live_share, default=None)
 
     def last_used_s(self, blocks: Sequence[Placed]) -> float:
-        return max(self._used_s.get(block.key, 0.0) for block in blocks)
+        """Zero if none of them is held any more."""
+        return max(self._residency.last_used_s(block.key) or 0.0 for block in blocks)
 
     def take_changes(self) -> tuple[list[BlockKey], list[BlockKey]]:
         """(stored, removed) since the last call; a key is in one of them."""
@@ -143,9 +145,7 @@ class DiskIndex:
     def check(self) -> None:
         """That residency, places and segments tell the same."""
         self._residency.check()
-        assert set(self._residency) == self._placed.keys() == self._used_s.keys(), (
-            "residency and places differ"
-        )
+        assert set(self._residency) == self._placed.keys(), "residency and places differ"
         live = {key: segment for segment, keys in self._live.items() for key in keys}
         assert live == {key: block.segment for key, block in self._placed.items()}, (
             "a segment's blocks differ"
@@ -156,16 +156,8 @@ class DiskIndex:
     def _live_share(self, segment: Segment) -> float:
         return len(self._live.get(segment, ())) * segment.stored_bytes / segment.size_bytes
 
-    def _put_in(self, block: Placed, *, now_s: float) -> None:
-        key = block.key
-        self._placed[key] = block
-        self._used_s[key] = now_s
-        self._live.setdefault(block.segment, {})[key] = None
-        self._changes[key] = True
-
     def _take_out(self, key: BlockKey) -> None:
         block = self._placed.pop(key)
-        del self._used_s[key]
         self._unlist(block)
         self._changes[key] = False
 

@@ -20,6 +20,7 @@ another place than they were written to are never taken for what they are not.
 import math
 import struct
 from dataclasses import dataclass
+from itertools import starmap
 
 import xxhash
 
@@ -76,12 +77,9 @@ def block_checksum(key: BlockKey, stored: memoryview) -> int:
 def pack_record_header(header: RecordHeader, *, seed: int) -> bytes:
     """`seed`: the segment's plus the offset where the record will lie."""
     run = header.run
-    data = bytearray(
-        _FIXED.pack(MAGIC, len(run.keys), run.first_position, header.used_s, run.root, run.parent)
-    )
-    for block in zip(run.keys, header.checksums, strict=True):
-        data += _BLOCK.pack(*block)
-    return bytes(data + _CHECKSUM.pack(_digest(data, seed)))
+    fixed = _FIXED.pack(MAGIC, len(run.keys), run.first_position, header.used_s, run.root, run.parent)
+    data = b"".join((fixed, *starmap(_BLOCK.pack, zip(run.keys, header.checksums, strict=True))))
+    return data + _CHECKSUM.pack(_digest(data, seed))
 
 
 def told_header_bytes(data: bytes) -> int | None:
