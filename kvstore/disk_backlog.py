@@ -38,6 +38,8 @@ class DiskBacklog:
         self._is_writing = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._num_failed_writes = 0  # since the last one that was right
+        self._num_failed_blocks = 0
         self.num_waiting_blocks = 0
         self.num_missed_blocks = 0
 
@@ -131,8 +133,7 @@ class DiskBacklog:
 
     def _finish(self, run: BlockRun, slots: list[int], writing: "asyncio.Future[None]") -> None:
         self._let_go(run, slots)
-        if self._note_failure(writing):
-            self._miss(len(slots))
+        self._note_written(writing.exception(), num_blocks=len(slots))
         self._is_writing = False
         self._on_change()
         self._write_next()
@@ -150,16 +151,27 @@ class DiskBacklog:
         return num_dropped
 
     def _note_erased(self, on_done: Callable[[], None], erasing: "asyncio.Future[int]") -> None:
-        self._note_failure(erasing)
+        if error := erasing.exception():
+            _logger.warning("erasing from the disk tier failed: %s", error)
         self._on_change()
         on_done()
 
-    def _note_failure(self, done: "asyncio.Future[_Result]") -> bool:
-        error = done.exception()
-        if error is None:
-            return False
-        _logger.warning("writing to the disk tier failed: %s", error)
-        return True
+    def _note_written(self, error: BaseException | None, *, num_blocks: int) -> None:
+        """A disk that is full fails hundreds of writes a second: the first one is told, and when that has ended."""
+        if error is not None:
+            if self._num_failed_writes == 0:
+                _logger.warning(
+                    "writing to the disk tier failed: %s; more is told once it is written again", error
+                )
+            self._num_failed_writes += 1
+            self._num_failed_blocks += num_blocks
+            self._miss(num_blocks)
+        elif self._num_failed_writes:
+            _logger.warning(
+                "the disk tier is written again: %d writes had failed, %d blocks are not there",
+                self._num_failed_writes, self._num_failed_blocks,
+            )  # fmt: skip
+            self._num_failed_writes = self._num_failed_blocks = 0
 
     def _miss(self, num_blocks: int) -> None:
         self.num_missed_blocks += num_blocks

@@ -27,7 +27,7 @@ from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_index import DiskIndex, placed_blocks
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.disk_writer import DiskWriter
-from kvstore.tiers.placed import Placed, read_blocks
+from kvstore.tiers.placed import Placed, damaged_blocks, read_blocks
 from kvstore.tiers.record import RecordHeader
 from kvstore.tiers.recovery import FoundOther, find_segments
 from kvstore.tiers.segment import Segment
@@ -118,7 +118,7 @@ class DiskTier:
     def read(self, keys: Sequence[BlockKey], into: Sequence[Block]) -> int:
         """How many leading blocks are held and were read, each to the buffer (block_bytes) of its place.
 
-        The first that cannot be read, or is not what was written, is forgotten.
+        Those of them that cannot be read, or are not what was written, are forgotten.
         """
         buffers = [self._view(block) for block in into]
         with self._changing:
@@ -128,12 +128,17 @@ class DiskTier:
                 return 0
         try:
             found = read_blocks(placed, buffers[: len(placed)])
+            lost: list[Placed] = []
+            if found.failure is not None:
+                # Damage comes in runs: found one at a time, each would cost a request what is behind it.
+                first, *others = placed[found.num_blocks :]
+                lost = [first, *damaged_blocks(others, buffers[found.num_blocks + 1 :])]
         finally:
             self._files.release(segments)
         with self._changing:
             self._num_hit += found.num_blocks
         if found.failure is not None:
-            self._lost(placed[found.num_blocks], found.failure)
+            self._lose(lost, found.failure)
         return found.num_blocks
 
     def drop(self, root: BlockKey | None) -> int:
@@ -248,11 +253,11 @@ class DiskTier:
             with self._changing:
                 self._to_erase -= segments
 
-    def _lost(self, block: Placed, failure: DiskFailed) -> None:
-        logger.warning("a block on disk is lost: %s", failure)
+    def _lose(self, blocks: Sequence[Placed], failure: DiskFailed) -> None:
+        logger.warning("blocks on disk that are lost: %d; the first one: %s", len(blocks), failure)
         with self._changing:
-            self._num_corrupted += self._index.forget([block])
-            self._num_errors += 1
+            self._num_corrupted += self._index.forget(blocks)
+            self._num_errors += len(blocks)
 
     def _count_error(self) -> None:
         with self._changing:

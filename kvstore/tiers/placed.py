@@ -59,6 +59,15 @@ def read_blocks(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlo
     return ReadBlocks(num_read, None)
 
 
+def damaged_blocks(placed: Sequence[Placed], into: Sequence[memoryview]) -> list[Placed]:
+    """Those that cannot be read, or are not what was written; all others are in their buffers."""
+    return [
+        block
+        for block, target in zip(placed, into, strict=False)
+        if _read_extent([block], [target]).failure is not None
+    ]
+
+
 def extents(placed: Sequence[Placed]) -> Iterator[tuple[int, int]]:
     """The (start, stop) of blocks that one read brings."""
     start = 0

@@ -199,6 +199,19 @@ def test_a_flipped_bit_ends_a_run_and_costs_one_block(disk: "Disk", key: bytes |
     assert disk.read(disk.open(key=key), chain) == 3
 
 
+def test_all_damage_in_what_is_read_is_found_at_once(disk: "Disk") -> None:
+    tier, chain = disk.open(capacity_bytes=1024 * disk.settings.block_bytes), disk.chain(8)
+    disk.write(tier, chain)
+    (path,) = disk.segments()
+    for number in (2, 3, 4, 6):
+        flip(path, path.stat().st_size - (8 - number) * disk.settings.block_bytes + 5)
+    assert disk.read(tier, chain) == 2
+    assert [number for number, key in enumerate(chain.run.keys) if key not in tier] == [2, 3, 4, 6]
+    assert (tier.stats().num_corrupted_blocks, tier.stats().num_errors) == (4, 4)
+    disk.write(tier, chain)
+    assert disk.read(tier, chain) == 8
+
+
 def test_a_truncated_file_costs_what_was_cut_off(disk: "Disk") -> None:
     tier, chain = disk.open(), disk.chain(3)
     disk.write(tier, chain)
