@@ -26,6 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@echo "Compiling the CPU kernels, once ..."
 	$(BIN)/python -c 'import workers.engine.engine'
+	@# A worker's start otherwise compiles its modules each time where PYTHONDONTWRITEBYTECODE is set, as in many images.
+	$(BIN)/python -m compileall -q control_plane kernels kvstore protos workers
 	@touch $@
 
 redis:  ## install redis-server where it is missing; the tests and several gateways need it
