@@ -25,6 +25,7 @@ from tests.workers.handoff_ends import wait_until
 from workers.block_wire import holder_to_wire, runs_to_wire
 from workers.config import Role, WorkerConfig
 from workers.drain import Drain
+from workers.errors import PullRefused
 from workers.fetch import BlockFetcher, FetchTimeouts
 from workers.handoff_wire import layout_to_wire
 from workers.identity import Identity
@@ -56,8 +57,9 @@ async def running_store(checkpoint: Path, **settings: Any) -> AsyncIterator[Iden
         await task
 
 
-def _run(identity: Identity) -> BlockRun:
-    root = root_key(model_fingerprint=identity.fingerprint)
+def _run(identity: Identity, *, cache_salt: str = "") -> BlockRun:
+    """The same tokens for every tenant."""
+    root = root_key(model_fingerprint=identity.fingerprint, cache_salt=cache_salt)
     keys = tuple(chain_keys(root, range(16 * NUM_BLOCKS)))
     return BlockRun(root=root, parent=root, first_position=0, keys=keys)
 
@@ -108,9 +110,11 @@ async def test_a_store_is_a_member_and_tells_what_it_holds(checkpoint: Path) -> 
 
 
 @contextlib.asynccontextmanager
-async def _filled(identity: Identity) -> AsyncIterator[tuple[BlockStore, KvHolder, BlockRun]]:
+async def _filled(
+    identity: Identity, *, cache_salt: str = ""
+) -> AsyncIterator[tuple[BlockStore, KvHolder, BlockRun]]:
     """A worker's tiers with random blocks of the store's model, from which can be pulled."""
-    run = _run(identity)
+    run = _run(identity, cache_salt=cache_salt)
     memory = MemoryTier(
         np.zeros(64 * identity.layout.block_bytes, np.uint8),
         block_bytes=identity.layout.block_bytes, policy="lru", holdings=Holdings(),
@@ -170,6 +174,27 @@ async def test_what_is_offered_can_be_pulled_and_survives_a_restart(checkpoint: 
         assert tiers == (Tier.DISK,) * NUM_BLOCKS
         assert payload == expected
     await wait_until(lambda: psutil.Process().num_fds() <= before)
+
+
+async def test_a_tenant_gets_its_own_kv_from_a_store_and_nothing_of_another_one(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Both send the same tokens, and only the store still has what was computed for one of them."""
+    async with running_store(checkpoint, disk_tier_path=tmp_path) as identity:
+        async with _filled(identity, cache_salt="a") as (store, holder, of_a):
+            assert (await _offer(identity, of_a, holder)).num_taken == NUM_BLOCKS
+            with await store.pin(of_a.keys) as pinned:
+                expected = store.arena_SX[list(pinned.slots)].tobytes()
+        await _only_a_is_served(identity, of_a, expected, tier=Tier.MEMORY)
+    async with running_store(checkpoint, disk_tier_path=tmp_path) as restarted:
+        await _only_a_is_served(restarted, of_a, expected, tier=Tier.DISK)
+
+
+async def _only_a_is_served(identity: Identity, of_a: BlockRun, expected: bytes, *, tier: Tier) -> None:
+    for cache_salt in ("b", ""):
+        with pytest.raises(PullRefused, match="is not held here"):
+            await _pulled(identity, _run(identity, cache_salt=cache_salt))
+    assert await _pulled(identity, of_a) == ((tier,) * NUM_BLOCKS, expected)
 
 
 async def test_a_disk_that_cannot_be_had_refuses_the_start(checkpoint: Path, tmp_path: Path) -> None:
