@@ -23,7 +23,11 @@ RPC_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 120.0
 HELD_TIMEOUT_S = 30.0
 OBJECTIVE_S = 0.001  # nothing keeps it: the controller goes for the soonest
-TIER_BYTES = 2**30
+# A source keeps a sixteenth of its memory tier for coded chunks: all that the modes ask for, or each would push out the
+# one before it and be coded anew in every round.
+TIER_BYTES = 2 * 2**30
+# Less than the modes write in the round that is warm-up, so that afterwards no page is touched for the first time.
+KV_CACHE_BYTES = 2**29
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ async def running_pair(
             "--log-level",
             "info",
         ]
-        common += ["--memory-tier-bytes", str(TIER_BYTES), "--kv-cache-bytes", str(TIER_BYTES)]
+        common += ["--memory-tier-bytes", str(TIER_BYTES), "--kv-cache-bytes", str(KV_CACHE_BYTES)]
         common += ["--max-level", str(max_level), "--ttft-objective-s", str(OBJECTIVE_S)]
         source_address, puller_address = (f"unix:{directory / name}.sock" for name in ("source", "puller"))
         source = [
