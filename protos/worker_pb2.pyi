@@ -254,16 +254,20 @@ class DrainRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    UNTIL_STOPPED_FIELD_NUMBER: _builtins.int
     timeout_s: _builtins.float
     """0: the worker's own"""
+    until_stopped: _builtins.bool
+    """answer when the worker stops, with what it leaves"""
     def __init__(
         self,
         *,
         timeout_s: _builtins.float = ...,
+        until_stopped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout_s", b"timeout_s", "until_stopped", b"until_stopped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -271,19 +275,39 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
 class DrainReply(_message.Message):
+    """What must end, move, be pulled or arrive first; at the end, what has not."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_LEASES_FIELD_NUMBER: _builtins.int
+    NUM_PAGES_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    REQUEST_IDS_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
-    """that are here and must end, move or be pulled first"""
+    """that run or wait here"""
+    num_leases: _builtins.int
+    """computed for others, that nobody pulled"""
+    num_pages: _builtins.int
+    """that these hold"""
+    num_blocks: _builtins.int
+    """on their way to memory and to stores"""
+    @_builtins.property
+    def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of the requests and leases, the first 32"""
+
     def __init__(
         self,
         *,
         num_requests: _builtins.int = ...,
+        num_leases: _builtins.int = ...,
+        num_pages: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        request_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_requests", b"num_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "num_leases", b"num_leases", "num_pages", b"num_pages", "num_requests", b"num_requests", "request_ids", b"request_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

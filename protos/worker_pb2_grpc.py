@@ -71,7 +71,7 @@ class WorkerServicer:
 
     def Drain(self, request, context):
         """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
-        deadline is over. Answers at once. Again: a shorter deadline counts.
+        deadline is over. Answers at once, or, if asked to, when it stops. Again: a shorter deadline counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,7 @@ class WorkerStub:
     """What this worker is and how busy it is."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainReply]
     """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
-    deadline is over. Answers at once. Again: a shorter deadline counts.
+    deadline is over. Answers at once, or, if asked to, when it stops. Again: a shorter deadline counts.
     """
 
 @_typing.type_check_only
@@ -53,7 +53,7 @@ class WorkerAsyncStub(WorkerStub):
     """What this worker is and how busy it is."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainReply]  # type: ignore[assignment]
     """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
-    deadline is over. Answers at once. Again: a shorter deadline counts.
+    deadline is over. Answers at once, or, if asked to, when it stops. Again: a shorter deadline counts.
     """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
@@ -82,7 +82,7 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainReply, _abc.Awaitable[_worker_pb2.DrainReply]]:
         """The worker takes no new requests from now on, says so in its description, and stops once all it has is finished, moved or pulled, or the
-        deadline is over. Answers at once. Again: a shorter deadline counts.
+        deadline is over. Answers at once, or, if asked to, when it stops. Again: a shorter deadline counts.
         """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,11 +24,12 @@ class Left:
     num_requests: int = 0
     num_leases: int = 0
     num_pages: int = 0  # that these hold
+    num_blocks: int = 0  # on their way to memory, and to stores that answer
     request_ids: tuple[str, ...] = ()
 
     @property
     def is_nothing(self) -> bool:
-        return not (self.num_requests or self.num_leases)
+        return not (self.num_requests or self.num_leases or self.num_blocks)
 
 
 class Drain:
@@ -36,6 +37,7 @@ class Drain:
 
     def __init__(self, *, timeout_s: float) -> None:
         self.left = Left()  # when the worker has stopped
+        self._stopped = asyncio.Event()
         self._timeout_s = timeout_s
         self._deadline_s = math.inf
         self._limit: asyncio.Timeout | None = None
@@ -56,6 +58,15 @@ class Drain:
 
     async def begun(self) -> None:
         await self._begun.wait()
+
+    def stopped(self, left: Left) -> None:
+        """The worker does no more; who waits for that is told what it leaves."""
+        self.left = left
+        self._stopped.set()
+
+    async def until_stopped(self) -> Left:
+        await self._stopped.wait()
+        return self.left
 
     async def finish(self, work: Awaitable[None]) -> None:
         """Returns when `work` has ended, or is cancelled at the deadline."""

@@ -23,6 +23,7 @@ from workers.reports import BlockEvents
 
 RPC_TIMEOUT_S = 1.0
 GOODBYE_TIMEOUT_S = 0.5
+ANNOUNCE_TIMEOUT_S = 1.0
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 # Another process may serve the directory: it is asked at once, but not by all workers in the same moment.
@@ -80,10 +81,17 @@ class Membership:
         self._sequence = 0
         self._is_known = False
         self._news = asyncio.Event()
+        self._told = asyncio.Event()
 
-    def announce(self) -> None:
-        """What the description says has changed, beside the load: the directory is told at once."""
+    async def announce(self) -> None:
+        """What the description says has changed, beside the load. Returns once the directory knows, if it listens."""
+        if not self._directories:
+            return
+        self._told.clear()
         self._news.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ANNOUNCE_TIMEOUT_S):
+                await self._told.wait()
 
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -148,6 +156,7 @@ class Membership:
             if self._news.is_set():
                 self._news.clear()
                 await self._register(stub)
+                self._told.set()
             pending = self._blocks.take(max_keys=MAX_KEYS_PER_HEARTBEAT)
             worker = self._describe()
             self._sequence += 1

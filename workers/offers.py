@@ -88,7 +88,7 @@ class Offers:
         self._numbers = itertools.count()
         self._homes: OrderedDict[BlockKey, BlockKey] = OrderedDict()  # of a run's last key: the chain's first
         self._changed = asyncio.Event()
-        self._is_putting = False
+        self._num_putting_blocks = 0
         self._rested = asyncio.Event()
 
     @property
@@ -98,6 +98,11 @@ class Offers:
     @property
     def num_waiting_blocks(self) -> int:
         return self._num_waiting_blocks
+
+    @property
+    def num_unsettled_blocks(self) -> int:
+        """That stores which answer do not have yet."""
+        return self._num_putting_blocks + (self._num_waiting_blocks if self._ready_stores() else 0)
 
     def offer(self, run: BlockRun) -> None:
         """This worker's tiers hold `run`, exactly. Forgotten at once where it is known that there is no store."""
@@ -127,7 +132,7 @@ class Offers:
 
     async def settled(self) -> None:
         """Returns once every store that answers has what it was offered."""
-        while self._is_putting or (self._waiting and self._ready_stores()):
+        while self.num_unsettled_blocks:
             self._rested.clear()
             await self._rested.wait()
 
@@ -137,9 +142,9 @@ class Offers:
         try:
             while True:
                 store, runs = await self._next_batch()
-                self._is_putting = True
+                self._num_putting_blocks = sum(len(run.keys) for run in runs)
                 await self._put(channels, store, runs, holder)
-                self._is_putting = False
+                self._num_putting_blocks = 0
         finally:
             await channels.close()
 

@@ -6,7 +6,6 @@ the session, its requests are aborted before the gateway hears of it.
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 from kvstore.listener import is_answered
 from protos import worker_pb2, worker_pb2_grpc
-from workers.drain import Drain
+from workers.drain_service import DrainService
 from workers.errors import CannotListen, WorkerError
 from workers.grpc_options import SERVER_OPTIONS
 from workers.logs import log_event
@@ -49,12 +48,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         loop: RequestLoop,
         *,
         describe: Callable[[], worker_pb2.WorkerDescription],
-        drain: Drain,
+        draining: DrainService,
         now_s: Callable[[], float],
     ) -> None:
         self._loop = loop
         self._describe = describe
-        self._drain = drain
+        self._draining = draining
         self._outboxes: set[Outbox] = set()
         self._now_s = now_s
 
@@ -64,8 +63,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         return self._describe()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainReply:
-        await begin_drain(self._drain, request, context)
-        return worker_pb2.DrainReply(num_requests=len(self._loop.request_ids))
+        return await self._draining.drain(request, context)
 
     def end_sessions(self) -> None:
         """Once all that is to be said has been written. Requests that still run are aborted with their sessions."""
@@ -150,16 +148,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._loop.submit(request_from_wire(submit, session_id=session_id, now_s=self._now_s()))
         except WorkerError as error:
             outbox.put_refusal(submit.request_id, error)
-
-
-async def begin_drain(drain: Drain, request: worker_pb2.DrainRequest, context: Any) -> None:
-    """Refuses a deadline that is none."""
-    if not 0.0 <= request.timeout_s < math.inf:
-        await context.abort(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"timeout_s must be a number of seconds, or 0 for the worker's own, got {request.timeout_s}",
-        )
-    drain.begin(request.timeout_s or None)
 
 
 async def _write(context: Any, outbox: Outbox) -> None:

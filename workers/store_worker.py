@@ -19,7 +19,8 @@ from protos import worker_pb2, worker_pb2_grpc
 from protos.kv_pb2_grpc import add_KvTransferServicer_to_server
 from workers.block_server import BlockService
 from workers.config import WorkerConfig
-from workers.drain import Drain
+from workers.drain import Drain, Left
+from workers.drain_service import DrainService
 from workers.handoff_server import KvTransferService
 from workers.identity import Identity
 from workers.membership import BlockReport, Membership
@@ -29,7 +30,7 @@ from workers.model.info import ModelInfo, load_model_info
 from workers.offer_intake import OfferIntake
 from workers.planes import listening, make_identity, running, source_identity
 from workers.reports import Load
-from workers.server import begin_drain, make_server
+from workers.server import LAST_WORDS_S, make_server
 from workers.tiers import open_tiers
 from workers.wire import description_to_wire
 
@@ -67,7 +68,7 @@ class StoreWorker:
             def describe() -> worker_pb2.WorkerDescription:
                 return description_to_wire(identity, self._load(), is_draining=drain.is_draining)
 
-            service = StoreService(describe, drain=drain)
+            service = StoreService(describe, draining=DrainService(drain, left=Left))
             server, control_address = make_server(config.control_address, service=service)
             identity = make_identity(
                 config,
@@ -81,7 +82,7 @@ class StoreWorker:
                 KvTransferService(identity=source_identity(identity), blocks=blocks), server
             )
             await server.start()
-            stack.push_async_callback(server.stop, None)
+            stack.push_async_callback(server.stop, LAST_WORDS_S)
             tasks = {await stack.enter_async_context(running(work)) for work in (stop.wait(), tiers.tell())}
             membership = self._membership(describe)
             if config.directories:
@@ -91,6 +92,7 @@ class StoreWorker:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            drain.stopped(Left())
 
     def _membership(self, describe: Callable[[], worker_pb2.WorkerDescription]) -> Membership:
         return Membership(
@@ -116,17 +118,18 @@ class StoreWorker:
 async def _drained(drain: Drain, membership: Membership, intake: OfferIntake) -> None:
     """Returns when a drain has been begun and what was offered before has been taken, or its time is over."""
     await drain.begun()
-    if not intake.is_quiet:
-        membership.announce()  # so that workers offer it nothing more
+    await membership.announce()  # so that workers offer it nothing more
     await drain.finish(intake.settled())
 
 
 class StoreService(worker_pb2_grpc.WorkerServicer):
     """Says what this is, and that it computes nothing."""
 
-    def __init__(self, describe: Callable[[], worker_pb2.WorkerDescription], *, drain: Drain) -> None:
+    def __init__(
+        self, describe: Callable[[], worker_pb2.WorkerDescription], *, draining: DrainService
+    ) -> None:
         self._describe = describe
-        self._drain = drain
+        self._draining = draining
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: Any
@@ -134,8 +137,7 @@ class StoreService(worker_pb2_grpc.WorkerServicer):
         return self._describe()
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainReply:
-        await begin_drain(self._drain, request, context)
-        return worker_pb2.DrainReply()
+        return await self._draining.drain(request, context)
 
     async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         await context.abort(

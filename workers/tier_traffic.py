@@ -26,6 +26,11 @@ class TierTraffic:
         """Nothing is on its way to or from device pages."""
         return self._loader.num_tasks == self._write_behind.num_pinned == 0
 
+    @property
+    def num_writing_blocks(self) -> int:
+        """On their way from device pages to memory."""
+        return self._write_behind.num_pinned
+
     def queued(self, request: Request) -> None:
         self._loader.begin(request)
 

@@ -21,6 +21,7 @@ from workers.block_server import BlockService, DevicePages
 from workers.config import WorkerConfig
 from workers.cost_model import CostModel
 from workers.drain import MAX_NAMED_REQUESTS, Drain, Left
+from workers.drain_service import DrainService
 from workers.engine.engine import Engine
 from workers.exports import ExportLimits, Exports
 from workers.handoff import Puller, PullTimeouts
@@ -138,7 +139,8 @@ class Worker:
             def describe() -> worker_pb2.WorkerDescription:
                 return description_to_wire(identity, self.state.load(), is_draining=drain.is_draining)
 
-            service = WorkerService(self.loop, describe=describe, drain=drain, now_s=time.time)
+            draining = DrainService(drain, left=self._left)
+            service = WorkerService(self.loop, describe=describe, draining=draining, now_s=time.time)
             if config.metrics_port is not None:
                 stack.enter_context(serve_metrics(self.metrics.registry, config.metrics_port))
             server, control_address = make_server(config.control_address, service=service)
@@ -159,7 +161,7 @@ class Worker:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            drain.left = self._left()
+            drain.stopped(self._left())
 
     async def _drained(self, drain: Drain, membership: Membership) -> None:
         """Returns when a drain has been begun and all is done, or its time is over."""
@@ -167,8 +169,8 @@ class Worker:
         self.loop.stop_admitting()
         left = self._left()
         log_event(_logger, "draining", num_requests=left.num_requests, num_leases=left.num_leases)
-        if not left.is_nothing:
-            membership.announce()  # an idle worker says goodbye at once
+        # Even by an idle worker: a gateway that has heard of it sends nothing that would find nobody here.
+        await membership.announce()
         await drain.finish(self._settled())
 
     async def _settled(self) -> None:
@@ -181,6 +183,8 @@ class Worker:
             num_requests=len(self.loop.request_ids) - load.num_leases,
             num_leases=load.num_leases,
             num_pages=load.num_pages - load.num_free_pages,
+            num_blocks=self.offers.num_unsettled_blocks
+            + (0 if self._tier_traffic is None else self._tier_traffic.num_writing_blocks),
             request_ids=self.loop.request_ids[:MAX_NAMED_REQUESTS],
         )
 

@@ -11,6 +11,7 @@ from control_plane.strict_yaml import ConfigError
 
 FAILED = 1
 USAGE = 2
+LEFT = 3  # done, but a drained worker had to leave something
 
 
 class CommandFailed(Exception):

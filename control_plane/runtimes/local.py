@@ -256,7 +256,7 @@ class LocalRuntime:
                 await self._out_of_service(process)
                 pause_s = _FIRST_PAUSE_S
             else:
-                if time.monotonic() - began > _HEALTHY_AFTER_S:
+                if process.ended_in_order or time.monotonic() - began > _HEALTHY_AFTER_S:
                     pause_s = _FIRST_PAUSE_S
                 await self._pause(process, pause_s=pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -267,12 +267,14 @@ class LocalRuntime:
                 await process.kill()  # not ready in time; of one that has ended this does nothing
 
     async def _pause(self, process: ManagedProcess, *, pause_s: float) -> None:
+        """Between the end of a process and its next start. One that was told to end has not died."""
+        is_death = not process.ended_in_order
         process.update(
-            status=Status.RESTARTING,
+            status=Status.RESTARTING if is_death else Status.STARTING,
             detail=f"{process.describe_exit()}; starts again in {pause_s:g} s",
             progress=None,
             process_id=None,
-            num_restarts=process.state.num_restarts + 1,
+            num_restarts=process.state.num_restarts + is_death,
         )
         await asyncio.sleep(pause_s)
 

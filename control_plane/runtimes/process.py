@@ -15,6 +15,7 @@ from control_plane.runtimes.process_id import identify
 from control_plane.runtimes.state import ProcessState, Status
 
 _POLL_S = 0.05
+_EXIT_LEFT = 3  # of a worker (workers/__main__.py)
 _CHILD_SCRIPT = str(Path(child.__file__))
 
 
@@ -99,10 +100,17 @@ class ManagedProcess:
     async def wait_exit(self) -> None:
         await self._started.wait()
 
+    @property
+    def ended_in_order(self) -> bool:
+        """A worker that was drained, whether or not it finished all it had, and did not die."""
+        return bool(self.spec.pool) and self._started.returncode in (0, _EXIT_LEFT)
+
     def describe_exit(self) -> str:
         code = self._started.returncode
         if code is None:
             return "is running"
+        if self.ended_in_order:
+            return "was drained" + (" and left something, which its log lists" if code == _EXIT_LEFT else "")
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         return f"ended with exit code {code}"

@@ -18,9 +18,11 @@ PROMPT = list(range(3, 83))
 ENDLESS = {"max_tokens": 400, "ignore_eos": True}
 
 
-async def ask_to_drain(identity: Identity, *, timeout_s: float = 0.0) -> worker_pb2.DrainReply:
+async def ask_to_drain(
+    identity: Identity, *, timeout_s: float = 0.0, until_stopped: bool = False
+) -> worker_pb2.DrainReply:
     async with grpc.aio.insecure_channel(identity.control_address) as channel:
-        request = worker_pb2.DrainRequest(timeout_s=timeout_s)
+        request = worker_pb2.DrainRequest(timeout_s=timeout_s, until_stopped=until_stopped)
         return await worker_pb2_grpc.WorkerStub(channel).Drain(request, timeout=10.0)
 
 
@@ -90,6 +92,18 @@ async def test_at_the_deadline_it_goes_and_knows_what_it_leaves(
     async with asyncio.timeout(10):
         await prefill.task
     assert prefill.drain.left == Left(num_requests=0, num_leases=1, num_pages=5, request_ids=("r",))
+
+
+async def test_who_waits_for_its_end_is_told_what_it_leaves(
+    start_worker: Fixture, open_session: Fixture
+) -> None:
+    prefill, idle = await start_worker(Role.PREFILL), await start_worker()
+    session = await open_session(prefill)
+    held = await session.submit("r", PROMPT, purpose=worker_pb2.Submit.PREFILL_ONLY)
+    await held.began.wait()
+    left = await ask_to_drain(prefill.identity, timeout_s=0.01, until_stopped=True)
+    assert (left.num_requests, left.num_leases, left.num_pages, left.request_ids) == (0, 1, 5, ["r"])
+    assert await ask_to_drain(idle.identity, until_stopped=True) == worker_pb2.DrainReply()
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, math.inf, math.nan])

@@ -5,7 +5,7 @@ from typing import Any
 import grpc
 import pytest
 
-from control_plane.directory.memory import MemoryDirectory
+from control_plane.directory.memory import ChangeKind, MemoryDirectory
 from control_plane.directory.overlap import NO_OVERLAP
 from control_plane.directory.server import SERVER_OPTIONS, DirectoryServicer
 from kvstore.blocks import BlockKey, chain_keys, root_key
@@ -98,6 +98,30 @@ async def test_a_worker_that_drains_says_so_and_goes_when_it_is_done(
     await session.abort("r")
     await running.task
     assert directory.memory.members() == ()
+
+
+async def test_an_idle_worker_that_drains_says_so_before_it_says_goodbye(
+    directory: Directory, start_worker: Fixture
+) -> None:
+    running = await start_worker(directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    heard: list[tuple[ChangeKind, bool]] = []
+    directory.memory.subscribe(lambda change: heard.append((change.kind, change.member.is_draining)))
+    running.drain.begin()
+    await running.task
+    assert (ChangeKind.UPDATED, True) in heard
+    assert heard[-1] == (ChangeKind.LEFT, True)
+
+
+async def test_an_idle_worker_whose_directory_is_away_goes_all_the_same(
+    directory: Directory, start_worker: Fixture
+) -> None:
+    running = await start_worker(directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    await directory.stop()
+    running.drain.begin()
+    async with asyncio.timeout(10):
+        await running.task
 
 
 async def test_a_directory_that_comes_back_empty_learns_everything_again(

@@ -53,7 +53,7 @@ def test_without_a_terminal_there_are_plain_lines(launch: Launch) -> None:
 def test_a_failed_start_shows_the_end_of_the_log_and_leaves_nothing(launch: Launch) -> None:
     cluster = launch(decode_0="fails")
     assert cluster.wait() == 1
-    assert "penstock: decode-0 ended with exit code 3 before it was ready" in cluster.output
+    assert "penstock: decode-0 ended with exit code 2 before it was ready" in cluster.output
     assert "  error: load_failed reason=no such checkpoint" in cluster.output
     assert "Traceback" not in cluster.output
     cluster.assert_nothing_left()

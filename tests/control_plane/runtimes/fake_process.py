@@ -43,10 +43,11 @@ def control(config_path: str, replica: str) -> None:
 
 
 def worker(socket_path: str, behaviour: str) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     say("loading_weights", progress=0.5)
     if behaviour == "fails":
         say("load_failed", level="error", reason="no such checkpoint")
-        sys.exit(3)
+        sys.exit(2)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(socket_path)
     if behaviour == "never ready":

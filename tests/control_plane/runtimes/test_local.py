@@ -196,7 +196,7 @@ async def test_a_worker_that_ends_while_it_starts_fails_the_start_and_shows_its_
     config: ClusterConfig, make_commands: MakeCommands
 ) -> None:
     watcher = Watcher()
-    with pytest.raises(StartFailed, match="decode-1 ended with exit code 3 before it was ready") as failure:
+    with pytest.raises(StartFailed, match="decode-1 ended with exit code 2 before it was ready") as failure:
         async with LocalRuntime(
             config, commands=make_commands({"decode-1": "fails"}), on_change=watcher
         ) as runtime:
@@ -292,6 +292,23 @@ async def test_a_drained_worker_stays_away_until_it_is_wanted_again(
         back = await watcher.until(lambda state: state.processes[1].status is Status.READY)
         assert back.processes[1].num_restarts == 0
         service.take_out(config.run_dir, worker.name)
+    assert_nothing_left(config.run_dir, watcher)
+
+
+async def test_a_worker_that_ends_in_order_starts_again_and_has_not_died(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
+        await runtime.start()
+        for _ in range(2):  # the pause does not grow either
+            worker = runtime.state().processes[1]
+            assert worker.process_id is not None
+            os.kill(worker.process_id.pid, signal.SIGTERM)
+            away = await watcher.until(lambda state: state.processes[1].status is Status.STARTING)
+            assert away.processes[1].detail == "was drained; starts again in 0.5 s"
+            back = await watcher.until(lambda state: state.processes[1].status is Status.READY)
+            assert back.processes[1].num_restarts == 0
     assert_nothing_left(config.run_dir, watcher)
 
 
