@@ -43,6 +43,11 @@ class EvictionOrder:
     def position(self, slot: int) -> int:
         return self._positions[slot]
 
+    def value(self, slot: int, *, now_s: float) -> tuple[float, float]:
+        """Of the blocks that may leave, that with the lowest one leaves first; of equals the one unused for longest."""
+        last_used_s = self._last_used_s[slot]
+        return retention_value(self._classes[slot], idle_s=max(0.0, now_s - last_used_s)), last_used_s
+
     def queue(self, slot: int) -> None:
         """The block may leave, as far as is known; no effect if it is queued already."""
         if not self._is_queued[slot]:

@@ -215,6 +215,23 @@ class Residency:
                 )
         return found
 
+    def chains_by_value(self, *, now_s: float) -> Iterator[BlockRun]:
+        """Every held block once, the chains with the most valuable ends first, each from its first block that is held
+        and not told yet. Void once anything changes."""
+        ends = [slot for slot, key in enumerate(self._keys) if key is not None and self._chains.is_leaf(slot)]
+        ends.sort(key=lambda slot: self._order.value(slot, now_s=now_s), reverse=True)
+        told: set[int] = set()
+        for end in ends:
+            keys: list[BlockKey] = []
+            slot: int | None = end
+            while slot is not None and slot not in told:
+                key = self._keys[slot]
+                assert key is not None, f"slot {slot} is indexed and empty"
+                keys.append(key)
+                told.add(slot)
+                slot = self._chains.parent(slot)
+            yield self.run(keys[::-1])
+
     def check(self) -> None:
         """That every slot is accounted for exactly once, and whatever may leave is queued to leave."""
         slots = {key: slot for slot, key in enumerate(self._keys) if key is not None}

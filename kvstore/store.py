@@ -178,6 +178,19 @@ class BlockStore:
             erasing = self._backlog.erase(root, on_done=partial(self._reader.allow, root))
         return num_blocks + await self._erased(erasing)
 
+    def most_valuable(self, *, max_blocks: int) -> list[BlockRun]:
+        """What memory alone holds and drops last, whole chains first to last; what is on disk is safe there."""
+        found: list[BlockRun] = []
+        for chain in self._memory.chains_by_value():
+            is_lost = [self._disk is None or key not in self._disk for key in chain.keys]
+            for start, stop in stretches(is_lost):
+                stop = min(stop, start + max_blocks)
+                found.append(chain.part(start, stop))
+                max_blocks -= stop - start
+                if max_blocks == 0:
+                    return found
+        return found
+
     def check(self) -> None:
         self._memory.check()
         self.holdings.check()

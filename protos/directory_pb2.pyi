@@ -140,7 +140,7 @@ class HeartbeatReply(_message.Message):
     resend_blocks: _builtins.bool
     @_builtins.property
     def stores(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreMember]:
-        """workers of the role store, to whom blocks may be offered (kv.proto: Put)"""
+        """To whom blocks may be offered (kv.proto: Put): workers of the role store; of one that drains, where there are none, the others of its role."""
 
     def __init__(
         self,

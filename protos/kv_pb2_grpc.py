@@ -94,7 +94,7 @@ class KvTransferServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Put(self, request, context):
-        """Offers blocks to a store, which pulls those it wants from the offerer before it answers.
+        """Offers blocks to a store, or to a worker that keeps them in its memory tier, which pulls those it wants from the offerer before it answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

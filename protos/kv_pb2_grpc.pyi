@@ -42,7 +42,7 @@ class KvTransferStub:
     Lookup: _grpc.UnaryUnaryMultiCallable[_kv_pb2.LookupRequest, _kv_pb2.LookupReply]
     """How many leading blocks of a chain are held, and where."""
     Put: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutReply]
-    """Offers blocks to a store, which pulls those it wants from the offerer before it answers."""
+    """Offers blocks to a store, or to a worker that keeps them in its memory tier, which pulls those it wants from the offerer before it answers."""
     DescribeTiers: _grpc.UnaryUnaryMultiCallable[_kv_pb2.DescribeTiersRequest, _kv_pb2.TiersDescription]
     """What the tiers hold and how they do."""
     Drop: _grpc.UnaryUnaryMultiCallable[_kv_pb2.DropRequest, _kv_pb2.DropReply]
@@ -62,7 +62,7 @@ class KvTransferAsyncStub(KvTransferStub):
     Lookup: _aio.UnaryUnaryMultiCallable[_kv_pb2.LookupRequest, _kv_pb2.LookupReply]  # type: ignore[assignment]
     """How many leading blocks of a chain are held, and where."""
     Put: _aio.UnaryUnaryMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutReply]  # type: ignore[assignment]
-    """Offers blocks to a store, which pulls those it wants from the offerer before it answers."""
+    """Offers blocks to a store, or to a worker that keeps them in its memory tier, which pulls those it wants from the offerer before it answers."""
     DescribeTiers: _aio.UnaryUnaryMultiCallable[_kv_pb2.DescribeTiersRequest, _kv_pb2.TiersDescription]  # type: ignore[assignment]
     """What the tiers hold and how they do."""
     Drop: _aio.UnaryUnaryMultiCallable[_kv_pb2.DropRequest, _kv_pb2.DropReply]  # type: ignore[assignment]
@@ -103,7 +103,7 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.PutRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.PutReply, _abc.Awaitable[_kv_pb2.PutReply]]:
-        """Offers blocks to a store, which pulls those it wants from the offerer before it answers."""
+        """Offers blocks to a store, or to a worker that keeps them in its memory tier, which pulls those it wants from the offerer before it answers."""
 
     @_abc_1.abstractmethod
     def DescribeTiers(

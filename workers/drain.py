@@ -1,10 +1,11 @@
 """How a worker leaves: it takes nothing new, ends what it has, and goes; a deadline is the backstop.
 
 What it has are its requests, until they have finished or moved, and the leases of what it computed for others, until
-they are pulled; then the blocks on their way to memory and to the stores. No more is handed on: every block is on its
-way down from the moment it is full, so that what a disk or a store is to have, it has by then. A block that lies in
-this worker's memory alone is computed again where it is missed. Who pulls blocks by their keys is not waited for
-either: it computes what it does not get.
+they are pulled; then the blocks on their way to memory and to the stores. Every block is on its way down from the
+moment it is full, so that what a disk or a store is to have, it has by then, unless the store was away. So the most
+valuable blocks of memory that its own disk does not hold are offered once more, to the stores or, where there are none,
+to the others of its pool: who has them already says so. What lies in device pages alone, or is worth less, is computed
+again where it is missed. Who pulls blocks by their keys is not waited for: it computes what it does not get.
 """
 
 import asyncio

@@ -84,7 +84,8 @@ class Membership:
         self._told = asyncio.Event()
 
     async def announce(self) -> None:
-        """What the description says has changed, beside the load. Returns once the directory knows, if it listens."""
+        """What the description says has changed, beside the load. Returns once the directory, if it listens, knows it
+        and has said which stores there are now."""
         if not self._directories:
             return
         self._told.clear()
@@ -153,10 +154,10 @@ class Membership:
         self._sequence = 0
         self._blocks.restart()
         while True:
-            if self._news.is_set():
+            has_news = self._news.is_set()
+            if has_news:
                 self._news.clear()
                 await self._register(stub)
-                self._told.set()
             pending = self._blocks.take(max_keys=MAX_KEYS_PER_HEARTBEAT)
             worker = self._describe()
             self._sequence += 1
@@ -178,6 +179,8 @@ class Membership:
             if reply.resend_blocks:
                 self._blocks.restart()
             self._on_stores([_store_from_wire(store) for store in reply.stores])
+            if has_news:
+                self._told.set()
             if reply.resend_blocks or not self._blocks.has_more:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(every_s):

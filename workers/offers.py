@@ -108,7 +108,9 @@ class Offers:
         """This worker's tiers hold `run`, exactly. Forgotten at once where it is known that there is no store."""
         if self._has_heard_of_stores and not self._stores:
             return
-        self._waiting[next(self._numbers)] = run
+        for start in range(0, len(run.keys), self._limits.max_blocks_per_offer):
+            stop = min(start + self._limits.max_blocks_per_offer, len(run.keys))
+            self._waiting[next(self._numbers)] = run.part(start, stop)
         self._num_waiting_blocks += len(run.keys)
         while self._num_waiting_blocks > self._limits.max_waiting_blocks:
             _, oldest = self._waiting.popitem(last=False)

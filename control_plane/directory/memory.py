@@ -57,17 +57,22 @@ class MemoryDirectory:
         return self._members.get(worker_id)
 
     def stores_for(self, worker_id: WorkerId) -> tuple[Member, ...]:
-        """The stores that take blocks of this worker's model, or of any; a store itself offers blocks to nobody."""
+        """The stores that take blocks of this worker's model, or of any; a store itself offers blocks to nobody.
+
+        For a worker that drains, and where there is no store: the others of its pool.
+        """
         member = self._members.get(worker_id)
         if member is None or member.role is Role.STORE:
             return ()
-        return tuple(
-            store
-            for store in self._members.values()
-            if store.role is Role.STORE
-            and not store.is_draining
-            and store.model.fingerprint in (b"", member.model.fingerprint)
-        )
+        takers = [
+            other
+            for other in self._members.values()
+            if other.role in (Role.STORE, member.role)
+            and not other.is_draining
+            and other.model.fingerprint in (b"", member.model.fingerprint)
+        ]
+        stores = tuple(taker for taker in takers if taker.role is Role.STORE)
+        return stores or (tuple(takers) if member.is_draining else ())
 
     def replaced_epochs(self, worker_id: WorkerId) -> tuple[int, ...]:
         """Those that the last registered one took the place of, oldest first, as far as they are remembered."""

@@ -91,6 +91,10 @@ class MemoryTier:
             self.holdings.note(Tier.MEMORY, removed=dropped)
             yield dropped
 
+    def chains_by_value(self) -> Iterator[BlockRun]:
+        """As `Residency.chains_by_value`."""
+        return self._residency.chains_by_value(now_s=self._now_s())
+
     def stats(self) -> TierStats:
         block_bytes = self.arena_SX.shape[1]
         return TierStats(

@@ -49,6 +49,21 @@ def test_a_chain_is_eaten_from_its_leaf_and_what_remains_is_a_prefix() -> None:
     assert tier.longest_prefix(chain.keys, 4) == [tier.get(key_of("a"))]
 
 
+def test_chains_are_told_by_the_value_of_their_ends_and_a_shared_beginning_once() -> None:
+    tier = Residency(9, policy="lru")
+    keep(tier, run_of("system", "one"), now_s=0.0)
+    keep(tier, run_of("x", "y", root=ROOTS[1]), now_s=30.0)
+    keep(tier, run_of("two", "three", after="system", first_position=1), now_s=60.0)
+    keep(tier, run_of("orphan", after="away", first_position=4), now_s=90.0)
+    tier.touch([key_of("x"), key_of("y")], now_s=200.0)
+    assert list(tier.chains_by_value(now_s=201.0)) == [
+        run_of("x", "y", root=ROOTS[1]),
+        run_of("orphan", after="away", first_position=4),
+        run_of("system", "two", "three"),
+        run_of("one", after="system", first_position=1),
+    ]
+
+
 def test_a_shared_beginning_stays_as_long_as_one_of_its_chains() -> None:
     tier = Residency(4, policy="lru")
     keep(tier, run_of("system", "one"), now_s=0.0)

@@ -711,3 +711,17 @@ async def test_traffic_with_cancellations_drops_and_a_bad_disk_leaves_nothing_be
         assert result is None or isinstance(result, int | asyncio.CancelledError)
     await store.close()
     nothing_is_held(store)
+
+
+async def test_the_most_valuable_is_what_was_used_last_and_no_disk_has() -> None:
+    disk = ScriptedDisk()
+    old, new, split = chain(3, number=1), chain(4, number=2), chain(5, number=3)
+    store = open_store(12, disk=disk)
+    disk.failure = DiskFailed("full")
+    for run in (old, new, split):
+        keep(store, run)
+    disk.hold(split.part(1, 3))
+    assert store.most_valuable(max_blocks=7) == [split.part(0, 1), split.part(3, 5), new]
+    assert store.most_valuable(max_blocks=4) == [split.part(0, 1), split.part(3, 5), new.part(0, 1)]
+    assert sum(len(run.keys) for run in store.most_valuable(max_blocks=100)) == 10
+    await store.close()

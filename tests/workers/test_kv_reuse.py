@@ -362,3 +362,42 @@ async def test_a_worker_that_ends_leaves_no_file_no_thread_and_no_task(
         counts.append(process.num_fds())
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(OUR_THREADS)]
     await wait_until(lambda: process.num_fds() <= counts[0])
+
+
+async def test_a_worker_that_drains_hands_what_only_it_has_to_the_others_of_its_pool(
+    start_worker: StartWorker, open_session: OpenSession, expected: list[int]
+) -> None:
+    directory = Directory()
+    await directory.start()
+    leaving = await start_worker(directory=directory.address, **PATIENT)
+    assert await _first_turn(leaving, await open_session(leaving)) == expected
+    staying = await start_worker(directory=directory.address, **PATIENT)
+    await directory.until(lambda: len(directory.memory.members()) == 2)
+    leaving.drain.begin()
+    await leaving.task
+    assert leaving.drain.left.is_nothing
+    assert _num_held(_store(staying), staying.identity) == 25
+    session = await open_session(staying)
+    answer = await (await session.submit("second", PROMPT, **GREEDY)).wait()
+    assert answer.token_ids == expected
+    assert _num_loaded(staying, Tier.MEMORY) > 0
+    await staying.settled()
+    await directory.stop()
+
+
+async def test_a_store_that_came_late_gets_what_a_worker_holds_when_that_drains(
+    start_worker: StartWorker, open_session: OpenSession, checkpoint: Path
+) -> None:
+    directory = Directory()
+    await directory.start()
+    leaving = await start_worker(directory=directory.address, **PATIENT)
+    await _first_turn(leaving, await open_session(leaving))
+    async with running_store(checkpoint, directory=directory.address) as store:
+        await directory.until(lambda: len(directory.memory.members()) == 2)
+        leaving.drain.begin()
+        await leaving.task
+        await directory.until(
+            lambda: directory.memory.blocks.overlaps(_keys(leaving)).get(STORE, NO_OVERLAP).num_blocks == 25
+        )
+        assert store.worker_id == STORE
+    await directory.stop()

@@ -113,6 +113,17 @@ async def test_nothing_waits_where_there_is_no_store(worker: Peer) -> None:
         assert offers.num_waiting_blocks == 0
 
 
+async def test_a_chain_longer_than_an_offer_goes_in_several(worker: Peer) -> None:
+    limits = OfferLimits(max_blocks_per_offer=16)
+    async with running_peer(takes_offers=True) as store, offering(worker, [store], limits) as offers:
+        offers.offer(RUN)
+        assert offers.num_unsettled_blocks == 40
+        await wait_until(lambda: offers.num_taken == 40)
+        await offers.settled()
+        assert offers.num_unsettled_blocks == 0
+        await assert_store_holds(store, RUN)
+
+
 async def test_a_store_pulls_only_the_blocks_it_lacks(worker: Peer) -> None:
     async with running_peer(takes_offers=True) as store, offering(worker, [store]) as offers:
         fill(store.store, RUN.part(0, 10))

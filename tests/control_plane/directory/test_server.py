@@ -3,6 +3,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import pytest
@@ -163,6 +164,25 @@ async def test_workers_learn_of_the_stores_of_their_model_and_stores_of_none(ser
     assert [(store.worker_id, store.epoch) for store in stores] == [("s0", 3), ("s1", 3)]
     assert stores[0].control_address == "127.0.0.1:s0"
     assert not (await service.beat(worker_id="s0", epoch=3)).stores
+
+
+async def test_a_worker_that_drains_learns_of_its_pool_where_there_is_no_store(service: Service) -> None:
+    async def register(name: str, **fields: Any) -> None:
+        description = FakeWorker(name, epoch=3, **fields).description
+        description.control_address = f"127.0.0.1:{name}"
+        description.is_draining = name.startswith("draining")
+        await service.stub.Register(directory_pb2.RegisterRequest(worker=description), timeout=TIMEOUT_S)
+
+    for name in ("mixed-0", "mixed-1", "draining-0", "draining-1"):
+        await register(name, role=worker_pb2.ROLE_MIXED)
+    await register("decode-0", role=worker_pb2.ROLE_DECODE)
+    await register("mixed-of-another-model", role=worker_pb2.ROLE_MIXED, fingerprint=b"model-b")
+    takers = (await service.beat(worker_id="draining-0", epoch=3)).stores
+    assert [taker.worker_id for taker in takers] == ["mixed-0", "mixed-1"]
+    assert not (await service.beat(worker_id="mixed-0", epoch=3)).stores
+    await register("s0", role=worker_pb2.ROLE_STORE)
+    takers = (await service.beat(worker_id="draining-0", epoch=3)).stores
+    assert [taker.worker_id for taker in takers] == ["s0"]
 
 
 async def test_blocks_with_names_of_another_format_are_counted_and_not_indexed(
