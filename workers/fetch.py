@@ -124,6 +124,10 @@ class BlockFetcher:
         self._timeouts = timeouts
         self._channels = Channels(max_idle=MAX_IDLE_CHANNELS)
 
+    @property
+    def layout(self) -> KvLayout:
+        return self._layout
+
     async def open(self, holder: KvHolder, keys: Sequence[BlockKey]) -> Fetch:
         """A pull of the leading ones of `keys`, a chain's consecutive blocks, that the holder still has.
 

@@ -24,6 +24,7 @@ from protos import kv_pb2, kv_pb2_grpc
 from workers.channels import Channels
 from workers.errors import PullCorrupted, PullError, PullInterrupted, PullRefused
 from workers.handoff_wire import decode_handoff, layout_to_wire
+from workers.raw_blocks import FinitePages
 from workers.request import Handoff, KvSource
 from workers.step import Pull
 
@@ -74,7 +75,7 @@ class Puller:
         timeouts: PullTimeouts,
         max_concurrent_pulls: int = 32,
     ) -> None:
-        self._memory = memory
+        self._memory = FinitePages(memory)
         self._model_fingerprint = model_fingerprint
         self._timeouts = timeouts
         self._slots = asyncio.Semaphore(max_concurrent_pulls)

@@ -20,6 +20,9 @@ FINISH_TO_WIRE = {
     FinishReason.HANDED_OVER: worker_pb2.FINISH_HANDED_OVER,
 }
 _FINISH_FROM_WIRE = {number: reason for reason, number in FINISH_TO_WIRE.items()}
+# A timeline that is longer is cut: stamps are for people and histograms. Sources that send more mean harm.
+MAX_STAMPS = 512
+MAX_STAMP_NAME = 64  # characters
 
 
 def encode_handoff(handoff: Handoff) -> bytes:
@@ -32,7 +35,7 @@ def encode_handoff(handoff: Handoff) -> bytes:
         stop_string=handoff.stop_string or "",
         num_cached_tokens=handoff.num_cached_tokens,
         num_exact_tokens=handoff.num_exact_tokens,
-        timeline=stamps_to_wire(handoff.timeline),
+        timeline=stamps_to_wire(handoff.timeline[:MAX_STAMPS]),
     )
     return state.SerializeToString()
 
@@ -50,7 +53,13 @@ def decode_handoff(data: bytes) -> Handoff:
         raise PullCorrupted(f"{len(state.logprobs)} logprobs for {len(state.output_token_ids)} tokens")
     if state.HasField("num_exact_tokens") and state.num_exact_tokens > state.num_computed_tokens:
         raise PullCorrupted(f"{state.num_exact_tokens} of {state.num_computed_tokens} tokens are exact")
+    if len(state.timeline) > MAX_STAMPS:
+        raise PullCorrupted(f"a timeline of {len(state.timeline)} events, at most {MAX_STAMPS} are sent")
     for event in state.timeline:
+        if len(event.name) > MAX_STAMP_NAME:
+            raise PullCorrupted(
+                f"an event of {len(event.name)} characters, at most {MAX_STAMP_NAME} are a name"
+            )
         if not math.isfinite(event.unix_s):
             raise PullCorrupted(f"{event.name!r} happened at {event.unix_s}")
     return Handoff(
@@ -92,6 +101,8 @@ def _logprobs_from_wire(logprobs: worker_pb2.TokenLogprobs) -> TokenLogprobs:
         raise PullCorrupted(
             f"{len(logprobs.top_token_ids)} top tokens with {len(logprobs.top_logprobs)} logprobs"
         )
+    if any(map(math.isnan, (logprobs.logprob, *logprobs.top_logprobs))):
+        raise PullCorrupted("a logprob that is NaN")
     return TokenLogprobs(
         logprob=logprobs.logprob,
         top=tuple(zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)),

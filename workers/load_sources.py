@@ -9,13 +9,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
-from kvstore.codec.finite import is_finite
 from kvstore.codec.levels import RAW
-from kvstore.layout import KvLayout
 from kvstore.store import PinnedBlocks, Reservation
 from kvstore.stream_estimates import LinkEstimate
 from kvstore.streaming import LevelCost
@@ -24,6 +19,7 @@ from workers.errors import PullCorrupted
 from workers.fetch import Fetch
 from workers.load_parts import Arrived, LoadParts, Sources, filling
 from workers.load_plan import Span
+from workers.raw_blocks import copy_raw
 from workers.request import PageId
 from workers.threads import cancel_to_end, run_to_end
 
@@ -201,7 +197,7 @@ class PeerSource:
         if len(payload) != expected_bytes:
             raise PullCorrupted(f"{len(slots)} raw blocks are {expected_bytes} bytes, got {len(payload)}")
         await self._unpack(
-            payload, wanted, functools.partial(_copy_raw, payload, self._parts.store.arena_SX, slots, layout)
+            payload, wanted, functools.partial(copy_raw, payload, self._parts.store.arena_SX, slots, layout)
         )
 
     async def _decode(self, payload: memoryview, wanted: _Wanted) -> bool:
@@ -241,14 +237,3 @@ class PeerSource:
             held.close()
             raise BlocksMissing(f"{len(held.slots)} of {wanted.span.num_blocks} fetched blocks are left")
         return Arrived(span=wanted.span, held=held, tier=Tier.PEER, is_exact=True)
-
-
-def _copy_raw(
-    payload: memoryview, arena_SX: NDArray[np.uint8], slots: Sequence[int], layout: KvLayout
-) -> None:
-    """Raises PullCorrupted for KV that is no number: who attends to that gets arbitrary tokens, and passes it on."""
-    blocks = np.frombuffer(payload, np.uint8).reshape(len(slots), -1)
-    for position, (block, slot) in enumerate(zip(blocks, slots, strict=True)):
-        arena_SX[slot] = block
-        if not is_finite(arena_SX[slot], dtype=layout.dtype):
-            raise PullCorrupted(f"raw block {position} of {len(slots)} in a chunk holds NaN or infinity")

@@ -18,6 +18,7 @@ from workers.errors import PullCorrupted
 from workers.pages import num_pages_for
 from workers.request import Handoff, Purpose, Request, Status, TokenLogprobs
 from workers.step import SampledToken
+from workers.validation import handed_over_tokens
 
 # What a request may grow while its blocks travel: a second of fast decoding, or, of a long one, for which they travel
 # for longer, an eighth.
@@ -87,11 +88,12 @@ def moved_tokens(request: Request, handoff: Handoff, *, vocab_size: int) -> list
 
     Raises PullCorrupted for a hand-over that is not of this request.
     """
-    num_known = len(request.output_token_ids)
-    known, new = handoff.output_token_ids[:num_known], handoff.output_token_ids[num_known:]
-    if list(known) != request.output_token_ids or handoff.finish_reason is not None:
-        raise PullCorrupted(f"the move has outputs {handoff.output_token_ids}, known are {known}")
-    num_tokens = request.num_tokens + len(new)
+    tokens = handed_over_tokens(request, handoff, vocab_size=vocab_size)
+    if handoff.finish_reason is not None or handoff.stop_string is not None:
+        raise PullCorrupted(
+            f"the move ends with {handoff.finish_reason} at {handoff.stop_string!r}: what has ended does not move"
+        )
+    num_tokens = request.num_tokens + len(tokens)
     if handoff.num_computed_tokens >= num_tokens or num_pages_for(num_tokens) > len(request.page_ids):
         raise PullCorrupted(
             f"the move has {handoff.num_computed_tokens} computed tokens of {num_tokens}, "
@@ -101,11 +103,4 @@ def moved_tokens(request: Request, handoff: Handoff, *, vocab_size: int) -> list
         raise PullCorrupted(
             f"the move has {len(handoff.output_token_ids)} outputs, max_tokens is {request.sampling.max_tokens}"
         )
-    if not all(0 <= token_id < vocab_size for token_id in new):
-        raise PullCorrupted(f"the move has tokens {new}, the vocabulary has {vocab_size}")
-    if request.sampling.num_logprobs is None:
-        return [SampledToken(token_id) for token_id in new]
-    if len(handoff.logprobs) < len(new):
-        raise PullCorrupted(f"the move has {len(handoff.logprobs)} logprobs for {len(new)} tokens")
-    logprobs: Sequence[TokenLogprobs] = handoff.logprobs[len(handoff.logprobs) - len(new) :]
-    return [SampledToken(token_id, each) for token_id, each in zip(new, logprobs, strict=True)]
+    return tokens

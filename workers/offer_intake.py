@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from kvstore.block_stream import RAW_LEVEL, chunk_blocks
 from kvstore.store import BlockStore, Reservation
 from kvstore.tiers.tier import BlockRun
 from workers.errors import PullError, PullRefused
 from workers.fetch import BlockFetcher, Chunk, Fetch
 from workers.logs import log_event
+from workers.raw_blocks import copy_raw
 from workers.request import KvHolder
 from workers.threads import run_to_end
 
@@ -142,8 +141,7 @@ class OfferIntake:
         return True
 
     def _copy(self, chunk: Chunk, reservation: Reservation) -> None:
-        blocks_NX = np.frombuffer(chunk.payload, np.uint8).reshape(chunk.num_blocks, -1)
-        self._store.arena_SX[list(reservation.slots)] = blocks_NX
+        copy_raw(chunk.payload, self._store.arena_SX, reservation.slots, self._fetcher.layout)
 
 
 def _lost(holder: KvHolder, detail: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from workers import timeline
-from workers.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from workers.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from workers.step import SampledToken
 
 
@@ -11,16 +11,23 @@ def finish_reason(
     request: Request, last: SampledToken, *, eos_token_ids: frozenset[int], max_tokens: int
 ) -> FinishReason | None:
     """Why the request ends with its last token, if it does; `max_tokens` bounds prompt and output together."""
-    sampling, num_output_tokens = request.sampling, len(request.output_token_ids)
-    if num_output_tokens > sampling.min_tokens and (
+    num_output_tokens = len(request.output_token_ids)
+    if ends_text(request.sampling, last, num_output_tokens, eos_token_ids=eos_token_ids):
+        return FinishReason.STOP
+    if num_output_tokens >= request.sampling.max_tokens or request.num_tokens >= max_tokens:
+        return FinishReason.LENGTH
+    return None
+
+
+def ends_text(
+    sampling: SamplingParams, last: SampledToken, num_output_tokens: int, *, eos_token_ids: frozenset[int]
+) -> bool:
+    """Whether the text ends with this token, the last of so many."""
+    return num_output_tokens > sampling.min_tokens and (
         last.stop_string is not None
         or last.token_id in sampling.stop_token_ids
         or (last.token_id in eos_token_ids and not sampling.ignore_eos)
-    ):
-        return FinishReason.STOP
-    if num_output_tokens >= sampling.max_tokens or request.num_tokens >= max_tokens:
-        return FinishReason.LENGTH
-    return None
+    )
 
 
 def logprobs_of(tokens: Sequence[SampledToken]) -> tuple[TokenLogprobs, ...]:

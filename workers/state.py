@@ -43,7 +43,7 @@ from workers.request import (
 from workers.scheduler import SchedulerView
 from workers.step import SampledToken, ScheduledRequest, StepPlan, StepResult
 from workers.tenants import Tenants
-from workers.validation import check_request, new_tokens
+from workers.validation import check_prefilled, check_request, handed_over_tokens
 from workers.waiting import WaitingQueue
 
 # How long a rejected client should wait: a few decode steps of a full batch on a slow machine, or one long
@@ -157,7 +157,8 @@ class EngineState:
             return None
         if request.kv_source is not None and request.kv_source.is_live:
             return self._moved_here(request, handoff, now_s=now_s)
-        tokens = new_tokens(request, handoff, vocab_size=self._limits.vocab_size)
+        tokens = handed_over_tokens(request, handoff, vocab_size=self._limits.vocab_size)
+        check_prefilled(request, handoff, tokens, eos_token_ids=self._limits.eos_token_ids)
         request.timeline.take_over(handoff.timeline)
         request.timeline.stamp(timeline.PULL_DONE, now_s)
         request.num_cached_tokens = max(request.num_cached_tokens, handoff.num_cached_tokens)
@@ -165,7 +166,7 @@ class EngineState:
             request.lose_exactness(handoff.num_exact_tokens)
         self._run_pulled(request)
         self._computed.advance(request, handoff.num_computed_tokens)
-        return self._append(request, tokens, now_s=now_s, reason=handoff.finish_reason)
+        return self._append(request, tokens, now_s=now_s)
 
     def pull_failed(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
         """The pull has ended and writes no more: the prompt is computed here, in the reserved pages.
@@ -437,19 +438,14 @@ class EngineState:
         return None
 
     def _append(
-        self,
-        request: Request,
-        tokens: Sequence[SampledToken],
-        *,
-        now_s: float,
-        reason: FinishReason | None = None,
+        self, request: Request, tokens: Sequence[SampledToken], *, now_s: float
     ) -> RequestOutput | None:
         """New tokens at the end of the output, and perhaps the end of the request. None: the puller tells them."""
         request.output_token_ids.extend(token.token_id for token in tokens)
         moves.keep_logprobs(request, logprobs_of(tokens))
         request.timeline.stamp_once(timeline.PREFILL_DONE, now_s)
         is_first = request.timeline.stamp_once(timeline.FIRST_TOKEN, now_s)
-        reason = reason or finish_reason(
+        reason = finish_reason(
             request,
             tokens[-1],
             eos_token_ids=self._limits.eos_token_ids,

@@ -485,3 +485,16 @@ async def test_a_pull_cancelled_at_any_moment_leaves_nothing(
     found = pool.pages_LP2GBC.clone()
     await wait_until(lambda: source.listener.num_connections == 0)
     assert torch.equal(pool.pages_LP2GBC, found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+async def test_kv_that_is_no_number_is_refused(
+    source: Source, pool: KvPool, puller: Puller, value: float
+) -> None:
+    source.pool.pages_LP2GBC[2, SOURCE_PAGES[3], 1, 0, 15, 3] = value
+    source.open()
+    source.finish()
+    with pytest.raises(PullCorrupted, match="of layer 2 hold NaN or infinity"):
+        await puller.pull(make_pull(source.control_address))
+    assert await source.next_end() == ("released", ID)
+    assert pool.pages_LP2GBC.isfinite().all()

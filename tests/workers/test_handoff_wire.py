@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protos import kv_pb2
 from workers.errors import PullCorrupted
-from workers.handoff_wire import decode_handoff, encode_handoff
+from workers.handoff_wire import MAX_STAMPS, decode_handoff, encode_handoff, stamps_to_wire
 from workers.request import (
     FinishReason,
     Handoff,
@@ -25,7 +26,9 @@ LOGPROBS = st.floats(max_value=0.0, width=32)
     logprobs=st.lists(st.tuples(LOGPROBS, st.lists(st.tuples(TOKENS, LOGPROBS), max_size=3)), max_size=5),
     reason=st.sampled_from([None, *FinishReason]),
     stop_string=st.none() | st.text(min_size=1),
-    events=st.lists(st.tuples(st.text(), st.floats(allow_nan=False, allow_infinity=False)), max_size=3),
+    events=st.lists(
+        st.tuples(st.text(max_size=64), st.floats(allow_nan=False, allow_infinity=False)), max_size=3
+    ),
 )
 def test_a_handoff_comes_back_as_it_was(
     num_computed: int,
@@ -64,4 +67,26 @@ def test_an_event_at_no_time_is_refused(unix_s: float) -> None:
 def test_more_exact_tokens_than_tokens_are_refused() -> None:
     handoff = Handoff(num_computed_tokens=16, num_exact_tokens=17, output_token_ids=(1,))
     with pytest.raises(PullCorrupted, match="17 of 16 tokens are exact"):
+        decode_handoff(encode_handoff(handoff))
+
+
+def test_a_timeline_without_end_is_cut_by_who_sends_it_and_refused_by_who_gets_it() -> None:
+    stamps = tuple(Stamp("preempted", float(number)) for number in range(20_000))
+    sent = encode_handoff(Handoff(num_computed_tokens=1, output_token_ids=(1,), timeline=stamps))
+    assert decode_handoff(sent).timeline == stamps[:MAX_STAMPS]
+    lie = kv_pb2.HandoffState(timeline=stamps_to_wire(stamps))
+    with pytest.raises(PullCorrupted, match="a timeline of 20000 events"):
+        decode_handoff(lie.SerializeToString())
+
+
+def test_an_event_with_a_name_without_end_is_refused() -> None:
+    handoff = Handoff(num_computed_tokens=1, output_token_ids=(1,), timeline=(Stamp("x" * 65, 0.0),))
+    with pytest.raises(PullCorrupted, match="an event of 65 characters"):
+        decode_handoff(encode_handoff(handoff))
+
+
+@pytest.mark.parametrize("logprobs", [TokenLogprobs(math.nan), TokenLogprobs(-1.0, top=((3, math.nan),))])
+def test_a_logprob_that_is_no_number_is_refused(logprobs: TokenLogprobs) -> None:
+    handoff = Handoff(num_computed_tokens=1, output_token_ids=(1,), logprobs=(logprobs,))
+    with pytest.raises(PullCorrupted, match="NaN"):
         decode_handoff(encode_handoff(handoff))

@@ -348,14 +348,14 @@ async def test_an_abort_while_a_chunk_is_decoded_leaves_nothing(
     end: End, fetching: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached, go = threading.Event(), threading.Event()
-    copy = load_sources._copy_raw
+    copy = load_sources.copy_raw
 
     def waits(*arguments: Any) -> None:
         reached.set()
         assert go.wait(SOON_S)
         copy(*arguments)
 
-    monkeypatch.setattr(load_sources, "_copy_raw", waits)
+    monkeypatch.setattr(load_sources, "copy_raw", waits)
     request_id = end.submit(PROMPT, kv_holders=(HOLDER,))
     assert await asyncio.to_thread(reached.wait, SOON_S)
     end.loop.abort(end.session_id, request_id)

@@ -113,6 +113,16 @@ async def test_nothing_waits_where_there_is_no_store(worker: Peer) -> None:
         assert offers.num_waiting_blocks == 0
 
 
+async def test_a_store_takes_no_kv_that_is_no_number(worker: Peer) -> None:
+    with await worker.store.pin(RUN.keys) as pinned:
+        worker.store.arena_SX[pinned.slots[20]] = 0xFF  # NaN, whatever the dtype
+    async with running_peer(takes_offers=True) as store, offering(worker, [store]) as offers:
+        offers.offer(RUN.part(0, 10))
+        offers.offer(RUN.part(10, 30))
+        await offers.settled()
+        assert num_held(store, RUN) == 10
+
+
 async def test_a_chain_longer_than_an_offer_goes_in_several(worker: Peer) -> None:
     limits = OfferLimits(max_blocks_per_offer=16)
     async with running_peer(takes_offers=True) as store, offering(worker, [store], limits) as offers:

@@ -407,8 +407,8 @@ def test_a_pulled_request_goes_on_with_the_timeline_of_its_source() -> None:
 @pytest.mark.parametrize(
     ("sampling", "reason", "stop_string", "expected"),
     [
-        (SamplingParams(max_tokens=9), FinishReason.STOP, "x", FinishReason.STOP),
-        (SamplingParams(max_tokens=9), None, "x", FinishReason.STOP),
+        (SamplingParams(max_tokens=9, stop_strings=("x",)), FinishReason.STOP, "x", FinishReason.STOP),
+        (SamplingParams(max_tokens=9, stop_strings=("x",)), None, "x", FinishReason.STOP),
         (SamplingParams(max_tokens=1), None, None, FinishReason.LENGTH),
     ],
 )
