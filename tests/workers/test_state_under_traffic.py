@@ -149,7 +149,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), first=st.integers(0, 6))
     def move_load(self, data: st.DataObject, first: int) -> None:
         request, region = data.draw(st.sampled_from(self.loading))
-        self.state.loads.move(request.request_id, region, first)
+        self.move(request, region, first)
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), num=st.integers(1, 3), is_exact=st.booleans())
@@ -262,7 +262,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.begin(plan)
         # While a step executes, loads may claim blocks, and fail.
         for number, (request, region) in enumerate(self.loading):
-            self.state.loads.move(request.request_id, region, (region.first_block + number) % 5)
+            self.move(request, region, (region.first_block + number) % 5)
         for row in plan.rows:
             start, stop = row.num_computed_tokens, row.num_computed_tokens + row.num_new_tokens
             self.expect_memory(row.request, row.page_ids, start)
@@ -288,6 +288,11 @@ class EngineMachine(RuleBasedStateMachine):
             if len(self.pinned) < 2 and len(computed.page_ids) == 1:
                 self.state.pin_pages(computed.page_ids)
                 self.pinned.append(computed.page_ids)
+
+    def move(self, request: Request, region: LoadRegion, first_block: int) -> None:
+        """Who loads never gives up what has come and is being copied."""
+        copied = [first for _, other, _, first, _ in self.copying if other is region]
+        self.state.loads.move(request.request_id, region, min([first_block, *copied]))
 
     def finish_copy(self, number: int) -> None:
         """The request may have gone, or lost its pages; its pages are nobody else's until now."""
