@@ -67,6 +67,7 @@ class _Export:
     outgoing: Outgoing
     ticket: bytes | None = None  # issued and not used yet
     first_block: int = 0  # that the ticket is for
+    is_pulled: bool = False  # somebody has asked for it
     is_released: bool = False  # the puller wants no more
     is_finished: bool = False  # everything is computed, the lease runs
     lease_ends_s: float = 0.0
@@ -121,6 +122,11 @@ class Exports:
     def num_waiting_pulls(self) -> int:
         """Pulls that came before their request."""
         return self._num_waiting
+
+    def is_pulled(self, request_id: RequestId) -> bool:
+        """Somebody has pages for it and has asked for it."""
+        export = self._exports.get(request_id)
+        return export is not None and export.is_pulled
 
     def open(self, request_id: RequestId, *, num_prompt_tokens: int) -> None:
         """From now on the request can be pulled."""
@@ -214,6 +220,7 @@ class Exports:
         if export.ticket is not None:
             del self._by_ticket[export.ticket]
         export.ticket, export.first_block = secrets.token_bytes(TICKET_BYTES), first_block
+        export.is_pulled = True
         self._by_ticket[export.ticket] = export
         self._renew(export)
         return IssuedTicket(ticket=export.ticket, num_blocks=num_blocks)

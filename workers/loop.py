@@ -45,6 +45,7 @@ from workers.messages import (
     Message,
     PagesFree,
     PullEnded,
+    RingLasts,
     SessionClosed,
     Submitted,
 )
@@ -60,6 +61,7 @@ from workers.request import (
     SessionId,
     Status,
 )
+from workers.ring_watch import RingWatch
 from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState
 from workers.step import Pull, ScheduledRequest, StepPlan, StepResult
@@ -99,6 +101,7 @@ class RequestLoop:
         self._max_num_submitted = max_num_submitted
         self._tiers = tiers
         self._moves = LiveMoves(state, exports, max_moves=max_num_moves)
+        self._rings = RingWatch(state, exports, post=self.post)
         self._num_submitted = 0
         self._is_admitting = True
         self._inbox: deque[Message] = deque()
@@ -218,12 +221,14 @@ class RequestLoop:
                     else:
                         await self._step(plan, engine_thread)
             finally:
+                self._rings.close()
                 await self._cancel_pulls()
                 if self._tiers is not None:
                     await self._tiers.close()
 
     def _rest(self) -> None:
         self._metrics.set_load(self._state.load())
+        self._rings.rested(step_number=self._step_number)
         if self._tiers is not None:
             self._tiers.rested()
         now_s = time.monotonic()
@@ -326,8 +331,25 @@ class RequestLoop:
                     )
                 case LoadFailed(request_id, region):
                     self._state.loads.fail(request_id, region, region.placed_block, now_s=time.time())
+                case RingLasts() as message:
+                    self._break_ring(message)
                 case PagesFree():
                     pass  # it has woken us
+
+    def _break_ring(self, message: RingLasts) -> None:
+        ring = self._rings.lasting(message, step_number=self._step_number)
+        if ring is None:
+            return
+        for request_id in ring.giving_way:
+            log_event(
+                _logger,
+                "lease_gave_way",
+                level=logging.WARNING,
+                request=request_id,
+                to=ring.waiting.request_id,
+            )
+            self._end(request_id)
+        self._state.put_first(ring.waiting)
 
     def post(self, message: Message) -> None:
         self._inbox.append(message)

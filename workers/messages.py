@@ -61,6 +61,13 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class RingLasts:
+    """Since the step of this number the worker could do nothing, as hand-overs wait for each other."""
+
+    step_number: int
+
+
+@dataclass(frozen=True, slots=True)
 class PagesFree:
     """Pages that a thread was reading are nobody's: who lacked pages may go on."""
 
@@ -74,5 +81,6 @@ Message = (
     | CaughtUp
     | BlocksPlaced
     | LoadFailed
+    | RingLasts
     | PagesFree
 )

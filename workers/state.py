@@ -40,6 +40,7 @@ from workers.request import (
     RequestOutput,
     Status,
 )
+from workers.rings import IsPulled, Ring, find_ring
 from workers.scheduler import SchedulerView
 from workers.step import SampledToken, ScheduledRequest, StepPlan, StepResult
 from workers.tenants import Tenants
@@ -141,6 +142,20 @@ class EngineState:
         ):
             return None
         return self._finish(request, FinishReason.HANDED_OVER, now_s=now_s)
+
+    @property
+    def waits_beside_leases(self) -> bool:
+        """Somebody waits, and something is held for others."""
+        return len(self._waiting) > 0 and len(self._handoffs) > 0
+
+    def ring(self, is_pulled: IsPulled) -> Ring | None:
+        """If nothing can be done: who waits for whom, see workers.rings."""
+        held = (r for i in self._handoffs if (r := self._requests[i]).status is Status.HELD)
+        return find_ring(self._waiting, held, pages=self._pages, is_pulled=is_pulled)
+
+    def put_first(self, request: Request) -> None:
+        """One that waits is admitted before all others."""
+        self._waiting.put_first(request)
 
     def pull_succeeded(
         self, request_id: RequestId, handoff: Handoff, *, now_s: float

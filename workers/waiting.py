@@ -23,6 +23,7 @@ class WaitingQueue:
         self._tenants = tenants
         self._lanes: dict[str, list[Request]] = {}  # none is empty
         self._num_requests = 0
+        self._first: Request | None = None
 
     def __len__(self) -> int:
         return self._num_requests
@@ -39,6 +40,12 @@ class WaitingQueue:
         if not lane:
             del self._lanes[request.tenant]
         self._num_requests -= 1
+        if request is self._first:
+            self._first = None
+
+    def put_first(self, request: Request) -> None:
+        """One that waits is next, whatever the policy says."""
+        self._first = request
 
     def requests(self) -> Iterator[Request]:
         """In no order."""
@@ -46,6 +53,13 @@ class WaitingQueue:
             yield from lane
 
     def __iter__(self) -> Iterator[Request]:
+        if self._first is None:
+            yield from self._by_policy()
+            return
+        yield self._first
+        yield from (request for request in self._by_policy() if request is not self._first)
+
+    def _by_policy(self) -> Iterator[Request]:
         if len(self._lanes) == 1:
             yield from self.requests()
             return
@@ -66,6 +80,7 @@ class WaitingQueue:
     def check(self) -> None:
         """Proves the invariants. AssertionError is a bug of ours."""
         assert self._num_requests == sum(map(len, self._lanes.values()))
+        assert self._first is None or self._first in self._lanes.get(self._first.tenant, [])
         for tenant, lane in self._lanes.items():
             assert lane, f"the lane of {tenant!r} is empty"
             assert all(request.tenant == tenant for request in lane)

@@ -76,3 +76,16 @@ def test_a_request_that_is_not_there_cannot_be_removed() -> None:
     queue.remove(here)
     queue.check()
     assert (len(queue), names(queue)) == (0, [])
+
+
+def test_who_is_put_first_is_next_until_it_has_gone() -> None:
+    requests = [
+        request(f"r{number}", tenant=f"t{number % 2}", arrival_s=float(number)) for number in range(4)
+    ]
+    queue, _ = fair_queue(*requests)
+    in_turn = names(queue)
+    queue.put_first(requests[3])
+    assert names(queue) == ["r3", *(name for name in in_turn if name != "r3")]
+    queue.remove(requests[3])
+    queue.check()
+    assert names(queue) == [name for name in in_turn if name != "r3"]
