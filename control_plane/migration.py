@@ -73,6 +73,7 @@ class _Worker:
     requests: list[RequestView]
     num_used_pages: int
     num_running: int
+    num_seats_taken: int  # of those who wait for one too
     urgent_headroom: float
     has_urgent: bool
 
@@ -86,8 +87,10 @@ class _Worker:
         return (num_pages - num_virtual) / max(1, self.num_running)
 
     def has_room(self, request: RequestView) -> bool:
-        """For what it holds and a page to grow into, beside what waits there."""
-        load = self.view.load
+        """A seat, and pages for what it holds and to grow into, beside what waits there."""
+        load, max_num_seqs = self.view.load, self.view.max_num_seqs
+        if max_num_seqs is not None and self.num_seats_taken >= max_num_seqs:
+            return False
         num_left = load.num_pages - self.num_used_pages - load.num_demanded_pages
         return num_left > num_pages_of(request.num_tokens)
 
@@ -96,6 +99,7 @@ class _Worker:
             self,
             num_used_pages=self.num_used_pages + num_pages_of(request.num_tokens),
             num_running=self.num_running + 1,
+            num_seats_taken=self.num_seats_taken + 1,
             has_urgent=self.has_urgent or request.priority < 0,
         )
 
@@ -140,6 +144,8 @@ def _worker(view: WorkerView, requests: list[RequestView], limits: MigrationLimi
         requests=requests,
         num_used_pages=load.num_pages - load.num_free_pages + view.num_unreported_pages,
         num_running=load.num_running,
+        # What was sent there since its last report is among what it was assigned.
+        num_seats_taken=max(load.num_running + load.num_waiting, view.num_assigned),
         urgent_headroom=limits.urgent_headroom,
         has_urgent=any(request.priority < 0 for request in requests),
     )

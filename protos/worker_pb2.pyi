@@ -154,6 +154,7 @@ class WorkerDescription(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     BLOCK_FORMAT_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """new at every start of the process"""
@@ -167,6 +168,8 @@ class WorkerDescription(_message.Message):
     """Version of the digests that name blocks (kvstore/blocks.py). Keys of another version match nothing: they are counted, not looked up."""
     is_draining: _builtins.bool
     """takes no new requests; what runs there should move"""
+    max_num_seqs: _builtins.int
+    """requests running at a time; 0: not said"""
     @_builtins.property
     def model(self) -> Global___ModelDescription: ...
     @_builtins.property
@@ -184,10 +187,11 @@ class WorkerDescription(_message.Message):
         pid: _builtins.int = ...,
         block_format: _builtins.bytes = ...,
         is_draining: _builtins.bool = ...,
+        max_num_seqs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "control_address", b"control_address", "data_address", b"data_address", "epoch", b"epoch", "is_draining", b"is_draining", "load", b"load", "model", b"model", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_format", b"block_format", "control_address", b"control_address", "data_address", b"data_address", "epoch", b"epoch", "is_draining", b"is_draining", "load", b"load", "max_num_seqs", b"max_num_seqs", "model", b"model", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,3 +21,4 @@ class Identity:
     max_model_len: int
     vocab_size: int
     layout: KvLayout
+    max_num_seqs: int = 0  # of a store, which runs none

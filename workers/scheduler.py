@@ -10,9 +10,10 @@ and these rules make every request end:
 - An admission takes the pages of all its known tokens at once, so a prompt never stops half-way for want of a
   page.
 - Who lacks pages at the head of the queue is not overtaken, so those who run drain until it fits.
-- A decode that lacks a page takes those of the lowest-ranked running request below it, which waits again and
-  is recomputed. If there is none it keeps its pages and sits out the step: the highest-ranked one always goes
-  on, unless pulls and held requests own what it needs, and those end without us.
+- A decode that lacks a page takes those of the lowest-ranked running request below it of which some come free
+  (pages may be shared, or be pinned by who copies them); that one waits again and is recomputed. If there is none it
+  keeps its pages and sits out the step: the highest-ranked one always goes on, unless pulls, held requests and pins
+  own what it needs, and those end without us.
 - A request that loads blocks is computed up to them and then has no row until they are in its pages; whoever loads
   them gives up in the end.
 - Requests computed for another worker, or moving to one, are never preempted: it may be reading their pages.
@@ -165,7 +166,12 @@ class _Draft:
         """Frees the pages of lower-ranked requests, lowest first, until there is a page or nobody is left."""
         for victim in reversed(self._view.running[rank + 1 :]):
             may_leave = victim.purpose is Purpose.GENERATE and not victim.is_moving
-            if may_leave and victim.request_id not in self.preempted:
+            # One whose pages others use or copy would be computed again for nothing.
+            if (
+                may_leave
+                and victim.request_id not in self.preempted
+                and self._pages.would_free(victim.page_ids)
+            ):
                 self.preempted[victim.request_id] = None
                 self._pages.give_up(victim.page_ids)
                 if self._pages.num_available:
@@ -227,6 +233,12 @@ class _PageDraft:
         newly_shared = self._newly_shared(cached)
         self._shared.update(newly_shared)
         self.num_available -= len(newly_shared)
+
+    def would_free(self, page_ids: Sequence[PageId]) -> bool:
+        """Whether there is a page among them that nobody else has."""
+        return any(
+            self._num_given_up.get(page_id, 0) + 1 == self._pool.ref_count(page_id) for page_id in page_ids
+        )
 
     def give_up(self, page_ids: Sequence[PageId]) -> None:
         """One user less for these pages; those without a user can be taken, the last ones first."""

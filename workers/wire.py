@@ -164,6 +164,7 @@ def description_to_wire(identity: Identity, load: Load, *, is_draining: bool) ->
         pid=identity.pid,
         block_format=FORMAT_VERSION,
         is_draining=is_draining,
+        max_num_seqs=identity.max_num_seqs,
     )
 
 

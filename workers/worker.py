@@ -305,13 +305,14 @@ class Worker:
         )
 
     def _identity(self, control_address: str, data_address: Address) -> Identity:
-        return make_identity(
+        identity = make_identity(
             self._config,
             replace(self._engine.model, max_model_len=self.state.max_request_tokens),
             epoch=self._epoch,
             control_address=control_address,
             data_address=data_address,
         )
+        return replace(identity, max_num_seqs=self._config.max_num_seqs)
 
 
 def _holder(identity: Identity) -> KvHolder:

@@ -70,6 +70,7 @@ class Member:
     pid: int = 0
     block_format: bytes = FORMAT_VERSION
     is_draining: bool = False  # it takes no new requests, and what runs there should move
+    max_num_seqs: int | None = None  # requests running at a time, if it says so
 
     def __post_init__(self) -> None:
         if not self.worker_id:

@@ -37,6 +37,7 @@ def read_member(message: worker_pb2.WorkerDescription) -> Member:
         pid=message.pid,
         block_format=message.block_format,
         is_draining=message.is_draining,
+        max_num_seqs=message.max_num_seqs or None,
     )
 
 
@@ -138,6 +139,7 @@ def write_member(member: Member) -> worker_pb2.WorkerDescription:
         pid=member.pid,
         block_format=member.block_format,
         is_draining=member.is_draining,
+        max_num_seqs=member.max_num_seqs or 0,
     )
 
 

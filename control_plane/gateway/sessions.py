@@ -117,6 +117,7 @@ class WorkerSession:
             num_assigned=len(self._sinks),
             num_unreported_tokens=self._num_unreported_tokens,
             num_unreported_pages=self._num_unreported_pages,
+            max_num_seqs=self.member.max_num_seqs,
             last_pick=self._last_pick,
         )
 

@@ -15,7 +15,8 @@ class WorkerView:
 
     `num_assigned` are all requests of this gateway that it works on. `num_unreported_tokens` (to compute) and
     `num_unreported_pages` are for those sent after its last report, which `load` therefore cannot contain.
-    `last_pick` orders workers by when they were last chosen; 0: never.
+    `max_num_seqs`: so many run at a time, if it is known. `last_pick` orders workers by when they were last chosen;
+    0: never.
     """
 
     incarnation: Incarnation
@@ -27,6 +28,7 @@ class WorkerView:
     num_assigned: int = 0
     num_unreported_tokens: int = 0
     num_unreported_pages: int = 0
+    max_num_seqs: int | None = None
     last_pick: int = 0
 
 

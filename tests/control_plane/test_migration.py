@@ -87,6 +87,24 @@ def test_nothing_moves_to_a_worker_that_cannot_take_it(target: WorkerView, is_dr
     assert plan([replace(FULL, is_draining=is_draining), target], [request("r")]) == []
 
 
+@pytest.mark.parametrize("is_draining", [False, True])
+@pytest.mark.parametrize(
+    ("num_running", "num_assigned", "has_seat"), [(1, 0, True), (2, 0, False), (0, 1, True), (0, 2, False)]
+)
+def test_nothing_moves_where_no_seat_is_left(
+    num_running: int, num_assigned: int, has_seat: bool, is_draining: bool
+) -> None:
+    target = worker("t", num_running=num_running, num_assigned=num_assigned, max_num_seqs=2)
+    moves = plan([replace(FULL, is_draining=is_draining), target], [request("r")])
+    assert len(moves) == has_seat
+
+
+def test_a_seat_is_given_once() -> None:
+    sources = [worker("one", is_draining=True), worker("two", is_draining=True)]
+    target = worker("t", num_running=1, max_num_seqs=2)
+    assert len(plan([*sources, target], [request("r", "one"), request("s", "two")])) == 1
+
+
 def test_nothing_moves_to_a_worker_that_failed_the_request() -> None:
     assert plan([FULL, IDLE], [request("r", excluded=frozenset({name("idle")}))]) == []
 

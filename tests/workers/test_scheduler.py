@@ -291,6 +291,44 @@ def test_a_page_that_others_share_is_not_free_when_one_of_its_users_is_preempted
     assert names(state.view().running) == ["r0", "r1"]
 
 
+def test_a_request_whose_pages_are_being_copied_is_not_preempted_for_nothing() -> None:
+    state, limits = new_state(num_pages=6), new_limits()
+    for number in range(3):
+        add(state, f"r{number}", prompt=15, arrival_s=float(number))
+    step(state, limits)
+    pinned = state.view().running[2].page_ids
+    state.pin_pages(pinned)
+    while len(state.view().running[2].page_ids) == len(pinned):
+        step(state, limits)
+    pinned_later = state.view().running[2].page_ids[1:]
+    state.pin_pages(pinned_later)  # as an export does that is under way
+    plan, _ = step(state, limits)
+    while not plan.preempted:
+        plan, _ = step(state, limits)
+    assert plan.preempted == ("r1",)
+    state.unpin_pages(pinned)
+    state.unpin_pages(pinned_later)
+    state.check()
+
+
+def test_a_decode_sits_out_while_no_page_of_any_other_comes_free() -> None:
+    state, limits = new_state(num_pages=4), new_limits()
+    for number in range(2):
+        add(state, f"r{number}", prompt=15, arrival_s=float(number))
+    while len(state.view().running) < 2 or len(state.view().running[1].page_ids) < 2:
+        step(state, limits)
+    pinned = state.view().running[1].page_ids
+    state.pin_pages(pinned)
+    plan, _ = step(state, limits)
+    while plan.rows:
+        assert not plan.preempted
+        plan, _ = step(state, limits)
+    state.unpin_pages(pinned)
+    plan, _ = step(state, limits)
+    assert plan.preempted == ("r1",)
+    assert rows(plan) == [("r0", 1)]
+
+
 def test_an_admission_leaves_a_page_for_every_request_that_may_grow() -> None:
     state, limits = new_state(num_pages=4), new_limits()
     add(state, "runs", prompt=17, arrival_s=0.0)
