@@ -73,6 +73,8 @@ RETRY_AFTER_S = 0.5
 # Proving the invariants takes about a microsecond a page: not after every request of a quiet worker.
 CHECK_EVERY_S = 5.0
 
+_CANCELLED = PullError("it was cancelled")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -114,7 +116,7 @@ class RequestLoop:
             set()
         )  # those of them that are to end, now or when the inbox is settled
         self._doomed: set[RequestId] = set()  # have said their last word, but their pull has not ended
-        self._pulls: dict[RequestId, asyncio.Task[Handoff | None]] = {}
+        self._pulls: dict[RequestId, asyncio.Task[Handoff | PullError]] = {}
         self._step_number = 0
         self._num_failed_steps = 0
         self._last_check_s = 0.0
@@ -411,10 +413,10 @@ class RequestLoop:
         self._pulls[request_id] = task
         # A callback and not the task itself says that it has ended: a task may be cancelled before its first line.
         task.add_done_callback(
-            lambda done: self.post(PullEnded(request_id, None if done.cancelled() else done.result()))
+            lambda done: self.post(PullEnded(request_id, _CANCELLED if done.cancelled() else done.result()))
         )
 
-    async def _pull(self, pull: Pull) -> Handoff | None:
+    async def _pull(self, pull: Pull) -> Handoff | PullError:
         started_s = time.monotonic()
         try:
             handoff = await self._puller.pull(pull)
@@ -428,22 +430,22 @@ class RequestLoop:
                 error=type(error).__name__,
                 detail=str(error),
             )
-            return None
-        except Exception:
+            return error
+        except Exception as error:
             self._metrics.pull_failed()
             _logger.exception("pull_failed")
-            return None
+            return PullError(f"{type(error).__name__}: {error}")
         num_blocks = len(pull.page_ids) - pull.first_block
         num_bytes = num_blocks * self._engine.model.layout.block_bytes
         self._metrics.pull_done(num_bytes=num_bytes, pull_s=time.monotonic() - started_s)
         return handoff
 
-    def _end_pull(self, request_id: RequestId, handoff: Handoff | None) -> None:
+    def _end_pull(self, request_id: RequestId, handoff: Handoff | PullError) -> None:
         del self._pulls[request_id]
         now_s = time.time()
         output: RequestOutput | None = None
-        if handoff is None:
-            output = self._pull_failed(request_id, now_s=now_s)
+        if isinstance(handoff, PullError):
+            output = self._pull_failed(request_id, handoff, now_s=now_s)
         else:
             source = self._requests[request_id].kv_source
             try:
@@ -454,18 +456,19 @@ class RequestLoop:
                 log_event(
                     _logger, "pull_unusable", level=logging.WARNING, request=request_id, detail=str(error)
                 )
-                output = self._pull_failed(request_id, now_s=now_s)
+                output = self._pull_failed(request_id, error, now_s=now_s)
         if request_id in self._doomed:
             self._forget(request_id)
         if output is not None:
             self._deliver((output,))
 
-    def _pull_failed(self, request_id: RequestId, *, now_s: float) -> RequestOutput | None:
+    def _pull_failed(self, request_id: RequestId, error: PullError, *, now_s: float) -> RequestOutput | None:
         output = self._state.pull_failed(request_id, now_s=now_s)
         if output is None:
             return None
         return replace(
-            output, failure=MoveFailed(f"request {request_id!r} could not be pulled, and goes on there")
+            output,
+            failure=MoveFailed(f"request {request_id!r} could not be pulled, and goes on there: {error}"),
         )
 
     async def _cancel_pulls(self) -> None:

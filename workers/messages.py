@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from workers.errors import PullError
 from workers.request import Handoff, LoadRegion, Request, RequestId, SessionId
 
 
@@ -23,10 +24,10 @@ class SessionClosed:
 
 @dataclass(frozen=True, slots=True)
 class PullEnded:
-    """`handoff` is None if the pull failed or was cancelled. No page is written any more."""
+    """What came of it: the request's state, or why there is none. No page is written any more."""
 
     request_id: RequestId
-    handoff: Handoff | None
+    handoff: Handoff | PullError
 
 
 @dataclass(frozen=True, slots=True)

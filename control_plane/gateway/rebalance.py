@@ -1,6 +1,7 @@
 """The loop that moves requests by itself: look, plan, move, account. The plan is `control_plane.migration`'s."""
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import NoReturn
 
 from control_plane.directory.member import Incarnation
 from control_plane.errors import RequestError
+from control_plane.gateway.logs import log_event
 from control_plane.gateway.move import MoveOutcome
 from control_plane.gateway.moves import Moves, RunningRequest
 from control_plane.gateway.sessions import SessionPool
@@ -19,6 +21,8 @@ from control_plane.migration import (
     RequestView,
     plan_moves,
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +87,16 @@ class Rebalancer:
             report = await self._moves.move(
                 planned.request_id, planned.target.worker_id, reason=planned.reason
             )
-        except RequestError:
-            return  # it ended, or the target left, since the plan was made
+        except RequestError as error:  # it ended, or the target left, since the plan was made
+            log_event(
+                _log,
+                "move_not_tried",
+                request_id=planned.request_id,
+                target=planned.target.worker_id,
+                reason=planned.reason.value,
+                detail=error.message,
+            )
+            return
         finally:
             del self._under_way[planned.request_id]
         if report.outcome is MoveOutcome.MOVED:

@@ -219,6 +219,7 @@ async def test_what_cannot_move_is_refused_as_unavailable(start_pair: StartPair)
     answer = await pair.at_target.submit("unknown", PROMPT, kv_source=pair.source.identity, is_live=True)
     await answer.wait()
     assert answer.last.failure.code == worker_pb2.Failure.UNAVAILABLE
+    assert "answers NOT_FOUND: request 'unknown' cannot move" in answer.last.failure.message
     await pair.settled()
 
 
@@ -238,6 +239,7 @@ async def test_only_so_many_move_at_a_time(start_pair: StartPair, monkeypatch: p
     )
     await refused.wait()
     assert refused.last.failure.code == worker_pb2.Failure.UNAVAILABLE
+    assert "1 requests move from here, the most at a time" in refused.last.failure.message
     for answer in (first, second, moving):
         await answer.wait()
     await pair.settled()
