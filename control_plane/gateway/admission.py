@@ -42,7 +42,11 @@ class Admission:
         self._waiters: dict[
             Tenant, deque[asyncio.Future[None]]
         ] = {}  # none is empty; who had no turn for longest first
-        self._completions_s: deque[float] = deque(maxlen=NUM_REMEMBERED_COMPLETIONS)
+        # How long all places were taken, without and since `_full_since_s`: how fast places come free is seen then
+        # alone. While some are free, fewer complete because fewer come.
+        self._full_s = 0.0
+        self._full_since_s: float | None = None
+        self._completions_s: deque[float] = deque(maxlen=NUM_REMEMBERED_COMPLETIONS)  # by that clock
 
     @property
     def num_running(self) -> int:
@@ -56,6 +60,7 @@ class Admission:
         """Waits for a place. Raises QueueFull if nobody more may wait, of this tenant or at all."""
         if self.num_running < self._limits.max_concurrent:
             self._num_running[tenant.name] += 1
+            self._note_whether_full()
             return
         self._refuse_if_full(tenant)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -66,6 +71,7 @@ class Admission:
             if place.done() and not place.cancelled():
                 self._give_up(tenant)  # it was granted in the same turn of the loop
                 self._hand_on()
+                self._note_whether_full()
             elif place in self._waiters.get(
                 tenant, ()
             ):  # else it was passed over in the same turn of the loop
@@ -74,10 +80,11 @@ class Admission:
 
     def leave(self, tenant: Tenant, *, has_completed: bool) -> None:
         """Aborted and failed requests say nothing about how long the others take."""
-        if has_completed:
-            self._completions_s.append(self._now_s())
+        if has_completed and self._full_since_s is not None:
+            self._completions_s.append(self._time_full_s())
         self._give_up(tenant)
         self._hand_on()
+        self._note_whether_full()
 
     def retry_after_s(self, tenant: Tenant) -> float:
         """When this tenant's next request would have its turn, by the completions of the last while.
@@ -87,7 +94,7 @@ class Admission:
         if len(self._completions_s) < 2:
             return FIRST_RETRY_AFTER_S
         # Until now, not until the last completion: if nothing completes any more, the rate falls.
-        elapsed_s = self._now_s() - self._completions_s[0]
+        elapsed_s = self._time_full_s() - self._completions_s[0]
         seconds_per_completion = elapsed_s / (len(self._completions_s) - 1)
         num_own = len(self._waiters.get(tenant, ())) + 1
         num_others = sum(
@@ -109,6 +116,16 @@ class Admission:
         else:
             return
         raise QueueFull(message, retry_after_s=self.retry_after_s(tenant))
+
+    def _time_full_s(self) -> float:
+        return self._full_s + (0.0 if self._full_since_s is None else self._now_s() - self._full_since_s)
+
+    def _note_whether_full(self) -> None:
+        is_full = self.num_running >= self._limits.max_concurrent
+        if is_full and self._full_since_s is None:
+            self._full_since_s = self._now_s()
+        elif not is_full and self._full_since_s is not None:
+            self._full_s, self._full_since_s = self._time_full_s(), None
 
     def _give_up(self, tenant: Tenant) -> None:
         self._num_running[tenant.name] -= 1

@@ -96,7 +96,7 @@ class _Endpoints:
         self._started_unix_s = int(time.time())
 
     async def chat_completions(self, request: Request) -> Response:
-        tenant = self._settings.tenancy.tenant_of(request.headers)
+        tenant = self._settings.tenancy.tenant_of(request.headers.items())
         body = await read_request(request, ChatCompletionRequest, settings=self._settings)
         job = (await self._intake.chat(body, job_id=f"chatcmpl-{secrets.token_hex(16)}")).of(tenant)
         return self._answer(
@@ -104,7 +104,7 @@ class _Endpoints:
         )
 
     async def completions(self, request: Request) -> Response:
-        tenant = self._settings.tenancy.tenant_of(request.headers)
+        tenant = self._settings.tenancy.tenant_of(request.headers.items())
         body = await read_request(request, CompletionRequest, settings=self._settings)
         job = (await self._intake.completion(body, job_id=f"cmpl-{secrets.token_hex(16)}")).of(tenant)
         return self._answer(

@@ -199,8 +199,8 @@ def add_services(
     return health_servicer
 
 
-def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
-    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in context.invocation_metadata() or () if isinstance(value, str)]
 
 
 def _fields(request: pb.GenerateRequest) -> dict[str, Any]:

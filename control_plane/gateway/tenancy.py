@@ -5,7 +5,7 @@ sent. Without such a header all requests are of one tenant without a name, so no
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -30,9 +30,13 @@ class Tenancy:
     header: str = ""
     weights: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
-    def tenant_of(self, headers: Mapping[str, str]) -> Tenant:
-        """`headers` with names in lower case. `InvalidRequest` for a name that nobody can have."""
-        name = headers.get(self.header.lower(), "") if self.header else ""
+    def tenant_of(self, headers: Iterable[tuple[str, str]]) -> Tenant:
+        """`InvalidRequest` for a name that nobody can have, and for more than one: who set which is not known here."""
+        wanted = self.header.lower()
+        names = [value for header, value in headers if wanted and header.lower() == wanted]
+        if len(names) > 1:
+            raise InvalidRequest(f"The header {self.header} must come once, got {len(names)} of them.")
+        name = names[0] if names else ""
         if name and not _GOOD_NAME.fullmatch(name):
             raise InvalidRequest(
                 f"The header {self.header} must name a tenant in 1 to 128 visible ASCII characters, got {len(name)}"

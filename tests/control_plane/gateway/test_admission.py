@@ -120,6 +120,7 @@ async def test_retry_after_follows_the_measured_rate_and_the_queue() -> None:
     for _ in range(5):
         clock.now_s += 4.0
         admission.leave(SOMEBODY, has_completed=True)
+        await admission.enter(SOMEBODY)
     assert admission.retry_after_s(SOMEBODY) == pytest.approx(4.0)
     clock.now_s += 16.0  # nothing completes any more
     assert admission.retry_after_s(SOMEBODY) == pytest.approx(8.0)
@@ -127,9 +128,26 @@ async def test_retry_after_follows_the_measured_rate_and_the_queue() -> None:
     assert admission.retry_after_s(SOMEBODY) == MAX_RETRY_AFTER_S
 
 
+async def test_time_in_which_places_were_free_does_not_make_the_rate_look_low() -> None:
+    clock = Clock()
+    admission = make_admission(max_concurrent=2, clock=clock)
+    for pause_s in (3600.0, 0.0, 7200.0):
+        clock.now_s += pause_s
+        await admission.enter(SOMEBODY)
+        clock.now_s += 1000.0  # one of two places is taken
+        await admission.enter(SOMEBODY)
+        clock.now_s += 3.0
+        admission.leave(SOMEBODY, has_completed=True)
+        clock.now_s += 500.0
+        admission.leave(SOMEBODY, has_completed=True)
+    for _ in range(2):
+        await admission.enter(SOMEBODY)
+    assert admission.retry_after_s(SOMEBODY) == pytest.approx(3.0)
+
+
 async def test_aborted_requests_do_not_make_the_rate_look_high() -> None:
     clock = Clock()
-    admission = make_admission(max_concurrent=100, clock=clock)
+    admission = make_admission(max_concurrent=1, clock=clock)
     for completed in (True, False, False, False, True):
         await admission.enter(SOMEBODY)
         clock.now_s += 5.0

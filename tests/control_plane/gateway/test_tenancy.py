@@ -23,19 +23,31 @@ def settings(settings: GatewaySettings) -> GatewaySettings:
 
 
 def test_a_tenant_is_named_by_the_header_and_weighs_what_the_operator_says() -> None:
-    assert TENANCY.tenant_of({"x-tenant": "gold"}) == Tenant("gold", 3.0)
-    assert TENANCY.tenant_of({"x-tenant": "other"}) == Tenant("other", 1.0)
-    assert TENANCY.tenant_of({}) == Tenant("", 1.0)
+    assert TENANCY.tenant_of([("x-tenant", "gold")]) == Tenant("gold", 3.0)
+    assert TENANCY.tenant_of([("X-Tenant", "other")]) == Tenant("other", 1.0)
+    assert TENANCY.tenant_of([("x-other", "gold")]) == Tenant("", 1.0)
 
 
 def test_without_a_trusted_header_nobody_can_pose_as_another() -> None:
-    assert Tenancy().tenant_of({"x-tenant": "gold", "": "gold"}) == Tenant()
+    assert Tenancy().tenant_of([("x-tenant", "gold"), ("", "gold")]) == Tenant()
 
 
 @pytest.mark.parametrize("name", ["a b", "é", "x" * 129, "a\n"])
 def test_a_name_that_nobody_can_have_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest, match="X-Tenant must name a tenant"):
-        TENANCY.tenant_of({"x-tenant": name})
+        TENANCY.tenant_of([("x-tenant", name)])
+
+
+def test_a_tenant_that_is_named_twice_is_refused_even_if_both_say_the_same() -> None:
+    with pytest.raises(InvalidRequest, match="X-Tenant must come once, got 2"):
+        TENANCY.tenant_of([("x-tenant", "gold"), ("X-Tenant", "gold")])
+
+
+async def test_an_http_request_that_names_two_tenants_is_refused(http: httpx.AsyncClient) -> None:
+    headers = [("X-Tenant", "gold"), ("X-Tenant", "free")]
+    reply = await http.post("/v1/completions", json=BODY, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "must come once" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("text", ["gold", "gold=", "=3", "gold=0", "gold=nan", "gold=1e9", "a=1,a=2"])
