@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from heapq import heapify, heappop, heapreplace
 
+from workers.pages import num_pages_for
 from workers.policies import Policy, Rank, own_rank, rank
 from workers.request import Request, RequestId
 from workers.tenants import Tenants
@@ -23,6 +24,8 @@ class WaitingQueue:
         self._tenants = tenants
         self._lanes: dict[str, list[Request]] = {}  # none is empty
         self._num_requests = 0
+        self.num_tokens = 0  # of all that wait, which does not change while they do
+        self.num_pages = 0  # that these tokens fill
         self._first: Request | None = None
 
     def __len__(self) -> int:
@@ -31,6 +34,8 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         insort(self._lanes.setdefault(request.tenant, []), request, key=self._own_rank)
         self._num_requests += 1
+        self.num_tokens += request.num_tokens
+        self.num_pages += num_pages_for(request.num_tokens)
 
     def remove(self, request: Request) -> None:
         lane = self._lanes[request.tenant]
@@ -40,6 +45,8 @@ class WaitingQueue:
         if not lane:
             del self._lanes[request.tenant]
         self._num_requests -= 1
+        self.num_tokens -= request.num_tokens
+        self.num_pages -= num_pages_for(request.num_tokens)
         if request is self._first:
             self._first = None
 
@@ -80,6 +87,8 @@ class WaitingQueue:
     def check(self) -> None:
         """Proves the invariants. AssertionError is a bug of ours."""
         assert self._num_requests == sum(map(len, self._lanes.values()))
+        assert self.num_tokens == sum(request.num_tokens for request in self.requests())
+        assert self.num_pages == sum(num_pages_for(request.num_tokens) for request in self.requests())
         assert self._first is None or self._first in self._lanes.get(self._first.tenant, [])
         for tenant, lane in self._lanes.items():
             assert lane, f"the lane of {tenant!r} is empty"
