@@ -9,7 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from protos import worker_pb2
+from workers import moves
 from workers.config import Role
+from workers.errors import PullCorrupted
 from workers.live_moves import LiveMoves
 from workers.state import EngineState
 
@@ -211,6 +213,26 @@ async def test_one_that_ends_before_it_has_moved_ends_at_the_target_as_unavailab
     await at_source.wait()
     assert (at_source.finish_reason, at_target.finish_reason) == ("length", "error")
     assert at_target.last.failure.code == worker_pb2.Failure.UNAVAILABLE
+    await pair.settled()
+
+
+async def test_one_whose_target_does_not_believe_what_it_got_goes_on_at_the_source(
+    start_pair: StartPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = await start_pair()
+    undisturbed = await (await pair.begin()).wait()
+
+    def disbelieve(*arguments: object, **fields: object) -> None:
+        raise PullCorrupted("a lie")
+
+    monkeypatch.setattr(moves, "moved_tokens", disbelieve)
+    at_source = await pair.begin()
+    await reached(at_source, 5)
+    at_target = await (await pair.move(at_source)).wait()
+    assert at_target.last.failure.code == worker_pb2.Failure.UNAVAILABLE
+    assert at_target.last.failure.message.endswith("goes on there: a lie")
+    assert (await at_source.wait()).token_ids == undisturbed.token_ids
+    assert at_source.finish_reason == "length"  # nobody has told it that the request is elsewhere
     await pair.settled()
 
 

@@ -369,6 +369,24 @@ def test_a_request_that_ends_with_its_first_token_says_so_in_the_hand_over_alone
     )
 
 
+# Moves.
+
+
+def test_a_request_is_not_frozen_while_a_thread_may_write_to_its_pages() -> None:
+    state, r = new_state(), RequestId("r")
+    state.add(new_request(prompt=[1] * 200), now_s=0.0)
+    region = state.loads.open(r, first_block=6, end_block=9, now_s=0.0)
+    assert region is not None
+    step(state)
+    assert state.open_move(r, num_pages=20)
+    assert not state.freeze(r, now_s=0.0)
+    state.check()
+    state.loads.fail(r, region, region.placed_block, now_s=0.0)  # nothing of it comes any more
+    assert state.freeze(r, now_s=0.0)
+    assert not state.freeze(r, now_s=0.0)
+    state.check()
+
+
 # Hand-over, destination side.
 
 

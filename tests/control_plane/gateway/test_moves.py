@@ -438,6 +438,43 @@ async def test_a_request_moves_to_one_worker_at_a_time(stage: Stage) -> None:
     await scene.assert_is_whole()
 
 
+async def test_the_id_of_an_answer_stands_for_its_only_choice(cluster: Cluster) -> None:
+    source = await cluster.start(FakeWorker("a", max_answer_tokens=2))
+    target = await cluster.start(FakeWorker("b", max_answer_tokens=0))
+    dispatcher = cluster.dispatcher()
+    moves = Moves(
+        dispatcher.running, cluster.sessions, timeout_s=600, metrics=GatewayMetrics(CollectorRegistry())
+    )
+    streams = [dispatcher.generate(make_generation(request_id=f"cmpl-7-{n}", max_tokens=4)) for n in range(2)]
+    await anext(streams[0])
+    (worker,) = [worker for worker in (source, target) if worker.submits]
+    other = target if worker is source else source
+    move = asyncio.create_task(moves.move("cmpl-7", other.member.worker_id))
+    await other.until(lambda: len(other.submits) == 1)
+    assert other.submits[0].kv_source.request_id == worker.submits[0].request_id
+    move.cancel()
+    await asyncio.wait([move])
+    for stream in streams:
+        await stream.aclose()
+    with pytest.raises(RequestNotFound):
+        await moves.move("cmpl-7", other.member.worker_id)
+
+
+async def test_the_id_of_an_answer_with_two_choices_stands_for_neither(cluster: Cluster) -> None:
+    await cluster.start(FakeWorker("a", max_answer_tokens=2))
+    dispatcher = cluster.dispatcher()
+    moves = Moves(
+        dispatcher.running, cluster.sessions, timeout_s=600, metrics=GatewayMetrics(CollectorRegistry())
+    )
+    streams = [dispatcher.generate(make_generation(request_id=f"cmpl-7-{n}", max_tokens=4)) for n in range(2)]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(RequestNotFound, match="'cmpl-7'"):
+        await moves.move("cmpl-7", "a")
+    for stream in streams:
+        await stream.aclose()
+
+
 async def test_only_to_a_worker_that_can_go_on_with_it(stage: Stage) -> None:
     scene = await stage()
     await scene.cluster.start(FakeWorker("other", fingerprint=b"model-b"))
