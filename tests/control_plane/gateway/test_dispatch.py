@@ -2,6 +2,7 @@ import asyncio
 import math
 import random
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 
@@ -392,6 +393,28 @@ async def test_retries_end(cluster: Cluster) -> None:
     assert_is_idle(cluster, dispatcher)
 
 
+class Faltering(FakeWorker):
+    """Fails every request after one token more."""
+
+    def _answer(self, submit: worker_pb2.Submit, session: Any) -> None:
+        super()._answer(submit, session)
+        if submit.request_id in session.running:
+            bug = worker_pb2.Failure(code=worker_pb2.Failure.INTERNAL, message="a bug")
+            first = len(submit.output_token_ids) + 1
+            self.output(
+                submit.request_id, [], first=first, finish_reason=worker_pb2.FINISH_ERROR, failure=bug
+            )
+
+
+async def test_who_gets_on_has_its_retries_again(cluster: Cluster) -> None:
+    workers = [await cluster.start(Faltering(f"d{number}", max_answer_tokens=1)) for number in range(2)]
+    generation = make_generation(max_tokens=6)
+    dispatcher = cluster.dispatcher(max_retries=1)
+    assert_is_whole(await collect(dispatcher, generation), generation)
+    assert sum(len(worker.submits) for worker in workers) == 6
+    assert_is_idle(cluster, dispatcher)
+
+
 async def test_a_worker_that_gives_up_a_request_unasked_is_replaced(cluster: Cluster) -> None:
     leaving = await cluster.start(FakeWorker("a-leaving", max_answer_tokens=0))
     generation = make_generation()
@@ -494,6 +517,28 @@ async def test_a_request_waits_for_the_only_worker_to_come_back(cluster: Cluster
     assert_is_whole(chunks + await waiting, generation)
     assert_is_whole(await late, generation)
     assert len(heir.submits) == 2
+    assert_is_idle(cluster, dispatcher)
+
+
+async def test_a_request_that_has_tokens_waits_where_a_new_one_is_told_that_all_are_full(
+    cluster: Cluster,
+) -> None:
+    doomed = await cluster.start(FakeWorker("a", max_answer_tokens=2))
+    generation = make_generation()
+    dispatcher = cluster.dispatcher(worker_wait_s=WAIT_S)
+    stream = dispatcher.generate(generation)
+    chunks = [await first_chunk(stream)]
+    full = await cluster.start(FakeWorker("b"))
+    full.refusal = worker_pb2.Failure(code=worker_pb2.Failure.OVERLOADED, retry_after_s=7.0)
+    waiting = asyncio.create_task(rest(stream))
+    await doomed.stop()
+    await full.until(lambda: len(full.submits) == 1)
+    cluster.leave(doomed)
+    with pytest.raises(QueueFull):
+        await collect(dispatcher, make_generation(request_id="new"))
+    assert not waiting.done()
+    await cluster.start(FakeWorker("a", epoch=2))
+    assert_is_whole(chunks + await waiting, generation)
     assert_is_idle(cluster, dispatcher)
 
 
