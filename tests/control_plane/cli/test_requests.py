@@ -265,26 +265,30 @@ def test_on_a_terminal_it_goes_on_until_ctrl_c(run_dir: Path, serve: Serve) -> N
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"}, start_new_session=True,
     )  # fmt: skip
     os.close(its_end)
-    output = b""
-    while b"younger" not in output:
-        assert select.select([reading], [], [], 30)[0], output
-        output += os.read(reading, 65536)
-    gateway.requests = [running("later")]
-    while b"later" not in output:
-        assert select.select([reading], [], [], 30)[0], output
-        output += os.read(reading, 65536)
-    # 30 lines, of which 10 are the workers' and 3 the table's own.
-    assert b"and 83 younger ones" in output
-    os.write(reading, b"\x03")
-    # Its terminal must be read for it to end.
-    while select.select([reading], [], [], 30)[0]:
-        try:
-            if not os.read(reading, 65536):
+    try:
+        output = b""
+        while b"younger" not in output:
+            assert select.select([reading], [], [], 30)[0], output
+            output += os.read(reading, 65536)
+        gateway.requests = [running("later")]
+        while b"later" not in output:
+            assert select.select([reading], [], [], 30)[0], output
+            output += os.read(reading, 65536)
+        # 30 lines, of which 10 are the workers' and 3 the table's own.
+        assert b"and 83 younger ones" in output
+        os.write(reading, b"\x03")
+        # Its terminal must be read for it to end.
+        while select.select([reading], [], [], 30)[0]:
+            try:
+                if not os.read(reading, 65536):
+                    break
+            except OSError:
                 break
-        except OSError:
-            break
-    assert process.wait(30) == 0
-    os.close(reading)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
 
 
 def test_where_nothing_runs_both_say_so(run_dir: Path) -> None:
