@@ -5,12 +5,20 @@ sum is taken in the same order for every row of the same length. Three times as 
 plain loops, which finds no maximum in vectors (3,856 scores on a Xeon with AVX-512).
 """
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from kernels.exponential import emit_exponential
 from kernels.vectors import F32, I64, LANES, VECTOR, add_lanes, fma, load, loop, rows_of, spread
+
+
+def reference(scores_S: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weights, the largest score and the sum of the weights."""
+    top = scores_S.amax()
+    weights_S = torch.exp(scale * (scores_S - top))
+    return weights_S, top, weights_S.sum()
 
 
 @intrinsic

@@ -20,6 +20,9 @@ from numba import carray, float32, int64, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels.compiled import forget_stale
+
+forget_stale(Path(__file__).parent)
 TASK = types.void(types.voidptr)
 
 

@@ -3,10 +3,15 @@
 A vector is LANES floats: AVX-512 has 32 registers of 16; everything else gets 8 lanes.
 """
 
+from pathlib import Path
+
 import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
 
+from kernels.compiled import forget_stale
+
+forget_stale(Path(__file__).parent)
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
 CACHE_LINE_BYTES = 64
 I64, F32 = ir.IntType(64), ir.FloatType()

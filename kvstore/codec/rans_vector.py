@@ -14,6 +14,7 @@ million symbols a second, where packed states, a permutation a level and symbols
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
@@ -22,6 +23,9 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels.compiled import forget_stale
+
+forget_stale(Path(__file__).parent)
 NUM_LANES = 32
 # As numba compiles: for this processor, unless told otherwise.
 _is_for_host = config.CPU_NAME is None  # type: ignore[attr-defined]

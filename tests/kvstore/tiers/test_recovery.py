@@ -21,7 +21,8 @@ def test_what_was_not_in_the_page_cache_is_not_there_afterwards(disk: "Disk") ->
         pytest.skip("this file system keeps all that is written in memory")
     forget_cached(path)  # to ask for a page brings it
     assert disk.open(capacity_bytes=CAPACITY_BYTES).stats().num_blocks == NUM_BLOCKS
-    assert not cached_pages(path)
+    # Of one page for every block; one that a processor has in hand at that moment the system keeps.
+    assert len(cached_pages(path)) <= 1
 
 
 def test_what_was_in_the_page_cache_stays_there(disk: "Disk") -> None:
