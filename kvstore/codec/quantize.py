@@ -205,7 +205,10 @@ def _dequantize(
     word_bytes = np.uint64(words.itemsize)
     row_bytes = np.uint64(width) * word_bytes
     # Whoever attends to the pages does so when the last chunk is here: long after the caches have lost the first.
-    is_whole_lines = (first | row_bytes) % np.uint64(LINE_BYTES) == 0
+    places = first | row_bytes  # of all rows: with no remainder only if none of them has one
+    for start in starts_LN.flat:
+        places |= np.uint64(start) * word_bytes
+    is_whole_lines = places % np.uint64(LINE_BYTES) == 0
     for g in range(num_groups):
         mean, alpha, anchor_bin, delta_bin = mean_GC[g], alpha_GC[g], anchor_bin_GC[g], delta_bin_GC[g]
         for t in range(num_tokens):

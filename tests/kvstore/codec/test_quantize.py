@@ -85,6 +85,24 @@ def test_memory_that_begins_with_a_line_of_the_caches_gets_the_same_values(dtype
     assert found[0].any()
 
 
+@pytest.mark.parametrize("padding_bytes", [4, 32, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slots_that_are_padded_get_the_same_values_and_keep_their_padding(
+    dtype: str, padding_bytes: int
+) -> None:
+    layout = layout_of(dtype, head_dim=64)
+    slots, bins = range(3), bins_of(layout)
+    symbols = quantize(arena_of(layout, num_blocks=3), slots, bins, layout=layout)
+    expected = np.empty((3, layout.block_bytes), np.uint8)
+    dequantize_(expected, slots, symbols, bins, layout=layout)
+    slot_bytes = layout.block_bytes + padding_bytes
+    # Begins with a line: of its slots only the first does, unless the padding is a line too.
+    memory = np.frombuffer(mmap.mmap(-1, 3 * slot_bytes), np.uint8).reshape(3, slot_bytes)
+    dequantize_(memory[:, : layout.block_bytes], slots, symbols, bins, layout=layout)
+    np.testing.assert_array_equal(memory[:, : layout.block_bytes], expected)
+    assert not memory[:, layout.block_bytes :].any()
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 6), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(0, 1000))
 def test_no_value_is_further_away_than_half_a_bin(num_blocks: int, dtype: str, level: int, seed: int) -> None:
