@@ -27,7 +27,7 @@ from kvstore.tiers.directory_lock import DirectoryLock
 from kvstore.tiers.disk_index import DiskIndex, placed_blocks
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.disk_writer import DiskWriter
-from kvstore.tiers.placed import Placed, damaged_blocks, read_blocks
+from kvstore.tiers.placed import Placed, read_blocks
 from kvstore.tiers.record import RecordHeader
 from kvstore.tiers.recovery import FoundOther, find_segments
 from kvstore.tiers.segment import Segment
@@ -118,7 +118,8 @@ class DiskTier:
     def read(self, keys: Sequence[BlockKey], into: Sequence[Block]) -> int:
         """How many leading blocks are held and were read, each to the buffer (block_bytes) of its place.
 
-        Those of them that cannot be read, or are not what was written, are forgotten.
+        The next one, if it cannot be read or is not what was written, is forgotten, and so is all else of the same
+        read that is not what was written.
         """
         buffers = [self._view(block) for block in into]
         with self._changing:
@@ -128,17 +129,12 @@ class DiskTier:
                 return 0
         try:
             found = read_blocks(placed, buffers[: len(placed)])
-            lost: list[Placed] = []
-            if found.failure is not None:
-                # Damage comes in runs: found one at a time, each would cost a request what is behind it.
-                first, *others = placed[found.num_blocks :]
-                lost = [first, *damaged_blocks(others, buffers[found.num_blocks + 1 :])]
         finally:
             self._files.release(segments)
         with self._changing:
             self._num_hit += found.num_blocks
         if found.failure is not None:
-            self._lose(lost, found.failure)
+            self._lose(found.lost, found.failure)
         return found.num_blocks
 
     def drop(self, root: BlockKey | None) -> int:

@@ -38,34 +38,25 @@ class Placed(NamedTuple):
 
 
 class ReadBlocks(NamedTuple):
-    """So many leading blocks are there and right; `failure` says what is wrong with the next one, if it is."""
+    """So many leading blocks are there and right; `failure` says what is wrong with the next one, if it is.
+
+    `lost` are that one and, as damage comes in runs, whatever else of the same read is not what was written.
+    """
 
     num_blocks: int
     failure: DiskFailed | None
+    lost: Sequence[Placed]
 
 
 def read_blocks(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
     """Fills one buffer (block_bytes) per block with what was written."""
     num_read = 0
     for start, stop in extents(placed):
-        extent, targets = placed[start:stop], into[start:stop]
-        found = _read_extent(extent, targets)
-        if found.failure is not None and found.num_blocks == 0 and len(extent) > 1:
-            # The file may end within the extent, or one page of it be unreadable.
-            found = _read_singly(extent, targets)
+        found = _read_extent(placed[start:stop], into[start:stop])
         num_read += found.num_blocks
         if found.failure is not None:
-            return ReadBlocks(num_read, found.failure)
-    return ReadBlocks(num_read, None)
-
-
-def damaged_blocks(placed: Sequence[Placed], into: Sequence[memoryview]) -> list[Placed]:
-    """Those that cannot be read, or are not what was written; all others are in their buffers."""
-    return [
-        block
-        for block, target in zip(placed, into, strict=False)
-        if _read_extent([block], [target]).failure is not None
-    ]
+            return found._replace(num_blocks=num_read)
+    return ReadBlocks(num_read, None, ())
 
 
 def extents(placed: Sequence[Placed]) -> Iterator[tuple[int, int]]:
@@ -88,27 +79,39 @@ def _is_continued(placed: Sequence[Placed], start: int, at: int) -> bool:
     )
 
 
-def _read_singly(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
-    for index, (block, target) in enumerate(zip(placed, into, strict=True)):
-        found = _read_extent([block], [target])
-        if found.failure is not None:
-            return ReadBlocks(index, found.failure)
-    return ReadBlocks(len(placed), None)
-
-
-def _read_extent(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
-    segment = placed[0].segment
-    stored = into if segment.seal is None else scratch(len(placed), segment.stored_bytes)
+def _read_extent(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
     try:
-        segment.read(placed[0].offset, _with_gaps(placed, stored))
-    except DiskFailed as error:
-        return ReadBlocks(0, error)
-    for index, block in enumerate(placed):
+        return _read_at_once(extent, into)
+    except DiskFailed:
+        # The file may end within the extent, or one page of it be unreadable: up to there it is read, but a disk that
+        # fails is not asked for what is behind.
+        return _read_singly(extent, into)
+
+
+def _read_singly(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+    for index, (block, target) in enumerate(zip(extent, into, strict=True)):
+        try:
+            found = _read_at_once([block], [target])
+        except DiskFailed as error:
+            return ReadBlocks(index, error, [block])
+        if found.failure is not None:
+            return found._replace(num_blocks=index)
+    return ReadBlocks(len(extent), None, ())
+
+
+def _read_at_once(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+    """Raises DiskFailed if the bytes do not come; that they are others than were written is in the result."""
+    segment = extent[0].segment
+    stored = into if segment.seal is None else scratch(len(extent), segment.stored_bytes)
+    segment.read(extent[0].offset, _with_gaps(extent, stored))
+    failures: dict[int, DiskFailed] = {}
+    for index, block in enumerate(extent):
         try:
             _open(block, stored[index], into[index])
         except DiskFailed as error:
-            return ReadBlocks(index, error)
-    return ReadBlocks(len(placed), None)
+            failures[index] = error
+    num_right = min(failures, default=len(extent))
+    return ReadBlocks(num_right, failures.get(num_right), [extent[index] for index in failures])
 
 
 def _with_gaps(placed: Sequence[Placed], stored: Sequence[memoryview]) -> list[memoryview]:

@@ -1,6 +1,7 @@
 """The disk tier on a disk that is full, read-only, gone, slow or lies, and after a process that died."""
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from kvstore.blocks import BlockKey, root_key
 from kvstore.errors import DiskFailed, TierUnusable
+from kvstore.tiers import placed
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.tier import BlockRun
@@ -210,6 +212,40 @@ def test_all_damage_in_what_is_read_is_found_at_once(disk: "Disk") -> None:
     assert (tier.stats().num_corrupted_blocks, tier.stats().num_errors) == (4, 4)
     disk.write(tier, chain)
     assert disk.read(tier, chain) == 8
+
+
+def test_damage_beyond_what_one_read_brings_is_left_for_another(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placed, "MAX_EXTENT_BLOCKS", 3)
+    tier, chain = disk.open(capacity_bytes=1024 * disk.settings.block_bytes), disk.chain(8)
+    disk.write(tier, chain)
+    (path,) = disk.segments()
+    for number in (3, 5, 6):
+        flip(path, path.stat().st_size - (8 - number) * disk.settings.block_bytes + 5)
+    assert disk.read(tier, chain) == 3
+    assert [number for number, key in enumerate(chain.run.keys) if key not in tier] == [3, 5]
+
+
+def test_a_disk_that_cannot_be_read_is_not_asked_for_what_is_behind(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, chain = disk.open(capacity_bytes=1024 * disk.settings.block_bytes), disk.chain(8)
+    disk.write(tier, chain)
+    num_reads = 0
+
+    def failing(*_args: object) -> int:
+        nonlocal num_reads
+        num_reads += 1
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as failure:
+        failure.setattr(os, "preadv", failing)
+        assert disk.read(tier, chain) == 0
+    assert num_reads == 2  # all blocks at once, and the first one
+    assert [number for number, key in enumerate(chain.run.keys) if key not in tier] == [0]
+    assert (tier.stats().num_corrupted_blocks, tier.stats().num_errors) == (1, 1)
+    assert disk.read(tier, chain.part(1, 8)) == 7
 
 
 def test_a_truncated_file_costs_what_was_cut_off(disk: "Disk") -> None:
