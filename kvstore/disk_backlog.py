@@ -14,6 +14,7 @@ from typing import TypeVar
 from kvstore.blocks import BlockKey
 from kvstore.disk_io import Disk, IoThread
 from kvstore.errors import DiskFailed
+from kvstore.failed_writes import FailedWrites
 from kvstore.placement import stretches
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.tier import BlockRun
@@ -38,8 +39,7 @@ class DiskBacklog:
         self._is_writing = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._num_failed_writes = 0  # since the last one that was right
-        self._num_failed_blocks = 0
+        self._failed = FailedWrites()
         self.num_waiting_blocks = 0
         self.num_missed_blocks = 0
 
@@ -157,21 +157,12 @@ class DiskBacklog:
         on_done()
 
     def _note_written(self, error: BaseException | None, *, num_blocks: int) -> None:
-        """A disk that is full fails hundreds of writes a second: the first one is told, and when that has ended."""
-        if error is not None:
-            if self._num_failed_writes == 0:
-                _logger.warning(
-                    "writing to the disk tier failed: %s; more is told once it is written again", error
-                )
-            self._num_failed_writes += 1
-            self._num_failed_blocks += num_blocks
+        now_s = asyncio.get_running_loop().time()
+        if error is None:
+            self._failed.succeeded(now_s=now_s)
+        else:
+            self._failed.failed(error, num_blocks=num_blocks, now_s=now_s)
             self._miss(num_blocks)
-        elif self._num_failed_writes:
-            _logger.warning(
-                "the disk tier is written again: %d writes had failed, %d blocks are not there",
-                self._num_failed_writes, self._num_failed_blocks,
-            )  # fmt: skip
-            self._num_failed_writes = self._num_failed_blocks = 0
 
     def _miss(self, num_blocks: int) -> None:
         self.num_missed_blocks += num_blocks
