@@ -9,16 +9,22 @@ from kvstore.blocks import BLOCK_SIZE_TOKENS
 from workers import loads, timeline
 from workers.computed_blocks import ComputedBlocks
 from workers.request import LoadRegion, PageId, Request, RequestId, Status
+from workers.waiting import WaitingQueue
 
 
 class LoadBook:
     """Of `EngineState`, whose requests these are. All but `place` and `jump` are safe while a step executes."""
 
     def __init__(
-        self, requests: Mapping[RequestId, Request], running: Sequence[Request], computed: ComputedBlocks
+        self,
+        requests: Mapping[RequestId, Request],
+        running: Sequence[Request],
+        waiting: WaitingQueue,
+        computed: ComputedBlocks,
     ) -> None:
         self._requests = requests
         self._running = running
+        self._waiting = waiting
         self._computed = computed
 
     def open(
@@ -33,6 +39,7 @@ class LoadBook:
         region = loads.open_region(request, first_block=first_block, end_block=end_block)
         if region is not None:
             request.timeline.stamp_once(timeline.LOAD_STARTED, now_s)
+            self._count(request)
         return region
 
     def move(self, request_id: RequestId, region: LoadRegion, first_block: int) -> None:
@@ -40,12 +47,14 @@ class LoadBook:
         request = self._loading(request_id, region)
         if request is not None:
             loads.move_region(request, region, first_block)
+            self._count(request)
 
     def shorten(self, request_id: RequestId, region: LoadRegion, end_block: int) -> None:
         """Less can be loaded than was thought, and nothing of it is in pages yet."""
         request = self._loading(request_id, region)
         if request is not None:
             loads.shorten_region(request, region, end_block)
+            self._count(request)
 
     def place(
         self, request_id: RequestId, region: LoadRegion, first_block: int, *, is_exact: bool, now_s: float
@@ -62,6 +71,7 @@ class LoadBook:
         if request is not None and region.first_block < min(first_block, region.placed_block):
             request.timeline.stamp(timeline.LOAD_FAILED, now_s)
             loads.move_region(request, region, first_block)
+            self._count(request)
 
     def pages_to_fill(
         self, request_id: RequestId, region: LoadRegion, *, first_block: int, end_block: int
@@ -93,6 +103,10 @@ class LoadBook:
                 request.num_cached_tokens = min(num_cached, request.num_prompt_tokens)
             if not request.loads:
                 request.timeline.stamp(timeline.LOAD_DONE, now_s)
+
+    def _count(self, request: Request) -> None:
+        if request.status is Status.WAITING:
+            self._waiting.count_loads(request)
 
     def _loading(self, request_id: RequestId, region: LoadRegion) -> Request | None:
         """The request, if it is here and still loads this region."""

@@ -81,6 +81,12 @@ def num_loaded_tokens(request: Request) -> int:
     return sum(region.end_block - region.first_block for region in request.loads) * BLOCK_SIZE_TOKENS
 
 
+def num_prompt_tokens_left(request: Request) -> int:
+    """To be computed before the request decodes; the last one alone is a decode."""
+    num_left = request.num_tokens - request.num_computed_tokens - num_loaded_tokens(request)
+    return num_left if num_left > 1 else 0
+
+
 def _front(request: Request) -> int:
     """The first block that nothing has computed, nor will have when the step that executes has ended."""
     return -(-max(request.num_computed_tokens, request.num_scheduled_tokens) // BLOCK_SIZE_TOKENS)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from heapq import heapify, heappop, heapreplace
 
+from workers.loads import num_prompt_tokens_left
 from workers.pages import num_pages_for
 from workers.policies import Policy, Rank, own_rank, rank
 from workers.request import Request, RequestId
@@ -24,8 +25,9 @@ class WaitingQueue:
         self._tenants = tenants
         self._lanes: dict[str, list[Request]] = {}  # none is empty
         self._num_requests = 0
-        self.num_tokens = 0  # of all that wait, which does not change while they do
-        self.num_pages = 0  # that these tokens fill
+        self._num_left: dict[RequestId, int] = {}  # prompt tokens of each: its loads change while it waits
+        self.num_prompt_tokens_left = 0  # the sum of these
+        self.num_pages = 0  # that their tokens fill
         self._first: Request | None = None
 
     def __len__(self) -> int:
@@ -34,7 +36,8 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         insort(self._lanes.setdefault(request.tenant, []), request, key=self._own_rank)
         self._num_requests += 1
-        self.num_tokens += request.num_tokens
+        self._num_left[request.request_id] = 0
+        self.count_loads(request)
         self.num_pages += num_pages_for(request.num_tokens)
 
     def remove(self, request: Request) -> None:
@@ -45,10 +48,16 @@ class WaitingQueue:
         if not lane:
             del self._lanes[request.tenant]
         self._num_requests -= 1
-        self.num_tokens -= request.num_tokens
+        self.num_prompt_tokens_left -= self._num_left.pop(request.request_id)
         self.num_pages -= num_pages_for(request.num_tokens)
         if request is self._first:
             self._first = None
+
+    def count_loads(self, request: Request) -> None:
+        """More or less of one that waits is loaded now."""
+        num_left = num_prompt_tokens_left(request)
+        self.num_prompt_tokens_left += num_left - self._num_left[request.request_id]
+        self._num_left[request.request_id] = num_left
 
     def put_first(self, request: Request) -> None:
         """One that waits is next, whatever the policy says."""
@@ -87,7 +96,9 @@ class WaitingQueue:
     def check(self) -> None:
         """Proves the invariants. AssertionError is a bug of ours."""
         assert self._num_requests == sum(map(len, self._lanes.values()))
-        assert self.num_tokens == sum(request.num_tokens for request in self.requests())
+        num_left = {request.request_id: num_prompt_tokens_left(request) for request in self.requests()}
+        assert self._num_left == num_left, f"{self._num_left} tokens left are {num_left}"
+        assert self.num_prompt_tokens_left == sum(num_left.values())
         assert self.num_pages == sum(num_pages_for(request.num_tokens) for request in self.requests())
         assert self._first is None or self._first in self._lanes.get(self._first.tenant, [])
         for tenant, lane in self._lanes.items():

@@ -479,3 +479,28 @@ def test_the_load_counts_what_waits_and_what_is_free() -> None:
     load = state.load()
     assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (1, 1, 36 + 50)
     assert (load.num_pages, load.num_free_pages) == (100, 93)
+
+
+def test_the_load_of_what_waits_is_without_what_it_loads_and_without_what_decodes_at_once() -> None:
+    state = new_state()
+
+    def num_waiting_tokens() -> int:
+        state.check()
+        return state.load().num_waiting_tokens
+
+    state.add(new_request("one", prompt=[1]), now_s=0.0)
+    assert num_waiting_tokens() == 0
+    state.add(new_request("loads", prompt=[1] * 50), now_s=0.0)
+    loads, request_id = state.loads, RequestId("loads")
+    region = loads.open(request_id, first_block=0, end_block=3, now_s=0.0)
+    assert region is not None
+    assert num_waiting_tokens() == 2
+    loads.shorten(request_id, region, 2)
+    assert num_waiting_tokens() == 18
+    loads.move(request_id, region, 1)
+    assert num_waiting_tokens() == 34
+    loads.fail(request_id, region, 2, now_s=0.0)
+    assert num_waiting_tokens() == 50
+    assert loads.open(request_id, first_block=0, end_block=2, now_s=0.0) is not None
+    state.abort(request_id, now_s=0.0)
+    assert num_waiting_tokens() == 0
