@@ -50,9 +50,10 @@ class Result:
 def lanes(site: Site) -> list[Lane]:
     """A lane for each pool, and a few more."""
     pools = sorted({worker.rpartition("-")[0] for worker in site.workers})
+    worker_kinds = [kind for kind in WORKER_KINDS if site.may_cut or kind is not Kind.CUT_WORKER]
     return [
         *(
-            Lane(pool, WORKER_KINDS, [name for name in site.workers if name.startswith(pool)])
+            Lane(pool, worker_kinds, [name for name in site.workers if name.startswith(pool)])
             for pool in pools
         ),
         Lane("gateways", GATEWAY_KINDS, list(site.doors)),

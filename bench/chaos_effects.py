@@ -85,7 +85,7 @@ class Storm:
                 await self._cut_off(name, seconds=lasts_s)
                 return f"for {lasts_s:.1f} s"
             case Kind.FILL_DISK:
-                with self._site.full_disk():
+                async with self._site.full_disk():
                     await asyncio.sleep(lasts_s)
                 return f"for {lasts_s:.1f} s"
             case Kind.KILL_REDIS:
@@ -117,7 +117,8 @@ class Storm:
         victim = await self._running(name)
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s and victim.is_alive():
-            await asyncio.to_thread(cut_connections, victim.pid)
+            with contextlib.suppress(ProcessLookupError):  # it ends meanwhile, and so does the cut
+                await asyncio.to_thread(cut_connections, victim.pid)
             await asyncio.sleep(CUT_PAUSE_S)
 
     async def _kill(self, name: str) -> None:

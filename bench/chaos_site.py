@@ -3,8 +3,8 @@
 import asyncio
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import httpx
 
 from bench.chaos_load import GatewayDoor
 from bench.cluster import RunningCluster, running_cluster
+from bench.cutting import may_cut
 from bench.redis_server import RedisServer
 from control_plane.cli.members import watch_workers
 from control_plane.runtimes.process_id import ProcessId
@@ -31,10 +32,13 @@ DISK_BYTES = 6 * TIER_BYTES
 
 
 class Site:
-    def __init__(self, cluster: RunningCluster, redis: RedisServer, *, disk: Path | None) -> None:
+    def __init__(
+        self, cluster: RunningCluster, redis: RedisServer, *, disk: Path | None, may_cut: bool
+    ) -> None:
         self.cluster = cluster
         self.redis = redis
         self.disk = disk  # a file system of their own, if one could be mounted
+        self.may_cut = may_cut  # connections of its workers
         state = self.state()
         self.doors = {gateway.name: GatewayDoor(_port(gateway)) for gateway in state.gateways}
         self.workers = [process.name for process in state.processes if process.pool]
@@ -51,19 +55,17 @@ class Site:
         found = next(process for process in self.state().processes if process.name == name)
         return found.process_id if found.status is Status.READY else None
 
-    @contextmanager
-    def full_disk(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def full_disk(self) -> AsyncIterator[None]:
         """There is no room left on it. Raises RuntimeError where there is none of their own."""
         if self.disk is None:
             raise RuntimeError("only a disk that nobody else uses is filled")
         filler = self.disk / "filler"
         try:
-            with filler.open("wb", buffering=0) as file, suppress(OSError):
-                while True:
-                    file.write(bytes(2**20))
+            await asyncio.to_thread(_fill, filler)
             yield
         finally:
-            filler.unlink()
+            filler.unlink(missing_ok=True)
 
     def control_address(self, worker: str) -> str:
         return f"unix:{self.cluster.run_dir / 'sockets' / f'{worker}.control.sock'}"
@@ -113,7 +115,7 @@ def running_site(shape: str) -> Iterator[Site]:
         }
         try:
             with running_cluster(settings) as cluster:
-                yield Site(cluster, redis, disk=disk if is_mounted else None)
+                yield Site(cluster, redis, disk=disk if is_mounted else None, may_cut=_may_cut())
         finally:
             redis.kill()
             if is_mounted:
@@ -127,6 +129,20 @@ def _mount(directory: Path) -> bool:
     if made.returncode:
         print(f"no disk is filled: {made.stderr.strip()}", flush=True)
     return made.returncode == 0
+
+
+def _fill(filler: Path) -> None:
+    """Grows the file until there is no room left."""
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**20))
+
+
+def _may_cut() -> bool:
+    may = may_cut()
+    if not may:
+        print("no worker is cut off: sockets of other processes may not be borrowed here", flush=True)
+    return may
 
 
 def is_ready(door: GatewayDoor) -> bool:

@@ -8,10 +8,30 @@ import ctypes
 import errno
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 _PIDFD_GETFD = 438  # the number of the system call on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def may_cut() -> bool:
+    """Whether a socket of a child may be borrowed here: containers and Yama forbid it to some."""
+    with (
+        socket.socket() as ours,
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[ours.fileno()]) as child,
+    ):
+        try:
+            process = os.pidfd_open(child.pid)
+            try:
+                os.close(_borrow(process, ours.fileno()))
+            finally:
+                os.close(process)
+        except OSError:
+            return False
+        finally:
+            child.kill()
+    return True
 
 
 def cut_connections(pid: int) -> int:
@@ -22,7 +42,7 @@ def cut_connections(pid: int) -> int:
     num_cut = 0
     process = os.pidfd_open(pid)
     try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
+        for entry in _descriptors(pid):
             with contextlib.suppress(FileNotFoundError, _Closed):  # closed by its owner meanwhile
                 if os.readlink(entry).startswith("socket:"):
                     with socket.socket(fileno=_borrow(process, int(entry.name))) as borrowed:
@@ -30,6 +50,13 @@ def cut_connections(pid: int) -> int:
     finally:
         os.close(process)
     return num_cut
+
+
+def _descriptors(pid: int) -> list[Path]:
+    try:
+        return list(Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError as error:
+        raise ProcessLookupError(errno.ESRCH, f"process {pid} has gone") from error
 
 
 class _Closed(Exception):

@@ -1,6 +1,7 @@
-"""A short storm with something of every kind: no client notices, and nothing is left behind.
+"""A short storm: no client notices, and nothing is left behind.
 
-`make bench BENCH=chaos` is the long one.
+What comes first in each lane surely happens, so much is in the seed; `make bench BENCH=chaos` is the long one, which
+has something of every kind.
 """
 
 from bench.chaos import print_result, run
@@ -15,4 +16,5 @@ def test_no_token_is_lost_duplicated_or_wrong_and_nothing_leaks_in_a_storm() -> 
     assert {claim.name: claim.value for claim in result.claims} == dict.fromkeys(
         ("lost", "duplicated", "wrong", "leaked", "client_failures"), 0
     )
-    assert {"worker killed", "worker drained", "gateway killed", "request moved"} <= result.events.keys()
+    first = {"worker killed", "worker drained", "gateway killed", "Redis stopped", "request moved"}
+    assert first <= result.events.keys()

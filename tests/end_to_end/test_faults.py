@@ -13,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
-from bench.cutting import cut_connections
+from bench.cutting import cut_connections, may_cut
 from bench.worker_client import watch_workers
 from protos import worker_pb2
 
@@ -117,6 +117,8 @@ def test_a_prefill_worker_killed_mid_way_costs_its_clients_nothing(connect: Conn
 def test_requests_of_a_decode_worker_that_dies_hangs_or_is_cut_off_go_on_as_if_nothing_had_happened(
     connect: Connect, harm: str
 ) -> None:
+    if harm == "cut off" and not may_cut():
+        pytest.skip("sockets of other processes may not be borrowed here")
     with running_cluster({"pools": {"prefill": {"replicas": 0}, "decode": {"replicas": 2}}}) as cluster:
         client = connect(cluster)
         asked = [(long_prompt(seed, 60), temperature) for seed, temperature in enumerate((0.0, 0.9) * 2)]
