@@ -12,7 +12,7 @@ import torch
 from numba import carray, cfunc, int64, njit
 
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
-from kernels.tile import MAX_TILE_COLUMNS, TILE_ROWS, dot, tile_1, tile_2, tile_3, tile_4
+from kernels.tile import MAX_TILE_COLUMNS, TILE_ROWS, dot, tile
 
 ROWS, _CHUNK = 64, 64  # rows and outputs of a work item
 
@@ -37,14 +37,7 @@ def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
         while row < num_rows:
             columns = min(MAX_TILE_COLUMNS, num_rows - row)
             x_row, place = x + 4 * row * depth, y + 4 * (row * num_outputs + n)
-            if columns == 4:
-                tile_4(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
-            elif columns == 3:
-                tile_3(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
-            elif columns == 2:
-                tile_2(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
-            else:
-                tile_1(w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
+            tile(columns, w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
             row += columns
             ahead += speed * depth
     for n in range(whole, stop):

@@ -37,10 +37,7 @@ from kernels.tile import (
     mix_wide_3,
     mix_wide_4,
     prefetch,
-    tile_1,
-    tile_2,
-    tile_3,
-    tile_4,
+    tile,
 )
 
 _NO_WINDOW = 2**62
@@ -85,14 +82,7 @@ def _page_scores(q, keys, scores, num_queries, width, stride):
         q_m, place = q + 4 * m * width, scores + 4 * m * stride
         for j in range(0, _BLOCK, TILE_ROWS):
             k_j, out = keys + 4 * j * width, place + 4 * j
-            if columns == 4:
-                tile_4(k_j, width, q_m, width, width, out, stride, k_j, 0)
-            elif columns == 3:
-                tile_3(k_j, width, q_m, width, width, out, stride, k_j, 0)
-            elif columns == 2:
-                tile_2(k_j, width, q_m, width, width, out, stride, k_j, 0)
-            else:
-                tile_1(k_j, width, q_m, width, width, out, stride, k_j, 0)
+            tile(columns, k_j, width, q_m, width, width, out, stride, k_j, 0)
 
 
 @njit("void(int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)

@@ -1,12 +1,13 @@
 """The inner loops of products and attention, with their sums in vector registers.
 
-tile_X: out[m * out_stride + n] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < X.
+tile:   out[m * out_stride + n] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < num_columns, which is
+        at most MAX_TILE_COLUMNS.
 dot:    out[0] = sum_k w[k] x[k]. One row of w after the other is one stream of memory, the fastest way to read it.
 mix_X:  out[m * out_stride + c] += sum_t p[m * p_stride + t] v[t * v_stride + c] for t < num_rows, c < num_vectors LANES
         and m < X, with num_vectors 1 (mix_X) or 2 (mix_wide_X).
 mix_1_narrow: the same for m < 1 and one c.
-prefetch: starts to bring `num_bytes` at an address to L2. tile_X does so on its way, two cache lines for each vector
-of k, at ahead + k * ahead_step (bytes): lines that come between products cost nothing, and no read waits for them.
+prefetch: starts to bring `num_bytes` at an address to L2. tile does so on its way, two cache lines for each vector of
+k, at ahead + k * ahead_step (bytes): lines that come between products cost nothing, and no read waits for them.
 
 A sum over k is the same to the last bit in all of them: LANES sums of every LANES-th product, added as a tree of
 halves, then what is left of k one by one. So what a row of x gives does not depend on the rows beside it, and a
@@ -37,26 +38,23 @@ from kernels.vectors import (
 )
 
 TILE_ROWS = 4
-# Without AVX-512 half the tile, for its 16 registers.
+# Without AVX-512 half the tile, for its 16 registers: a larger one has more sums than `add_lanes` returns, too.
 MAX_TILE_COLUMNS = 4 if LANES == 16 else 2
 
 
-def _make_tile(num_columns):
-    @intrinsic
-    def tile(_typing, w, w_stride, x, x_stride, depth, out, out_stride, ahead, ahead_step):
-        def generate(context, builder, _signature, values):
-            w, w_stride, x, x_stride, depth, out, out_stride, *ahead = values
-            w_rows, x_rows = (
-                rows_of(builder, w, w_stride, TILE_ROWS),
-                rows_of(builder, x, x_stride, num_columns),
-            )
-            out_rows = rows_of(builder, out, out_stride, num_columns)
-            _store_products(builder, w_rows, x_rows, depth, out_rows, ahead)
-            return context.get_dummy_value()
+@intrinsic
+def tile(_typing, num_columns, w, w_stride, x, x_stride, depth, out, out_stride, ahead, ahead_step):
+    def generate(context, builder, _signature, values):
+        num_columns, w, w_stride, x, x_stride, depth, out, out_stride, *ahead = values
+        w_rows = rows_of(builder, w, w_stride, TILE_ROWS)
+        for columns in range(1, MAX_TILE_COLUMNS + 1):
+            with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
+                x_rows = rows_of(builder, x, x_stride, columns)
+                out_rows = rows_of(builder, out, out_stride, columns)
+                _store_products(builder, w_rows, x_rows, depth, out_rows, ahead)
+        return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), generate
-
-    return tile
+    return types.void(*[types.int64] * 10), generate
 
 
 @intrinsic
@@ -156,7 +154,6 @@ def _accumulate(builder, start, stop, kind, w_rows, x_rows, sums, ahead=None):
     return loop(builder, start, stop, LANES if kind is VECTOR else 1, sums, add_products)
 
 
-tile_1, tile_2, tile_3, tile_4 = (_make_tile(num_columns) for num_columns in (1, 2, 3, 4))
 mix_1, mix_2, mix_3, mix_4 = (_make_mix(num_columns, VECTOR, 1) for num_columns in (1, 2, 3, 4))
 mix_wide_1, mix_wide_2, mix_wide_3, mix_wide_4 = (_make_mix(num, VECTOR, 2) for num in (1, 2, 3, 4))
 mix_1_narrow = _make_mix(1, F32, 1)

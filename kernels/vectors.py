@@ -1,18 +1,21 @@
 """LLVM vector code by hand: what `tile` and `softmax_row` are made of.
 
-A vector is LANES floats: AVX-512 has 32 registers of 16; everything else gets 8 lanes.
+A vector is LANES floats: AVX-512 has 32 registers of 16; everything else gets 8 lanes, and so does what numba is told
+to compile for another processor than this one (NUMBA_CPU_NAME).
 """
 
 from pathlib import Path
 
 import llvmlite.binding
 from llvmlite import ir
+from numba import config
 from numba.core import cgutils
 
 from kernels.compiled import forget_stale
 
 forget_stale(Path(__file__).parent)
-LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 8
+_has_avx512 = config.CPU_NAME is None and llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+LANES = 16 if _has_avx512 else 8
 CACHE_LINE_BYTES = 64
 I64, F32 = ir.IntType(64), ir.FloatType()
 VECTOR = ir.VectorType(F32, LANES)
