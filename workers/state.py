@@ -148,7 +148,12 @@ class EngineState:
         return len(self._waiting) > 0 and len(self._handoffs) > 0
 
     def ring(self, is_pulled: IsPulled) -> Ring | None:
-        """If nothing can be done: who waits for whom, see workers.rings."""
+        """If nothing can be done: who waits for whom, see workers.rings.
+
+        None while KV comes from anywhere: nothing is computed then either, and yet it goes on.
+        """
+        if self._pulling or any(request.loads for request in self._running):
+            return None
         held = (r for i in self._handoffs if (r := self._requests[i]).status is Status.HELD)
         return find_ring(self._waiting, held, pages=self._pages, is_pulled=is_pulled)
 

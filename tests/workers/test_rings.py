@@ -6,10 +6,12 @@ from typing import Any
 from protos import worker_pb2
 from tests.workers.conftest import OpenSession, StartWorker
 from tests.workers.handoff_ends import wait_until
+from tests.workers.test_state import LIMITS, SOURCE, new_request, new_state, step
 from workers.config import Role
 from workers.pages import PagePool
-from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
+from workers.request import PageId, Purpose, Request, RequestId, SamplingParams, SessionId
 from workers.rings import find_ring
+from workers.scheduler import schedule
 
 PREFILL_ONLY = worker_pb2.Submit.PREFILL_ONLY
 PROMPT_A, PROMPT_B = [(7 * i) % 250 + 3 for i in range(80)], [(5 * i) % 250 + 3 for i in range(80)]
@@ -59,6 +61,27 @@ def test_who_only_waits_behind_others_that_nobody_pulls_passes_them() -> None:
     ring = find_ring(waiting, [], pages=pool_of(), is_pulled={"b"}.__contains__)
     assert ring is not None
     assert (ring.waiting.request_id, ring.giving_way) == ("b", ())
+
+
+def test_a_slow_load_and_a_slow_pull_are_no_ring() -> None:
+    state = new_state(num_pages=8)
+    held, waiting, loading, pulling = (RequestId(name) for name in ("held", "waiting", "loading", "pulling"))
+    state.add(new_request(held, prompt=[1] * 64, purpose=Purpose.PREFILL_ONLY), now_s=0.0)
+    step(state)
+    state.add(new_request(loading, prompt=[2] * 32), now_s=0.0)
+    region = state.loads.open(loading, first_block=0, end_block=1, now_s=0.0)
+    assert region is not None
+    state.add(new_request(pulling, prompt=[3] * 10, kv_source=SOURCE), now_s=0.0)
+    state.add(new_request(waiting, prompt=[4] * 64), now_s=0.0)
+    step(state)
+    assert schedule(state.view(), LIMITS).is_empty
+    assert state.ring({waiting}.__contains__) is None
+    state.pull_failed(pulling, now_s=0.0)
+    assert state.ring({waiting}.__contains__) is None
+    state.loads.fail(loading, region, region.placed_block, now_s=0.0)
+    ring = state.ring({waiting}.__contains__)
+    assert ring is not None
+    assert (ring.waiting.request_id, ring.giving_way) == (waiting, (held,))
 
 
 async def test_two_workers_that_take_requests_in_different_order_do_not_wait_for_each_other(
