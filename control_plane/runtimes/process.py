@@ -47,6 +47,7 @@ class ManagedProcess:
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._log_offset = 0
+        self._was_ready = False  # since its last start
 
     def update(self, **changes: object) -> None:
         changed = replace(self.state, **changes)  # type: ignore[arg-type]
@@ -56,6 +57,7 @@ class ManagedProcess:
 
     async def spawn(self) -> None:
         """Starts the process in a session of its own: a Ctrl-C at the terminal reaches the launcher alone."""
+        self._was_ready = False
         for path in self.spec.sockets:
             path.unlink(missing_ok=True)  # of an incarnation that was killed
         cores = ",".join(map(str, self.spec.cores))
@@ -86,6 +88,7 @@ class ManagedProcess:
     def _take_in(self, events: Sequence[LogEvent]) -> bool:
         for event in events:
             if event.name == "ready":
+                self._was_ready = True
                 self.update(status=Status.READY, detail="", progress=None)
                 return True
             if event.fields.get("level") in ("info", None):
@@ -102,8 +105,10 @@ class ManagedProcess:
 
     @property
     def ended_in_order(self) -> bool:
-        """A worker that was drained, whether or not it finished all it had, and did not die."""
-        return bool(self.spec.pool) and self._started.returncode in (0, _EXIT_LEFT)
+        """A worker that was drained, whether or not it finished all it had, and did not die. Before it is ready there
+        is nothing to drain: one that ends then would end each time."""
+        is_worker = bool(self.spec.pool)
+        return is_worker and self._was_ready and self._started.returncode in (0, _EXIT_LEFT)
 
     def describe_exit(self) -> str:
         code = self._started.returncode

@@ -312,6 +312,22 @@ async def test_a_worker_that_ends_in_order_starts_again_and_has_not_died(
     assert_nothing_left(config.run_dir, watcher)
 
 
+async def test_a_worker_that_ends_in_order_before_it_is_ready_has_died(
+    config: ClusterConfig, make_commands: MakeCommands
+) -> None:
+    watcher = Watcher()
+    commands = make_commands({"prefill-0": "ends at once when started again"})
+    async with LocalRuntime(config, commands=commands, on_change=watcher) as runtime:
+        await runtime.start()
+        worker = runtime.state().processes[1]
+        assert worker.process_id is not None
+        os.kill(worker.process_id.pid, signal.SIGTERM)
+        died = await watcher.until(lambda state: state.processes[1].status is Status.RESTARTING)
+        assert died.processes[1].detail == "ended with exit code 0; starts again in 1 s"
+        assert died.processes[1].num_restarts == 1
+    assert_nothing_left(config.run_dir, watcher)
+
+
 async def test_scale_adds_and_removes_workers(config: ClusterConfig, make_commands: MakeCommands) -> None:
     watcher = Watcher()
     async with LocalRuntime(config, commands=make_commands({}), on_change=watcher) as runtime:
