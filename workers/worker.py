@@ -108,6 +108,8 @@ class Worker:
         self.offers = Offers(
             model_fingerprint=model.fingerprint, layout=model.layout, tell=self._tell_offered
         )
+        if not config.directories:
+            self.offers.set_stores(())  # nobody else will say so
         self._tier_traffic = None if self.tiers is None else self._traffic(self.tiers)
         self.loop = RequestLoop(
             state=self.state,
