@@ -48,7 +48,7 @@ class OfferIntake:
         self._fetcher = fetcher
         self._chunk_blocks = chunk_blocks(block_bytes=store.arena_SX.shape[1])
         self._turns = asyncio.Semaphore(max_offers)
-        self._num_waiting = self._num_taking = 0
+        self._num_waiting = self._num_taking = self._num_unsettled_blocks = 0
         self._rested = asyncio.Event()
         self._timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="intake")
@@ -58,17 +58,18 @@ class OfferIntake:
 
         Raises TooManyOffers.
         """
-        async with self._turn():
-            taken = Taken(0, 0)
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    for run in runs:
-                        taken = await self._take(run, holder, taken)
-            except TimeoutError:
-                _lost(holder, f"it took longer than {self._timeout_s:g} s")
-            except PullError as error:  # an offerer that is away or lies is not asked for the other runs
-                _lost(holder, str(error))
-        return taken
+        num_blocks = sum(len(run.keys) for run in runs)
+        self._num_unsettled_blocks += num_blocks
+        try:
+            async with self._turn():
+                return await self._take_all(runs, holder)
+        finally:
+            self._num_unsettled_blocks -= num_blocks
+
+    @property
+    def num_unsettled_blocks(self) -> int:
+        """Of offers that are being taken or wait for their turn."""
+        return self._num_unsettled_blocks
 
     @property
     def is_quiet(self) -> bool:
@@ -101,6 +102,18 @@ class OfferIntake:
             self._num_taking -= 1
             self._turns.release()
             self._rested.set()
+
+    async def _take_all(self, runs: Sequence[BlockRun], holder: KvHolder) -> Taken:
+        taken = Taken(0, 0)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                for run in runs:
+                    taken = await self._take(run, holder, taken)
+        except TimeoutError:
+            _lost(holder, f"it took longer than {self._timeout_s:g} s")
+        except PullError as error:  # an offerer that is away or lies is not asked for the other runs
+            _lost(holder, str(error))
+        return taken
 
     async def _take(self, run: BlockRun, holder: KvHolder, so_far: Taken) -> Taken:
         num_held = len(self._store.lookup(run.keys))

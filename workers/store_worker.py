@@ -68,7 +68,10 @@ class StoreWorker:
             def describe() -> worker_pb2.WorkerDescription:
                 return description_to_wire(identity, self._load(), is_draining=drain.is_draining)
 
-            service = StoreService(describe, draining=DrainService(drain, left=Left))
+            def left() -> Left:
+                return Left(num_blocks=intake.num_unsettled_blocks)
+
+            service = StoreService(describe, draining=DrainService(drain, left=left))
             server, control_address = make_server(config.control_address, service=service)
             identity = make_identity(
                 config,
@@ -92,7 +95,7 @@ class StoreWorker:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            drain.stopped(Left())
+            drain.stopped(left())
 
     def _membership(self, describe: Callable[[], worker_pb2.WorkerDescription]) -> Membership:
         return Membership(
@@ -118,8 +121,12 @@ class StoreWorker:
 async def _drained(drain: Drain, membership: Membership, intake: OfferIntake) -> None:
     """Returns when a drain has been begun and what was offered before has been taken, or its time is over."""
     await drain.begun()
+    await drain.finish(_settled(membership, intake))
+
+
+async def _settled(membership: Membership, intake: OfferIntake) -> None:
     await membership.announce()  # so that workers offer it nothing more
-    await drain.finish(intake.settled())
+    await intake.settled()
 
 
 class StoreService(worker_pb2_grpc.WorkerServicer):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,25 @@ async def test_what_is_offered_can_be_pulled_and_survives_a_restart(checkpoint: 
         assert tiers == (Tier.DISK,) * NUM_BLOCKS
         assert payload == expected
     await wait_until(lambda: psutil.Process().num_fds() <= before)
+
+
+async def test_offers_under_way_at_the_deadline_of_its_drain_are_what_a_store_leaves(
+    checkpoint: Path,
+) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    silent.setblocking(False)
+    address = f"127.0.0.1:{silent.getsockname()[1]}"
+    holder = KvHolder(worker_id="silent", epoch=1, control_address=address, num_blocks=NUM_BLOCKS)
+    async with running_store(checkpoint) as identity:
+        offer = asyncio.create_task(_offer(identity, _run(identity), holder))
+        asked, _ = await asyncio.get_running_loop().sock_accept(silent)
+        async with grpc.aio.insecure_channel(identity.control_address) as channel:
+            request = worker_pb2.DrainRequest(timeout_s=0.01, until_stopped=True)
+            left = await worker_pb2_grpc.WorkerStub(channel).Drain(request, timeout=10.0)
+        assert left == worker_pb2.DrainReply(num_blocks=NUM_BLOCKS)
+        await asyncio.gather(offer, return_exceptions=True)
+    for end in (asked, silent):
+        end.close()
 
 
 async def test_a_tenant_gets_its_own_kv_from_a_store_and_nothing_of_another_one(
