@@ -156,7 +156,6 @@ class Membership:
         while True:
             has_news = self._news.is_set()
             if has_news:
-                self._news.clear()
                 await self._register(stub)
             pending = self._blocks.take(max_keys=MAX_KEYS_PER_HEARTBEAT)
             worker = self._describe()
@@ -180,6 +179,7 @@ class Membership:
                 self._blocks.restart()
             self._on_stores([_store_from_wire(store) for store in reply.stores])
             if has_news:
+                self._news.clear()  # not before: news that did not arrive are told to the next directory
                 self._told.set()
             if reply.resend_blocks or not self._blocks.has_more:
                 with contextlib.suppress(TimeoutError):

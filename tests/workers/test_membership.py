@@ -12,6 +12,7 @@ from kvstore.blocks import BlockKey, chain_keys, root_key
 from kvstore.holdings import Holdings
 from kvstore.tiers.tier import Tier
 from protos import directory_pb2_grpc, worker_pb2
+from workers import membership
 from workers.config import Role
 from workers.membership import BlockReport
 from workers.request import Request, RequestId, SamplingParams, SessionId
@@ -122,6 +123,42 @@ async def test_an_idle_worker_whose_directory_is_away_goes_all_the_same(
     running.drain.begin()
     async with asyncio.timeout(10):
         await running.task
+
+
+async def test_the_deadline_of_a_drain_holds_for_its_announcement_too(
+    directory: Directory, start_worker: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "ANNOUNCE_TIMEOUT_S", 3600.0)
+    running = await start_worker(directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    await directory.stop()
+    running.drain.begin(0.0)
+    async with asyncio.timeout(10):
+        await running.task
+
+
+async def test_news_that_a_directory_does_not_take_are_told_again(
+    start_worker: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "ANNOUNCE_TIMEOUT_S", 3600.0)
+    register, refused = DirectoryServicer.Register, asyncio.Event()
+
+    async def refusing_once(self: DirectoryServicer, request: Any, context: Any) -> Any:
+        if request.worker.is_draining and not refused.is_set():
+            refused.set()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        return await register(self, request, context)
+
+    monkeypatch.setattr(DirectoryServicer, "Register", refusing_once)
+    directory = Directory()
+    await directory.start()
+    running = await start_worker(directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    running.drain.begin()
+    async with asyncio.timeout(10):
+        await running.task
+    assert refused.is_set()
+    await directory.stop()
 
 
 async def test_a_directory_that_comes_back_empty_learns_everything_again(
