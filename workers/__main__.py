@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _logger.exception("crashed")
         return EXIT_CRASHED
     if left.is_nothing:
-        log_event(_logger, "stopped")
+        log_event(_logger, "stopped", num_extra_blocks=left.num_extra_blocks)
         return 0
     log_event(_logger, "stopped", level=logging.WARNING, **asdict(left))
     return EXIT_LEFT

@@ -4,8 +4,9 @@ What it has are its requests, until they have finished or moved, and the leases 
 they are pulled; then the blocks on their way to memory and to the stores. Every block is on its way down from the
 moment it is full, so that what a disk or a store is to have, it has by then, unless the store was away. So the most
 valuable blocks of memory that its own disk does not hold are offered once more, to the stores or, where there are none,
-to the others of its pool: who has them already says so. What lies in device pages alone, or is worth less, is computed
-again where it is missed. Who pulls blocks by their keys is not waited for: it computes what it does not get.
+to the others of its pool: who has them already says so. They are waited for as all others are, but a deadline that cuts
+them off is no loss of a request. What lies in device pages alone, or is worth less, is computed again where it is
+missed. Who pulls blocks by their keys is not waited for: it computes what it does not get.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ class Left:
     num_leases: int = 0
     num_pages: int = 0  # that these hold
     num_blocks: int = 0  # on their way to memory, and to stores that answer
+    num_extra_blocks: int = 0  # offered once more, beside those; to be cut off there is no loss
     request_ids: tuple[str, ...] = ()
 
     @property

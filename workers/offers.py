@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -58,6 +58,12 @@ class StoreAddress:
     control_address: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    run: BlockRun
+    is_extra: bool
+
+
 @dataclass(kw_only=True, slots=True)
 class _Store:
     address: StoreAddress
@@ -83,12 +89,12 @@ class Offers:
         self._limits = limits
         self._stores: dict[str, _Store] = {}
         self._has_heard_of_stores = False
-        self._waiting: OrderedDict[int, BlockRun] = OrderedDict()  # by number, oldest first
+        self._waiting: OrderedDict[int, _Offer] = OrderedDict()  # by number, oldest first
         self._num_waiting_blocks = 0
         self._numbers = itertools.count()
         self._homes: OrderedDict[BlockKey, BlockKey] = OrderedDict()  # of a run's last key: the chain's first
         self._changed = asyncio.Event()
-        self._num_putting_blocks = 0
+        self._putting: Sequence[_Offer] = ()
         self._rested = asyncio.Event()
 
     @property
@@ -101,21 +107,31 @@ class Offers:
 
     @property
     def num_unsettled_blocks(self) -> int:
-        """That stores which answer do not have yet."""
-        return self._num_putting_blocks + (self._num_waiting_blocks if self._ready_stores() else 0)
+        """That stores which answer do not have yet, without the extra ones."""
+        return sum(len(offer.run.keys) for offer in self._unsettled() if not offer.is_extra)
 
-    def offer(self, run: BlockRun) -> None:
-        """This worker's tiers hold `run`, exactly. Forgotten at once where it is known that there is no store."""
+    @property
+    def num_unsettled_extra_blocks(self) -> int:
+        return sum(len(offer.run.keys) for offer in self._unsettled() if offer.is_extra)
+
+    def _unsettled(self) -> Iterable[_Offer]:
+        return itertools.chain(self._putting, self._waiting.values() if self._ready_stores() else ())
+
+    def offer(self, run: BlockRun, *, is_extra: bool = False) -> None:
+        """This worker's tiers hold `run`, exactly. Forgotten at once where it is known that there is no store.
+
+        Extra is what was on its way to the stores before, and is offered only in case that it is not there.
+        """
         if self._has_heard_of_stores and not self._stores:
             return
         for start in range(0, len(run.keys), self._limits.max_blocks_per_offer):
             stop = min(start + self._limits.max_blocks_per_offer, len(run.keys))
-            self._waiting[next(self._numbers)] = run.part(start, stop)
+            self._waiting[next(self._numbers)] = _Offer(run.part(start, stop), is_extra)
         self._num_waiting_blocks += len(run.keys)
         while self._num_waiting_blocks > self._limits.max_waiting_blocks:
             _, oldest = self._waiting.popitem(last=False)
-            self._num_waiting_blocks -= len(oldest.keys)
-            self._dropped(len(oldest.keys))
+            self._num_waiting_blocks -= len(oldest.run.keys)
+            self._dropped(len(oldest.run.keys))
         self._changed.set()
 
     def set_stores(self, addresses: Sequence[StoreAddress]) -> None:
@@ -134,7 +150,7 @@ class Offers:
 
     async def settled(self) -> None:
         """Returns once every store that answers has what it was offered."""
-        while self.num_unsettled_blocks:
+        while any(self._unsettled()):
             self._rested.clear()
             await self._rested.wait()
 
@@ -143,14 +159,13 @@ class Offers:
         channels = Channels(max_idle=MAX_IDLE_CHANNELS)
         try:
             while True:
-                store, runs = await self._next_batch()
-                self._num_putting_blocks = sum(len(run.keys) for run in runs)
-                await self._put(channels, store, runs, holder)
-                self._num_putting_blocks = 0
+                store, self._putting = await self._next_batch()
+                await self._put(channels, store, [offer.run for offer in self._putting], holder)
+                self._putting = ()
         finally:
             await channels.close()
 
-    async def _next_batch(self) -> tuple[_Store, list[BlockRun]]:
+    async def _next_batch(self) -> tuple[_Store, list[_Offer]]:
         """Runs for one store, as many as fit an offer; waits until there are any."""
         while True:
             if self._waiting and (ready := self._ready_stores()):
@@ -167,18 +182,19 @@ class Offers:
         now_s = asyncio.get_running_loop().time()
         return [store for store in self._stores.values() if store.ready_at_s <= now_s]
 
-    def _take_batch(self, ready: Sequence[_Store]) -> tuple[_Store, list[BlockRun]]:
+    def _take_batch(self, ready: Sequence[_Store]) -> tuple[_Store, list[_Offer]]:
         chosen: _Store | None = None
-        batch: list[BlockRun] = []
+        batch: list[_Offer] = []
         num_blocks = 0
-        for number, run in list(itertools.islice(self._waiting.items(), MAX_RUNS_PER_OFFER)):
+        for number, offer in list(itertools.islice(self._waiting.items(), MAX_RUNS_PER_OFFER)):
+            run = offer.run
             store = _rendezvous(ready, self._home(run))
             if chosen is not None and store is not chosen:
                 continue
             if batch and num_blocks + len(run.keys) > self._limits.max_blocks_per_offer:
                 break
             chosen = store
-            batch.append(run)
+            batch.append(offer)
             num_blocks += len(run.keys)
             del self._waiting[number]
         assert chosen is not None, "a batch was asked for and nothing waits"

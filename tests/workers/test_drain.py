@@ -106,6 +106,11 @@ async def test_who_waits_for_its_end_is_told_what_it_leaves(
     assert await ask_to_drain(idle.identity, until_stopped=True) == worker_pb2.DrainReply()
 
 
+def test_blocks_that_were_offered_once_more_are_no_loss() -> None:
+    assert Left(num_extra_blocks=1).is_nothing
+    assert not Left(num_blocks=1, num_extra_blocks=1).is_nothing
+
+
 @pytest.mark.parametrize("timeout_s", [-1.0, math.inf, math.nan])
 async def test_a_deadline_that_is_none_is_refused(start_worker: Fixture, timeout_s: float) -> None:
     running = await start_worker()

@@ -385,6 +385,36 @@ async def test_a_worker_that_drains_hands_what_only_it_has_to_the_others_of_its_
     await directory.stop()
 
 
+async def test_what_is_handed_on_is_a_quarter_of_memory_and_the_most_valuable_comes_last(
+    start_worker: StartWorker, open_session: OpenSession
+) -> None:
+    directory = Directory()
+    await directory.start()
+    staying = await start_worker(directory=directory.address, **PATIENT)
+    memory_bytes = 4 * 26 * staying.identity.layout.block_bytes
+    leaving = await start_worker(directory=directory.address, memory_tier_bytes=memory_bytes, **PATIENT)
+    session = await open_session(leaving)
+    for cache_salt in ("older", "newer"):
+        await _first_turn(leaving, session, cache_salt=cache_salt)
+    await directory.until(lambda: len(directory.memory.members()) == 2)
+    leaving.drain.begin()
+    await leaving.task
+    held = _store(staying)
+    assert _num_held(held, staying.identity, cache_salt="older") == 1
+    assert _num_held(held, staying.identity, cache_salt="newer") == 25
+    newer = root_key(model_fingerprint=staying.identity.fingerprint, cache_salt="newer")
+    assert [run.root for run in held.most_valuable(max_blocks=25)] == [newer]
+    await directory.stop()
+
+
+async def test_a_worker_without_a_directory_keeps_nothing_for_stores(
+    start_worker: StartWorker, open_session: OpenSession
+) -> None:
+    running = await start_worker(**PATIENT)
+    await _first_turn(running, await open_session(running))
+    assert running.worker.offers.num_waiting_blocks == 0
+
+
 async def test_a_store_that_came_late_gets_what_a_worker_holds_when_that_drains(
     start_worker: StartWorker, open_session: OpenSession, checkpoint: Path
 ) -> None:

@@ -203,6 +203,16 @@ async def test_the_oldest_offers_are_dropped_when_too_many_wait(worker: Peer) ->
     assert told == [(8, "offer_dropped")] * 3
 
 
+async def test_what_is_offered_once_more_is_waited_for_and_counted_apart(worker: Peer) -> None:
+    async with running_peer(takes_offers=True) as store, offering(worker, [store]) as offers:
+        offers.offer(RUN.part(0, 10))
+        offers.offer(RUN.part(10, 40), is_extra=True)
+        assert (offers.num_unsettled_blocks, offers.num_unsettled_extra_blocks) == (10, 30)
+        await offers.settled()
+        assert (offers.num_unsettled_blocks, offers.num_unsettled_extra_blocks) == (0, 0)
+        await assert_store_holds(store, RUN)
+
+
 async def test_an_offerer_that_is_gone_costs_a_store_nothing() -> None:
     async with running_peer(takes_offers=True) as store:
         assert store.intake is not None
