@@ -67,7 +67,8 @@ class _Export:
     outgoing: Outgoing
     ticket: bytes | None = None  # issued and not used yet
     first_block: int = 0  # that the ticket is for
-    is_pulled: bool = False  # somebody has asked for it
+    is_pulled: bool = False  # somebody has asked for it, and has not gone
+    connection: Connection | None = None  # of the last one who came with a ticket
     is_released: bool = False  # the puller wants no more
     is_finished: bool = False  # everything is computed, the lease runs
     lease_ends_s: float = 0.0
@@ -230,11 +231,13 @@ class Exports:
         export = self._by_ticket.pop(ticket, None)
         if export is None:
             return False
-        export.ticket = None
+        export.ticket, export.connection = None, connection
         try:
             await self._sender(export, connection).run(self._buffer(export))
         except TransferError as error:
             logger.info("hand-over of %s ended early: %s", export.request_id, error)
+            if export.ticket is None and export.connection is connection:  # nobody has come in its place
+                export.is_pulled = False
             if export.is_live and self._exports.get(export.request_id) is export:
                 self._expire(export, reason="the puller has gone")
         return True

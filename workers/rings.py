@@ -9,11 +9,12 @@ Only this end knows it: somebody pulls what cannot begin, and nobody pulls what 
 way. Who comes for it later learns that it is gone, and computes the prompt itself.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from workers.pages import PagePool, num_pages_for
-from workers.request import Request, RequestId
+from workers.request import PageId, Request, RequestId
 
 IsPulled = Callable[[RequestId], bool]
 
@@ -35,10 +36,12 @@ def find_ring(
         return None
     num_missing = num_pages_for(pulled.num_tokens) - pages.num_available
     giving_way: list[RequestId] = []
+    num_given_up: Counter[PageId] = Counter()  # of the users of a page
     for request in reversed(tuple(held)):
         if num_missing <= 0:
             break
         if not is_pulled(request.request_id):
             giving_way.append(request.request_id)
-            num_missing -= sum(pages.ref_count(page_id) == 1 for page_id in request.page_ids)
+            num_given_up.update(request.page_ids)
+            num_missing -= sum(num_given_up[page] == pages.ref_count(page) for page in request.page_ids)
     return Ring(pulled, tuple(giving_way)) if num_missing <= 0 else None

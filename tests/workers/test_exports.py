@@ -126,6 +126,26 @@ async def test_every_frame_that_is_taken_renews_the_lease(clock: Clock) -> None:
         assert source.ended.get_nowait() == ("expired", ID)
 
 
+@pytest.mark.parametrize("comes_again", [False, True])
+async def test_a_puller_that_has_gone_pulls_no_more_unless_it_comes_again(comes_again: bool) -> None:
+    source = unserved()
+    source.open()
+    assert not source.exports.is_pulled(ID)
+    issued = await source.exports.issue_ticket(ID, first_block=0, timeout_s=1.0)
+    ours, theirs = socket.socketpair()
+    with Connection(ours, peer="the puller", idle_timeout_s=100.0) as connection:
+        serving = asyncio.create_task(source.exports.serve(connection, issued.ticket))
+        await asyncio.sleep(0)
+        assert source.exports.is_pulled(ID)
+        theirs.close()
+        if comes_again:
+            await source.exports.issue_ticket(ID, first_block=0, timeout_s=1.0)
+        source.finish()
+        assert await serving
+    assert source.exports.is_pulled(ID) is comes_again
+    source.exports.close_all()
+
+
 async def test_an_export_that_is_closed_calls_nothing_back(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,12 +3,13 @@
 import asyncio
 from typing import Any
 
+from kvstore.blocks import BlockKey
 from protos import worker_pb2
 from tests.workers.conftest import OpenSession, StartWorker
 from tests.workers.handoff_ends import wait_until
 from tests.workers.test_state import LIMITS, SOURCE, new_request, new_state, step
 from workers.config import Role
-from workers.pages import PagePool
+from workers.pages import CachedBlock, PagePool
 from workers.request import PageId, Purpose, Request, RequestId, SamplingParams, SessionId
 from workers.rings import find_ring
 from workers.scheduler import schedule
@@ -54,6 +55,19 @@ def test_what_nobody_pulls_gives_way_the_last_first_and_no_more_than_must() -> N
         giving_way({"b", "h2", "h1"}) is None
     )  # these will be had by those who pull them, and then there is room
     assert giving_way(set()) is None
+
+
+def test_a_page_of_several_that_give_way_is_free_only_once_all_of_them_have() -> None:
+    first, second = (request(name, num_pages=3, page_ids=(0, 1, n)) for n, name in ((2, "h0"), (3, "h1")))
+    pool = pool_of(first, request("rest", num_pages=5, page_ids=(3, 5, 6, 7, 8)))
+    for page_id in first.page_ids[:2]:
+        pool.cache(page_id, CachedBlock(BlockKey(bytes([page_id])), BlockKey(b"root"), is_exact=True))
+    pool.share(first.page_ids[:2])  # by the second
+    waiting = [request("b", num_pages=5)]  # two are free, one more each of them has alone, and two they share
+    ring = find_ring(waiting, [first, second], pages=pool, is_pulled={"b"}.__contains__)
+    assert ring is not None
+    assert ring.giving_way == ("h1", "h0")
+    assert find_ring(waiting, [second], pages=pool, is_pulled={"b"}.__contains__) is None
 
 
 def test_who_only_waits_behind_others_that_nobody_pulls_passes_them() -> None:
