@@ -31,19 +31,19 @@ class Draining:
         from protos import worker_pb2
 
         name, own = self._worker.worker_id, timeout_s or 0.0
+        # Asked first, because a worker that has nothing is gone before it can be asked again; and without a deadline:
+        # its own is not known here, and `follow` notices if it is gone.
+        self._end = self._stub.Drain.future(worker_pb2.DrainRequest(timeout_s=own, until_stopped=True))
         try:
             has = self._stub.Drain(worker_pb2.DrainRequest(timeout_s=own), timeout=_RPC_TIMEOUT_S)
         except grpc.RpcError as e:
-            raise CommandFailed(f"{name} does not drain: {e.code().name.lower()}: {e.details()}") from e
+            if self._last_words() is None:
+                raise CommandFailed(f"{name} does not drain: {e.code().name.lower()}: {e.details()}") from e
+            return
         print(f"{name} takes no new requests; it has {describe_left(has) or 'none'}", flush=True)
-        until_stopped = worker_pb2.DrainRequest(timeout_s=own, until_stopped=True)
-        # Without a deadline: its own is not known here, and `follow` notices if it is gone.
-        self._end = self._stub.Drain.future(until_stopped)
 
     def follow(self) -> "worker_pb2.DrainReply | None":
         """What it has left. Prints what it waits for, whenever that changes. None: it has not said."""
-        import grpc
-
         said = ""
         assert self._end is not None, "begin comes first"
         while not self._end.done():
@@ -54,6 +54,13 @@ class Draining:
                 print(f"{self._worker.worker_id} waits for {waits_for}", flush=True)
                 said = waits_for
             time.sleep(_FOLLOW_EVERY_S)
+        return self._last_words()
+
+    def _last_words(self) -> "worker_pb2.DrainReply | None":
+        """None: it has said nothing, or no."""
+        import grpc
+
+        assert self._end is not None, "begin comes first"
         try:
             return self._end.result(timeout=_LAST_WORDS_S)
         except (grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
