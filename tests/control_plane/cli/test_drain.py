@@ -30,6 +30,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, directory_pb2_grpc.DirectorySer
     loads: list[worker_pb2.WorkerLoad] = field(default_factory=list)
     left: worker_pb2.DrainReply | None = field(default_factory=worker_pb2.DrainReply)
     refuses: bool = False
+    is_gone_at_once: bool = False
     is_member: bool = True
     stopped: threading.Event = field(default_factory=threading.Event)
     asked: list[worker_pb2.DrainRequest] = field(default_factory=list)
@@ -50,6 +51,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, directory_pb2_grpc.DirectorySer
         if self.refuses:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not now")
         if not request.until_stopped:
+            if self.is_gone_at_once:
+                self.stopped.set()
+                context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
             return HAS
         self.stopped.wait()
         if self.left is None:
@@ -132,6 +136,15 @@ def test_a_worker_that_ends_without_a_word_is_a_failure(run_dir: Path, serve: Se
     result = drain(run_dir)
     assert result.exit_code == 1
     assert "decode-0 has gone without a word of what it left" in result.stderr
+
+
+def test_a_worker_that_is_gone_before_it_can_say_what_it_has_has_drained(run_dir: Path, serve: Serve) -> None:
+    serve(is_gone_at_once=True)
+    result = drain(run_dir)
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "decode-0 has gone; penstock resume decode-0 starts it again\n",
+    )
 
 
 def test_a_worker_that_is_drained_is_named_as_such(run_dir: Path, serve: Serve) -> None:
