@@ -100,7 +100,8 @@ def _conclude(worker: str, left: "worker_pb2.DrainReply | None", *, stays_away: 
     if not what:
         print(f"{worker} has gone{resume_hint}")
         return
-    names = ", ".join(left.request_ids)
+    # A gateway numbers its attempts after this sign; top and clients know the request without it.
+    names = ", ".join(request_id.partition("#")[0] for request_id in left.request_ids)
     say_error(f"{worker} has gone and left {what}{f' ({names})' if names else ''}{resume_hint}")
     raise typer.Exit(LEFT)
 

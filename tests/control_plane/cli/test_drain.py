@@ -19,7 +19,7 @@ from protos import directory_pb2, directory_pb2_grpc, worker_pb2, worker_pb2_grp
 WORKER = "decode-0"
 HAS = worker_pb2.DrainReply(num_requests=2, num_leases=1)
 NOTHING = worker_pb2.DrainReply()
-SOMETHING = worker_pb2.DrainReply(num_requests=1, num_blocks=40, num_pages=7, request_ids=["cmpl-1-0"])
+SOMETHING = worker_pb2.DrainReply(num_requests=1, num_blocks=40, num_pages=7, request_ids=["cmpl-1-0#d4cf-1"])
 
 
 @dataclass
