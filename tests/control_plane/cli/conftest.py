@@ -23,6 +23,13 @@ ON_TERMINAL = str(Path(__file__).with_name("on_terminal.py"))
 DEADLINE_S = 30.0
 
 
+@pytest.fixture(autouse=True, scope="session")
+def hears_ctrl_c() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, and everything started by that inherits it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Launched:
     """A launcher on a terminal of its own, or with its output in a pipe."""
 
