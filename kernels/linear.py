@@ -12,7 +12,7 @@ import torch
 from numba import carray, cfunc, int64, njit
 
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
-from kernels.tile import MAX_TILE_COLUMNS, TILE_ROWS, dot, tile
+from kernels.tile import MAX_TILE_COLUMNS, TILE_ROWS, dot, tile_reading_ahead
 
 ROWS, _CHUNK = 64, 64  # rows and outputs of a work item
 
@@ -37,7 +37,7 @@ def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
         while row < num_rows:
             columns = min(MAX_TILE_COLUMNS, num_rows - row)
             x_row, place = x + 4 * row * depth, y + 4 * (row * num_outputs + n)
-            tile(columns, w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
+            tile_reading_ahead(columns, w_row, depth, x_row, depth, depth, place, num_outputs, ahead, speed)
             row += columns
             ahead += speed * depth
     for n in range(whole, stop):

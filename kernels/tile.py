@@ -1,13 +1,13 @@
 """The inner loops of products and attention, with their sums in vector registers.
 
-tile:   out[m * out_stride + n] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < num_columns, which is
-        at most MAX_TILE_COLUMNS.
-dot:    out[0] = sum_k w[k] x[k]. One row of w after the other is one stream of memory, the fastest way to read it.
-mix_X:  out[m * out_stride + c] += sum_t p[m * p_stride + t] v[t * v_stride + c] for t < num_rows, c < num_vectors LANES
-        and m < X, with num_vectors 1 (mix_X) or 2 (mix_wide_X).
-mix_1_narrow: the same for m < 1 and one c.
-prefetch: starts to bring `num_bytes` at an address to L2. tile does so on its way, two cache lines for each vector of
-k, at ahead + k * ahead_step (bytes): lines that come between products cost nothing, and no read waits for them.
+tile:     out[m * out_stride + n] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < num_columns, at
+          most MAX_TILE_COLUMNS.
+dot:      out[0] = sum_k w[k] x[k]. One row of w after the other is one stream of memory, the fastest way to read it.
+mix:      out[m * out_stride + c] += sum_t p[m * p_stride + t] v[t * v_stride + c] for t < num_rows, c < LANES and
+          m < num_columns, at most MIX_COLUMNS; mix_wide for c < 2 LANES, mix_narrow for one c.
+prefetch: starts to bring `num_bytes` at an address to L2. tile_reading_ahead does so on its way, two cache lines for
+          each vector of k, at ahead + k * ahead_step (bytes): lines that come between products cost nothing, and no
+          read waits for them.
 
 A sum over k is the same to the last bit in all of them: LANES sums of every LANES-th product, added as a tree of
 halves, then what is left of k one by one. So what a row of x gives does not depend on the rows beside it, and a
@@ -40,21 +40,35 @@ from kernels.vectors import (
 TILE_ROWS = 4
 # Without AVX-512 half the tile, for its 16 registers: a larger one has more sums than `add_lanes` returns, too.
 MAX_TILE_COLUMNS = 4 if LANES == 16 else 2
+MIX_COLUMNS = 4
 
 
 @intrinsic
-def tile(_typing, num_columns, w, w_stride, x, x_stride, depth, out, out_stride, ahead, ahead_step):
+def tile(_typing, num_columns, w, w_stride, x, x_stride, depth, out, out_stride):
     def generate(context, builder, _signature, values):
-        num_columns, w, w_stride, x, x_stride, depth, out, out_stride, *ahead = values
-        w_rows = rows_of(builder, w, w_stride, TILE_ROWS)
-        for columns in range(1, MAX_TILE_COLUMNS + 1):
-            with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
-                x_rows = rows_of(builder, x, x_stride, columns)
-                out_rows = rows_of(builder, out, out_stride, columns)
-                _store_products(builder, w_rows, x_rows, depth, out_rows, ahead)
+        _choose_tile(builder, *values)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), generate
+
+
+@intrinsic
+def tile_reading_ahead(
+    _typing, num_columns, w, w_stride, x, x_stride, depth, out, out_stride, ahead, ahead_step
+):
+    def generate(context, builder, _signature, values):
+        _choose_tile(builder, *values[:-2], ahead=values[-2:])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 10), generate
+
+
+def _choose_tile(builder, num_columns, w, w_stride, x, x_stride, depth, out, out_stride, ahead=None):
+    w_rows = rows_of(builder, w, w_stride, TILE_ROWS)
+    for columns in range(1, MAX_TILE_COLUMNS + 1):
+        with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
+            x_rows = rows_of(builder, x, x_stride, columns)
+            _store_products(builder, w_rows, x_rows, depth, rows_of(builder, out, out_stride, columns), ahead)
 
 
 @intrinsic
@@ -83,37 +97,40 @@ def prefetch(_typing, address, num_bytes):
     return types.void(types.int64, types.int64), generate
 
 
-def _make_mix(num_columns, kind, num_vectors):
+def _make_mix(kind, num_vectors):
     @intrinsic
-    def mix(_typing, p, p_stride, v, v_stride, num_rows, out, out_stride):
+    def mix(_typing, num_columns, p, p_stride, v, v_stride, num_rows, out, out_stride):
         def generate(context, builder, _signature, values):
-            p, p_stride, v, v_stride, num_rows, out, out_stride = values
-            p_rows = rows_of(builder, p, p_stride, num_columns)
+            num_columns, p, p_stride, v, v_stride, num_rows, out, out_stride = values
             v_row = builder.inttoptr(v, F32.as_pointer())
-            offsets = [ir.Constant(I64, i * LANES) for i in range(num_vectors)]
-            places = [
-                builder.gep(row, [offset])
-                for row in rows_of(builder, out, out_stride, num_columns)
-                for offset in offsets
-            ]
-
-            def add_row(t, sums):
-                start = builder.mul(t, v_stride)
-                v_values = [load(builder, v_row, builder.add(start, offset), kind) for offset in offsets]
-                weights = [spread(builder, load(builder, row, t, F32), kind) for row in p_rows]
-                products = [(weight, v_value) for weight in weights for v_value in v_values]
-                return [fma(builder, *product, total) for product, total in zip(products, sums, strict=True)]
-
-            zero = ir.Constant(I64, 0)
-            sums = [load(builder, place, zero, kind) for place in places]
-            sums = loop(builder, zero, num_rows, 1, sums, add_row)
-            for place, total in zip(places, sums, strict=True):
-                builder.store(total, builder.bitcast(place, kind.as_pointer()), align=4)
+            for columns in range(1, MIX_COLUMNS + 1):
+                with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
+                    p_rows = rows_of(builder, p, p_stride, columns)
+                    out_rows = rows_of(builder, out, out_stride, columns)
+                    _add_mixed(builder, p_rows, v_row, v_stride, num_rows, out_rows, kind, num_vectors)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+        return types.void(*[types.int64] * 8), generate
 
     return mix
+
+
+def _add_mixed(builder, p_rows, v_row, v_stride, num_rows, out_rows, kind, num_vectors):
+    """out_rows[m] += sum_t p_rows[m][t] v[t], `num_vectors` of `kind` wide."""
+    offsets = [ir.Constant(I64, i * LANES) for i in range(num_vectors)]
+    places = [builder.gep(row, [offset]) for row in out_rows for offset in offsets]
+
+    def add_row(t, sums):
+        start = builder.mul(t, v_stride)
+        v_values = [load(builder, v_row, builder.add(start, offset), kind) for offset in offsets]
+        weights = [spread(builder, load(builder, row, t, F32), kind) for row in p_rows]
+        products = [(weight, v_value) for weight in weights for v_value in v_values]
+        return [fma(builder, *product, total) for product, total in zip(products, sums, strict=True)]
+
+    zero = ir.Constant(I64, 0)
+    sums = loop(builder, zero, num_rows, 1, [load(builder, place, zero, kind) for place in places], add_row)
+    for place, total in zip(places, sums, strict=True):
+        builder.store(total, builder.bitcast(place, kind.as_pointer()), align=4)
 
 
 def _store_products(builder, w_rows, x_rows, depth, out_rows, ahead=None):
@@ -154,6 +171,4 @@ def _accumulate(builder, start, stop, kind, w_rows, x_rows, sums, ahead=None):
     return loop(builder, start, stop, LANES if kind is VECTOR else 1, sums, add_products)
 
 
-mix_1, mix_2, mix_3, mix_4 = (_make_mix(num_columns, VECTOR, 1) for num_columns in (1, 2, 3, 4))
-mix_wide_1, mix_wide_2, mix_wide_3, mix_wide_4 = (_make_mix(num, VECTOR, 2) for num in (1, 2, 3, 4))
-mix_1_narrow = _make_mix(1, F32, 1)
+mix, mix_wide, mix_narrow = _make_mix(VECTOR, 1), _make_mix(VECTOR, 2), _make_mix(F32, 1)
