@@ -80,19 +80,27 @@ class Membership:
         self._current = 0
         self._sequence = 0
         self._is_known = False
+        self._num_away = 0  # tries in a row that no directory answered
         self._news = asyncio.Event()
         self._told = asyncio.Event()
 
     async def announce(self) -> None:
-        """What the description says has changed, beside the load. Returns once the directory, if it listens, knows it
-        and has said which stores there are now."""
-        if not self._directories:
+        """What the description says has changed, beside the load.
+
+        Returns once the directory knows it and has said which stores there are now, or once it has not answered for a
+        second time: where a whole cluster stops, it went first.
+        """
+        if self._nobody_listens:
             return
         self._told.clear()
         self._news.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANNOUNCE_TIMEOUT_S):
                 await self._told.wait()
+
+    @property
+    def _nobody_listens(self) -> bool:
+        return not self._directories or self._num_away > len(self._directories)
 
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -111,13 +119,13 @@ class Membership:
                 await self._say_goodbye(stubs[self._current])
 
     async def _stay_registered(self, stubs: "Sequence[directory_pb2_grpc.DirectoryAsyncStub]") -> None:
-        retry_s, num_away = FIRST_RETRY_S, 0
+        retry_s = FIRST_RETRY_S
         while True:
             stub = stubs[self._current]
             try:
                 reply = await self._register(stub)
                 self._is_known = True
-                retry_s, num_away = FIRST_RETRY_S, 0
+                retry_s, self._num_away = FIRST_RETRY_S, 0
                 log_event(_logger, "registered", directory=self._directories[self._current])
                 await self._heartbeat(stub, every_s=reply.heartbeat_s)
             except grpc.aio.AioRpcError as error:
@@ -125,8 +133,10 @@ class Membership:
                 self._is_known = False
                 if error.code() in _AWAY:
                     self._current = (self._current + 1) % len(stubs)
-                    num_away += 1
-            if 0 < num_away < len(stubs):
+                    self._num_away += 1
+                    if self._nobody_listens:
+                        self._told.set()
+            if 0 < self._num_away < len(stubs):
                 await asyncio.sleep(random.uniform(0.0, FAIL_OVER_S))
                 continue
             # Jitter, so that many workers do not fall upon a directory that has just come back.

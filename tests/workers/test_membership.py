@@ -137,6 +137,18 @@ async def test_the_deadline_of_a_drain_holds_for_its_announcement_too(
         await running.task
 
 
+async def test_where_the_directory_has_gone_first_nobody_waits_for_it(
+    directory: Directory, start_worker: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "ANNOUNCE_TIMEOUT_S", 3600.0)
+    running = await start_worker(directory=directory.address)
+    await directory.until(lambda: len(directory.memory.members()) == 1)
+    await directory.stop()
+    running.drain.begin(3600.0)
+    async with asyncio.timeout(10):
+        await running.task
+
+
 async def test_news_that_a_directory_does_not_take_are_told_again(
     start_worker: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
