@@ -51,6 +51,7 @@ from workers.messages import (
 )
 from workers.metrics import WorkerMetrics
 from workers.outbox import Outbox
+from workers.pull_tasks import PullTasks
 from workers.request import (
     FinishReason,
     Handoff,
@@ -64,7 +65,7 @@ from workers.request import (
 from workers.ring_watch import RingWatch
 from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState
-from workers.step import Pull, ScheduledRequest, StepPlan, StepResult
+from workers.step import ScheduledRequest, StepPlan, StepResult
 from workers.tier_traffic import TierTraffic
 
 # A step that fails may be the fault of one request; so many in a row are the fault of this process.
@@ -72,8 +73,6 @@ MAX_FAILED_STEPS = 3
 RETRY_AFTER_S = 0.5
 # Proving the invariants takes about a microsecond a page: not after every request of a quiet worker.
 CHECK_EVERY_S = 5.0
-
-_CANCELLED = PullError("it was cancelled")
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +97,9 @@ class RequestLoop:
         self._engine = engine
         self._limits = limits
         self._exports = exports
-        self._puller = puller
+        self._pulls = PullTasks(
+            puller, block_bytes=engine.model.layout.block_bytes, metrics=metrics, post=self.post
+        )
         self._metrics = metrics
         self._max_num_submitted = max_num_submitted
         self._tiers = tiers
@@ -116,7 +117,6 @@ class RequestLoop:
             set()
         )  # those of them that are to end, now or when the inbox is settled
         self._doomed: set[RequestId] = set()  # have said their last word, but their pull has not ended
-        self._pulls: dict[RequestId, asyncio.Task[Handoff | PullError]] = {}
         self._step_number = 0
         self._num_failed_steps = 0
         self._last_check_s = 0.0
@@ -224,7 +224,7 @@ class RequestLoop:
                         await self._step(plan, engine_thread)
             finally:
                 self._rings.close()
-                await self._cancel_pulls()
+                await self._pulls.close()
                 if self._tiers is not None:
                     await self._tiers.close()
 
@@ -245,7 +245,7 @@ class RequestLoop:
             preempted = [self._requests[request_id] for request_id in plan.preempted]
             self._tiers.step_began(plan, preempted)
         for pull in plan.pulls:
-            self._start_pull(pull)
+            self._pulls.start(pull)
         self._step_number += 1
         started_s = time.monotonic()
         try:
@@ -386,8 +386,7 @@ class RequestLoop:
             self._exports.close(request_id)
         self._moves.gone(request_id)
         output = self._state.abort(request_id, now_s=time.time())
-        if (pull := self._pulls.get(request_id)) is not None:
-            pull.cancel()
+        self._pulls.cancel(request_id)
         if output is None:
             return
         if failure is not None:
@@ -407,41 +406,8 @@ class RequestLoop:
 
     # Pulls.
 
-    def _start_pull(self, pull: Pull) -> None:
-        request_id = pull.request.request_id
-        task = asyncio.create_task(self._pull(pull), name=f"pull {request_id}")
-        self._pulls[request_id] = task
-        # A callback and not the task itself says that it has ended: a task may be cancelled before its first line.
-        task.add_done_callback(
-            lambda done: self.post(PullEnded(request_id, _CANCELLED if done.cancelled() else done.result()))
-        )
-
-    async def _pull(self, pull: Pull) -> Handoff | PullError:
-        started_s = time.monotonic()
-        try:
-            handoff = await self._puller.pull(pull)
-        except PullError as error:
-            self._metrics.pull_failed()
-            log_event(
-                _logger,
-                "pull_failed",
-                level=logging.WARNING,
-                request=pull.request.request_id,
-                error=type(error).__name__,
-                detail=str(error),
-            )
-            return error
-        except Exception as error:
-            self._metrics.pull_failed()
-            _logger.exception("pull_failed")
-            return PullError(f"{type(error).__name__}: {error}")
-        num_blocks = len(pull.page_ids) - pull.first_block
-        num_bytes = num_blocks * self._engine.model.layout.block_bytes
-        self._metrics.pull_done(num_bytes=num_bytes, pull_s=time.monotonic() - started_s)
-        return handoff
-
     def _end_pull(self, request_id: RequestId, handoff: Handoff | PullError) -> None:
-        del self._pulls[request_id]
+        self._pulls.ended(request_id)
         now_s = time.time()
         output: RequestOutput | None = None
         if isinstance(handoff, PullError):
@@ -451,7 +417,7 @@ class RequestLoop:
             try:
                 output = self._state.pull_succeeded(request_id, handoff, now_s=now_s)
                 if source is not None and source.is_live and request_id not in self._doomed:
-                    self._puller.release(source)
+                    self._pulls.release(source)
             except PullCorrupted as error:
                 log_event(
                     _logger, "pull_unusable", level=logging.WARNING, request=request_id, detail=str(error)
@@ -470,13 +436,6 @@ class RequestLoop:
             output,
             failure=MoveFailed(f"request {request_id!r} could not be pulled, and goes on there: {error}"),
         )
-
-    async def _cancel_pulls(self) -> None:
-        tasks = tuple(self._pulls.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
 
     # What is said.
 
