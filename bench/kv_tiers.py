@@ -26,7 +26,7 @@ from kvstore.layout import KvLayout
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.segment import WRITE_BACK_BYTES
-from kvstore.tiers.segment_files import LARGEST_SEGMENT_BYTES, SEGMENTS_PER_TIER
+from kvstore.tiers.segment_layout import LARGEST_SEGMENT_BYTES, SEGMENTS_PER_TIER
 from kvstore.tiers.tier import BlockRun
 from workers.engine.kv_pool import KvPool
 

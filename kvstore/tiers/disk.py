@@ -66,9 +66,7 @@ class DiskTier:
         self._changing = threading.Lock()  # guards the index; never held while waiting for the disk
         self._writing = threading.Lock()
         self._index = DiskIndex(settings.num_slots, policy=settings.policy)
-        self._files = SegmentFiles(
-            directory, form=settings.form, capacity_bytes=settings.capacity_bytes, lock=lock
-        )
+        self._files = SegmentFiles(directory, settings=settings, lock=lock)
         self._writer = DiskWriter(
             index=self._index, files=self._files, settings=settings, changing=self._changing
         )
@@ -199,8 +197,8 @@ class DiskTier:
         self._files.close()
 
     def _recover(self) -> None:
-        records: list[tuple[Segment, int, RecordHeader]] = []
-        for found in find_segments(self._directory, self._settings.form):
+        records: list[tuple[Segment, RecordHeader]] = []
+        for found in find_segments(self._directory, self._settings):
             self._files.add_found(found)
             if isinstance(found, FoundOther):
                 self._num_found[found.origin] += 1
@@ -209,18 +207,18 @@ class DiskTier:
             if found.scan.num_gaps or found.scan.tail_bytes:
                 self._num_found[Origin.CORRUPTED] += 1
                 logger.warning(
-                    "%s is damaged: %d gaps, and %d bytes cut off its end",
+                    "%s is damaged: %d gaps, and %d bytes behind its last record",
                     found.segment.path, found.scan.num_gaps, found.scan.tail_bytes,
                 )  # fmt: skip
-            records += ((found.segment, *record) for record in found.scan.records)
+            records += ((found.segment, record) for record in found.scan.records)
         # The least recently used first, as if it all happened again; of one moment, parents before children.
-        records.sort(key=lambda entry: (entry[2].used_s, entry[2].run.first_position))
+        records.sort(key=lambda entry: (entry[1].used_s, entry[1].run.first_position))
         with self._changing:
             now_s = self._now_s()
-            for segment, first_block, record in records:
+            for segment, record in records:
                 # A clock that was ahead once must not keep what it dated.
                 used_s = min(record.used_s, now_s)
-                self._index.restore(placed_blocks(segment, first_block, record), used_s=used_s)
+                self._index.restore(placed_blocks(segment, record), used_s=used_s)
             self._index.begin()
         with contextlib.suppress(DiskFailed), self._write_access():
             self._writer.make_room(0)

@@ -168,10 +168,10 @@ class DiskIndex:
             del self._live[block.segment]
 
 
-def placed_blocks(segment: Segment, first_block: int, record: RecordHeader) -> list[Placed]:
-    """Where the blocks of a record lie, of which the first one is there."""
+def placed_blocks(segment: Segment, record: RecordHeader) -> list[Placed]:
+    """Where the blocks of a record lie."""
     return [
-        Placed(segment, first_block + index * segment.stored_bytes, checksum, record.run, index)
+        Placed(segment, record.first_block + index * segment.stored_bytes, checksum, record.run, index)
         for index, checksum in enumerate(record.checksums)
     ]
 

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from kvstore.placement import POLICIES
-from kvstore.tiers.record import ALIGNED_FROM_BYTES, MAX_RECORD_BLOCKS, PAGE_BYTES, max_record_bytes
+from kvstore.tiers.record import MAX_RECORD_BLOCKS
 from kvstore.tiers.seal import KEY_BYTES
-from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES
-from kvstore.tiers.segment_files import segment_bytes
-from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat
+from kvstore.tiers.segment_header import SegmentFormat
+from kvstore.tiers.segment_layout import SegmentLayout
 
 # The part of the capacity that live blocks may fill: with more, segments are fuller when they are emptied, and
 # more is moved for every byte won; with less, disk is wasted.
@@ -15,12 +14,6 @@ MAX_LIVE_SHARE = 0.75
 # One grows, one is for moving blocks to, one for what files take beside their records.
 NUM_FREE_SEGMENTS = 3
 MIN_SEGMENTS = 8
-
-
-def moved_bytes(size_bytes: int) -> int:
-    """What the live blocks of a segment take at most elsewhere: the end of one file and the begin of the next one
-    are rounded up, and every large record is aligned anew."""
-    return size_bytes + 2 * FILE_SYSTEM_BLOCK_BYTES + size_bytes // (ALIGNED_FROM_BYTES // PAGE_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +33,7 @@ class DiskSettings:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.key is not None and len(self.key) != KEY_BYTES:
             raise ValueError(f"the key of a disk tier has {KEY_BYTES} bytes, got {len(self.key)}")
-        least_bytes = MIN_SEGMENTS * segment_bytes(0, self.form)
+        least_bytes = MIN_SEGMENTS * self._layout_for(0).segment_bytes
         if self.capacity_bytes < least_bytes:
             raise ValueError(
                 f"a disk tier of blocks of {self.block_bytes} bytes needs at least {least_bytes} bytes,"
@@ -52,28 +45,21 @@ class DiskSettings:
         return SegmentFormat.of(block_bytes=self.block_bytes, namespace=self.namespace, key=self.key)
 
     @property
-    def segment_bytes(self) -> int:
-        return segment_bytes(self.capacity_bytes, self.form)
-
-    @property
-    def spare_bytes(self) -> int:
-        """Kept free for moving the live blocks of one segment."""
-        return moved_bytes(self.segment_bytes)
+    def layout(self) -> SegmentLayout:
+        return self._layout_for(self.capacity_bytes)
 
     @property
     def max_record_blocks(self) -> int:
         """A segment has room for several records, so that little of it stays empty at its end."""
-        quarter_bytes = self.segment_bytes // 4
-        return max(
-            1,
-            min(MAX_RECORD_BLOCKS, quarter_bytes // max_record_bytes(1, stored_bytes=self.form.stored_bytes)),
-        )
+        return max(1, min(MAX_RECORD_BLOCKS, self.layout.num_blocks // 4))
 
     @property
     def num_slots(self) -> int:
         """Blocks that are held at most: as many as have room if each has a record of its own."""
-        num_segments = self.capacity_bytes // self.segment_bytes
-        per_segment = (self.segment_bytes - SEGMENT_HEADER_BYTES) // max_record_bytes(
-            1, stored_bytes=self.form.stored_bytes
+        num_segments = self.capacity_bytes // self.layout.segment_bytes
+        return int(
+            self.layout.num_blocks * min(MAX_LIVE_SHARE * num_segments, num_segments - NUM_FREE_SEGMENTS)
         )
-        return int(per_segment * min(MAX_LIVE_SHARE * num_segments, num_segments - NUM_FREE_SEGMENTS))
+
+    def _layout_for(self, capacity_bytes: int) -> SegmentLayout:
+        return SegmentLayout.of(stored_bytes=self.form.stored_bytes, capacity_bytes=capacity_bytes)

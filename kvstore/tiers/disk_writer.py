@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator, Sequence
 
 from kvstore.errors import DiskFailed
 from kvstore.tiers.disk_index import DiskIndex, placed_blocks
-from kvstore.tiers.disk_settings import DiskSettings, moved_bytes
+from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.placed import Placed, read_blocks, scratch
-from kvstore.tiers.record import RecordHeader, block_checksum, max_record_bytes
+from kvstore.tiers.record import RecordHeader, block_checksum
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.segment_files import SegmentFiles
 from kvstore.tiers.tier import BlockRun
@@ -32,9 +32,9 @@ class DiskWriter:
         self.num_lost = 0
         self._index = index
         self._files = files
-        self._form = settings.form
+        self._block_bytes = settings.block_bytes
+        self._layout = settings.layout
         self._max_record_blocks = settings.max_record_blocks
-        self._spare_bytes = settings.spare_bytes
         self._changing = changing
 
     def write(self, run: BlockRun, blocks: Sequence[memoryview], *, now_s: float) -> None:
@@ -47,15 +47,16 @@ class DiskWriter:
                 if not self._store(run.part(start, stop), blocks[start:stop], now_s=now_s):
                     return  # the run is longer than the tier: what follows could not be reached
 
-    def make_room(self, num_bytes: int) -> None:
-        """Until a record of this size fits beside what moving blocks needs."""
-        while not self._files.fits(num_bytes, spare_bytes=self._spare_bytes):
+    def make_room(self, num_blocks: int) -> None:
+        """Until a record of so many blocks fits, beside what moving those of one segment needs."""
+        spare_bytes = self._layout.moved_bytes(self._layout.segment_bytes - self._layout.blocks_start)
+        while not self._files.has_room(self._files.growth(num_blocks) + spare_bytes):
             if self._files.remove_other():
                 continue
             with self._changing:
                 segment = self._index.emptiest(self._files.full_segments())
             if segment is None:
-                raise DiskFailed(f"no segment can be emptied for {num_bytes} bytes")
+                raise DiskFailed(f"no segment can be emptied for {num_blocks} blocks")
             self.empty(segment, max_live_share=MAX_MOVED_SHARE)
 
     def empty(self, segment: Segment, *, max_live_share: float) -> None:
@@ -63,7 +64,7 @@ class DiskWriter:
         nothing to be won by it."""
         with self._changing:
             live = self._index.live_in(segment)
-        has_room = self._files.fits(moved_bytes(segment.size_bytes))
+        has_room = self._files.has_room(self._layout.moved_bytes(segment.blocks_bytes))
         if has_room and len(live) * segment.stored_bytes <= max_live_share * segment.size_bytes:
             for start, stop in _records(live, self._max_record_blocks):
                 self._move(live[start:stop])
@@ -86,7 +87,7 @@ class DiskWriter:
         if not slots:
             return False
         try:
-            self.make_room(max_record_bytes(len(slots), stored_bytes=self._form.stored_bytes))
+            self.make_room(len(slots))
             placed = self._append(run.part(0, len(slots)), blocks[: len(slots)], used_s=now_s)
         except BaseException:
             with self._changing:
@@ -98,7 +99,7 @@ class DiskWriter:
         return len(slots) == len(blocks)
 
     def _append(self, run: BlockRun, blocks: Sequence[memoryview], *, used_s: float) -> list[Placed]:
-        segment = self._files.growing(max_record_bytes(len(blocks), stored_bytes=self._form.stored_bytes))
+        segment = self._files.growing(len(blocks))
         if segment.seal is None:
             stored = list(blocks)
         else:
@@ -106,12 +107,14 @@ class DiskWriter:
             for index, (key, block) in enumerate(zip(run.keys, blocks, strict=True)):
                 segment.seal.seal(block, key=key, position=run.first_position + index, into=stored[index])
         checksums = tuple(block_checksum(key, block) for key, block in zip(run.keys, stored, strict=True))
-        record = RecordHeader(run=run, used_s=used_s, checksums=checksums)
-        return placed_blocks(segment, self._files.append(segment, record, stored), record)
+        first_block = segment.next_block(len(stored))
+        record = RecordHeader(run=run, first_block=first_block, used_s=used_s, checksums=checksums)
+        self._files.append(segment, record, stored)
+        return placed_blocks(segment, record)
 
     def _move(self, live: Sequence[Placed]) -> None:
         """Blocks of one record that follow each other. One that cannot be read is lost."""
-        blocks = scratch(len(live), self._form.block_bytes)
+        blocks = scratch(len(live), self._block_bytes)
         start = 0
         while start < len(live):
             stop = start + read_blocks(live[start:], blocks[start:]).num_blocks

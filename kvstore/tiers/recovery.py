@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.errors import TierUnusable
-from kvstore.tiers.segment import Scan, Segment, occupied_bytes
-from kvstore.tiers.segment_header import (
-    SEGMENT_HEADER_BYTES,
-    Origin,
-    SegmentFormat,
-    SegmentHeader,
-    read_segment_header,
-)
+from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.segment import Scan, Segment
+from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, Origin, read_segment_header
+from kvstore.tiers.segment_layout import occupied_bytes
 
-# Headers are small reads at far places, so a disk serves many at a time; each thread reads its own segment.
+# Each reads its own segment: a disk serves many at a time.
 NUM_THREADS = 8
 
 _NAME = re.compile(r"segment-([0-9a-f]{16})\.kv")
@@ -46,13 +42,13 @@ class FoundOther:
     origin: Origin
 
 
-def find_segments(directory: Path, form: SegmentFormat) -> Iterator[FoundSegment | FoundOther]:
+def find_segments(directory: Path, settings: DiskSettings) -> Iterator[FoundSegment | FoundOther]:
     """In the order of their numbers. Raises TierUnusable for a wrong key, and then leaves nothing open."""
     numbers = sorted(
         int(match[1], 16) for name in os.listdir(directory) if (match := _NAME.fullmatch(name))
     )  # fmt: skip
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        found = [threads.submit(_inspect, directory, number, form) for number in numbers]
+        found = [threads.submit(_inspect, directory, number, settings) for number in numbers]
     failures = [failure for future in found if (failure := future.exception())]
     if failures:
         for future in found:
@@ -62,14 +58,14 @@ def find_segments(directory: Path, form: SegmentFormat) -> Iterator[FoundSegment
     return (future.result() for future in found)
 
 
-def _inspect(directory: Path, number: int, form: SegmentFormat) -> FoundSegment | FoundOther:
+def _inspect(directory: Path, number: int, settings: DiskSettings) -> FoundSegment | FoundOther:
     path = segment_path(directory, number)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise TierUnusable(f"cannot open {path}: {error}") from error
     try:
-        found = _inspect_open(fd, path, number, form)
+        found = _inspect_open(fd, path, number, settings)
     except BaseException:
         os.close(fd)
         raise
@@ -78,37 +74,15 @@ def _inspect(directory: Path, number: int, form: SegmentFormat) -> FoundSegment 
     return found
 
 
-def _inspect_open(fd: int, path: Path, number: int, form: SegmentFormat) -> FoundSegment | FoundOther:
+def _inspect_open(fd: int, path: Path, number: int, settings: DiskSettings) -> FoundSegment | FoundOther:
     size_bytes = os.fstat(fd).st_size
-    # The kernel would read ahead what nobody asked for: the blocks.
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    was_cached = _is_cached(fd)
     try:
-        header = read_segment_header(os.pread(fd, SEGMENT_HEADER_BYTES, 0), form)
+        header = read_segment_header(os.pread(fd, SEGMENT_HEADER_BYTES, 0), settings.form)
         if not isinstance(header, Origin) and header.number == number:
-            found = _found_ours(fd, path, header, form)
-            if not was_cached:
-                # The single pages of headers would keep the kernel from reading ahead in large ones: 1 MiB at a time
-                # came at 860 MB/s with them and at 1320 without (virtual NVMe disk).
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            return found
+            segment = Segment(fd, path=path, header=header, layout=settings.layout)
+            return FoundSegment(segment=segment, scan=segment.scan())
         origin = header if isinstance(header, Origin) else Origin.CORRUPTED
     except OSError as error:
         logger.error("cannot read %s: %s", path, error)
         origin = Origin.CORRUPTED
     return FoundOther(path=path, number=number, size_bytes=occupied_bytes(size_bytes), origin=origin)
-
-
-def _found_ours(fd: int, path: Path, header: SegmentHeader, form: SegmentFormat) -> FoundSegment:
-    segment = Segment(fd, path=path, header=header, form=form)
-    scan = segment.scan()
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
-    return FoundSegment(segment=segment, scan=scan)
-
-
-def _is_cached(fd: int) -> bool:
-    """Whether the beginning of a file is in the page cache. To ask brings it there."""
-    try:
-        return os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT) == 1
-    except OSError:  # not there, or a file system that cannot tell
-        return False

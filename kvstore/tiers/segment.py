@@ -25,32 +25,24 @@ from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
 from kvstore.tiers.record import (
     MAGIC,
+    MAX_RECORD_BLOCKS,
     RecordHeader,
-    first_block_offset,
+    header_bytes,
     pack_record_header,
-    told_header_bytes,
     unpack_record_header,
 )
-from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat, SegmentHeader
+from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentHeader
+from kvstore.tiers.segment_layout import SegmentLayout, occupied_bytes
 
 WRITE_BACK_BYTES = 8 * 2**20
-# Files occupy whole pages of the file system.
-FILE_SYSTEM_BLOCK_BYTES = 4096
-_SEARCH_BYTES = 2**20
-# Headers of up to 18 blocks are read at once; with more, most reads would wait for two pages of the disk.
-_SHORT_HEADER_BYTES = 512
-
-
-def occupied_bytes(size_bytes: int) -> int:
-    """What a file of this size takes from the disk."""
-    return -(-size_bytes // FILE_SYSTEM_BLOCK_BYTES) * FILE_SYSTEM_BLOCK_BYTES
+_MAX_HEADER_BYTES = header_bytes(MAX_RECORD_BLOCKS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scan:
-    """The headers of whole records, by where their first blocks lie; what was between and behind them was none."""
+    """The headers of whole records. Between them, and behind them or their blocks, was something else."""
 
-    records: tuple[tuple[int, RecordHeader], ...]
+    records: tuple[RecordHeader, ...]
     num_gaps: int
     tail_bytes: int
 
@@ -59,17 +51,20 @@ class Segment:
     """An open file. One thread appends; any number read. Its owner counts who uses it, and closes it after them,
     and keeps book of what it takes from the disk."""
 
-    def __init__(self, fd: int, *, path: Path, header: SegmentHeader, form: SegmentFormat) -> None:
+    def __init__(self, fd: int, *, path: Path, header: SegmentHeader, layout: SegmentLayout) -> None:
         self.path = path
         self.number = header.number
         self.seal = header.seal
-        self.stored_bytes = form.stored_bytes
+        self.stored_bytes = layout.stored_bytes
         self.size_bytes = os.fstat(fd).st_size
         self.taken_bytes = occupied_bytes(self.size_bytes)
         self.num_users = 0
         self.roots: set[BlockKey] = set()
         self._fd = fd
+        self._layout = layout
         self._seed = header.seed
+        self._headers_end = SEGMENT_HEADER_BYTES
+        self._blocks_start = header.blocks_start
         self._written_back = self.size_bytes
 
     @property
@@ -82,29 +77,43 @@ class Segment:
         """Whether a failed append left something behind."""
         return os.fstat(self._fd).st_size != self.size_bytes
 
+    @property
+    def blocks_bytes(self) -> int:
+        """What there is of blocks."""
+        return self.size_bytes - self._blocks_start
+
+    def next_block(self, num_blocks: int) -> int:
+        """Where the blocks of the next record will lie, if it has so many."""
+        return self._layout.record_start(self.size_bytes, num_blocks)
+
     def size_with(self, num_blocks: int) -> int:
         """The size with one more record."""
-        return self._first_block(self.size_bytes, num_blocks) + num_blocks * self.stored_bytes
+        return self.next_block(num_blocks) + num_blocks * self.stored_bytes
 
-    def append(self, record: RecordHeader, stored: Sequence[memoryview]) -> int:
-        """Writes one record and returns where its first block lies.
+    def has_place(self, num_blocks: int) -> bool:
+        """Whether one more record fits, as far as segments grow."""
+        return (
+            self.size_with(num_blocks) <= self._layout.segment_bytes
+            and self._headers_end + header_bytes(num_blocks) <= self._blocks_start
+        )
 
-        Raises OSError; the file is then as before, or ends in a torn record that nothing refers to.
+    def append(self, record: RecordHeader, stored: Sequence[memoryview]) -> None:
+        """Writes one record, whose blocks lie at `next_block`.
+
+        Raises OSError; the file is then as before, or ends in torn blocks that nothing refers to.
         """
-        first_block = self._first_block(self.size_bytes, len(stored))
-        head = pack_record_header(record, seed=self._seed + self.size_bytes)
-        head += bytes(first_block - self.size_bytes - len(head))
+        head = pack_record_header(record, seed=self._seed + self._headers_end)
         try:
-            end = self._write_all([memoryview(head), *stored])
+            end = self._write_all(list(stored), record.first_block)
+            headers_end = self._write_all([memoryview(head)], self._headers_end)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size_bytes)
             raise
-        self.size_bytes = end
+        self.size_bytes, self._headers_end = end, headers_end
         self.roots.add(record.run.root)
         if end - self._written_back >= WRITE_BACK_BYTES:
-            self.write_back()
-        return first_block
+            self._write_back()
 
     def read(self, offset: int, into: Sequence[memoryview]) -> None:
         """Fills the buffers from there on. Raises DiskFailed, also if the file ends before."""
@@ -117,68 +126,64 @@ class Segment:
             raise DiskFailed(f"{self.path} has {num_read} bytes at {offset}, must have {missing}")
 
     def scan(self) -> "Scan":
-        """The records of a file that was there; what follows the last one is cut off. Raises OSError."""
-        records: list[tuple[int, RecordHeader]] = []
-        num_gaps, end = 0, SEGMENT_HEADER_BYTES
-        while (found := self._next_record(end)) is not None:
+        """The records of a file that was there; what follows the last one is erased. Raises OSError."""
+        data = os.pread(self._fd, min(self._blocks_start, self.size_bytes), 0)
+        records: list[RecordHeader] = []
+        num_gaps, headers_end, end = 0, SEGMENT_HEADER_BYTES, self._blocks_start
+        while (found := self._next_record(data, headers_end)) is not None:
             offset, record = found
-            num_gaps += offset > end
-            first_block = self._first_block(offset, len(record.run.keys))
-            records.append((first_block, record))
+            num_gaps += offset > headers_end
+            records.append(record)
             self.roots.add(record.run.root)
-            end = first_block + len(record.run.keys) * self.stored_bytes
-        tail_bytes = self.size_bytes - end
-        if tail_bytes:
+            headers_end = offset + header_bytes(len(record.run.keys))
+            end = max(end, self._end_of(record))
+        torn = data[headers_end:].rstrip(b"\0")
+        tail_bytes = len(torn) + max(0, self.size_bytes - end)
+        # A whole header of blocks that are not there must not come back to life as others take their place.
+        if torn:
+            os.pwrite(self._fd, bytes(len(torn)), headers_end)
+        if self.size_bytes != end:
             os.ftruncate(self._fd, end)
-            self.size_bytes = self._written_back = end
-            self.taken_bytes = occupied_bytes(end)
+        self.size_bytes = self._written_back = end
+        self.taken_bytes = occupied_bytes(end)
+        self._headers_end = headers_end
         return Scan(records=tuple(records), num_gaps=num_gaps, tail_bytes=tail_bytes)
 
-    def write_back(self) -> None:
+    def finish(self) -> None:
+        """Nothing more will be appended."""
+        self._write_back()
+        # Not before: a page of headers that is forgotten too soon is read again to be added to.
+        os.posix_fadvise(self._fd, 0, self._blocks_start, os.POSIX_FADV_DONTNEED)
+
+    def _write_back(self) -> None:
         """Tells the kernel to write what it has of the end, and to forget what lies before."""
         # The first advice on a range starts its write-back, the second drops what is clean by then.
-        start = max(0, self._written_back - WRITE_BACK_BYTES)
+        start = max(self._blocks_start, self._written_back - WRITE_BACK_BYTES)
         os.posix_fadvise(self._fd, start, self.size_bytes - start, os.POSIX_FADV_DONTNEED)
         self._written_back = self.size_bytes
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def _next_record(self, start: int) -> tuple[int, RecordHeader] | None:
-        """The one that is there, or the first behind what is none."""
-        while start < self.size_bytes:
-            record = self._record_at(start)
-            if record is not None:
+    def _next_record(self, data: bytes, start: int) -> tuple[int, RecordHeader] | None:
+        """The one whose header is there, or the first behind what is none; and where its header is."""
+        while (start := data.find(MAGIC, start)) >= 0:
+            record = unpack_record_header(data[start : start + _MAX_HEADER_BYTES], seed=self._seed + start)
+            if record is not None and self._end_of(record) <= self.size_bytes:
                 return start, record
-            data = os.pread(self._fd, _SEARCH_BYTES, start + 1)
-            found = data.find(MAGIC)
-            start += 1 + (found if found >= 0 else max(len(data) - len(MAGIC) + 1, 0))
+            start += 1
         return None
 
-    def _record_at(self, offset: int) -> RecordHeader | None:
-        data = os.pread(self._fd, _SHORT_HEADER_BYTES, offset)
-        size_bytes = told_header_bytes(data)
-        if size_bytes is None:
-            return None
-        if size_bytes > len(data):
-            data += os.pread(self._fd, size_bytes - len(data), offset + len(data))
-        record = unpack_record_header(data, seed=self._seed + offset)
-        if record is None:
-            return None
-        num_blocks = len(record.run.keys)
-        end = self._first_block(offset, num_blocks) + num_blocks * self.stored_bytes
-        return record if end <= self.size_bytes else None
+    def _end_of(self, record: RecordHeader) -> int:
+        return record.first_block + len(record.run.keys) * self.stored_bytes
 
-    def _first_block(self, offset: int, num_blocks: int) -> int:
-        return first_block_offset(offset, num_blocks=num_blocks, stored_bytes=self.stored_bytes)
-
-    def _write_all(self, buffers: list[memoryview]) -> int:
-        end = self.size_bytes
+    def _write_all(self, buffers: list[memoryview], offset: int) -> int:
+        """Returns where they end."""
         while buffers:
-            num_written = os.pwritev(self._fd, buffers, end)
-            end += num_written
+            num_written = os.pwritev(self._fd, buffers, offset)
+            offset += num_written
             while buffers and num_written >= len(buffers[0]):
                 num_written -= len(buffers.pop(0))
             if buffers:  # a disk that is nearly full takes a part, and says why with the next call
                 buffers[0] = buffers[0][num_written:]
-        return end
+        return offset

@@ -9,38 +9,24 @@ from pathlib import Path
 from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
 from kvstore.tiers.directory_lock import FILE_MODE, DirectoryLock
-from kvstore.tiers.record import RecordHeader, max_record_bytes
+from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.record import RecordHeader
 from kvstore.tiers.recovery import FoundOther, FoundSegment, segment_path
-from kvstore.tiers.segment import FILE_SYSTEM_BLOCK_BYTES, Segment, occupied_bytes
-from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, SegmentFormat, new_segment_header
-
-# So many segments make up a tier, until they would be larger than the second figure.
-SEGMENTS_PER_TIER = 16
-LARGEST_SEGMENT_BYTES = 256 * 2**20
-# No more files than this are open, however large the tier.
-MAX_SEGMENTS = 256
-
-
-def segment_bytes(capacity_bytes: int, form: SegmentFormat) -> int:
-    """How far a segment grows."""
-    smallest = occupied_bytes(SEGMENT_HEADER_BYTES + max_record_bytes(1, stored_bytes=form.stored_bytes))
-    largest = max(LARGEST_SEGMENT_BYTES, capacity_bytes // MAX_SEGMENTS)
-    wanted = min(capacity_bytes // SEGMENTS_PER_TIER, largest)
-    return max(smallest, wanted // FILE_SYSTEM_BLOCK_BYTES * FILE_SYSTEM_BLOCK_BYTES)
+from kvstore.tiers.segment import Segment
+from kvstore.tiers.segment_header import new_segment_header
+from kvstore.tiers.segment_layout import occupied_bytes
 
 
 class SegmentFiles:
     """One thread appends. Segments are used, released and retired by any; the last user closes a retired one."""
 
-    def __init__(
-        self, directory: Path, *, form: SegmentFormat, capacity_bytes: int, lock: DirectoryLock
-    ) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.max_segment_bytes = segment_bytes(capacity_bytes, form)
+    def __init__(self, directory: Path, *, settings: DiskSettings, lock: DirectoryLock) -> None:
+        self.capacity_bytes = settings.capacity_bytes
         self.used_bytes = occupied_bytes(1)  # the lock file
         self.segments: list[Segment] = []
         self._directory = directory
-        self._form = form
+        self._form = settings.form
+        self._layout = settings.layout
         self._lock = lock
         self._retired: list[Segment] = []
         self._others: list[FoundOther] = []
@@ -76,9 +62,15 @@ class SegmentFiles:
                 segment.num_users -= 1
         self._close_idle()
 
-    def fits(self, num_bytes: int, *, spare_bytes: int = 0) -> bool:
-        """Whether a record of this size can be appended, in a new file if need be, and so much is left then."""
-        return self.used_bytes + self._growth(num_bytes) + spare_bytes <= self.capacity_bytes
+    def growth(self, num_blocks: int) -> int:
+        """What one more record takes from the disk, in a new file if need be."""
+        segment = self._growing
+        if segment is None or not segment.has_place(num_blocks):
+            return occupied_bytes(self._layout.blocks_start + self._layout.max_record_bytes(num_blocks))
+        return self._growth_of(segment, num_blocks)
+
+    def has_room(self, num_bytes: int) -> bool:
+        return self.used_bytes + num_bytes <= self.capacity_bytes
 
     def full_segments(self) -> list[Segment]:
         """All but the one that grows."""
@@ -93,26 +85,26 @@ class SegmentFiles:
         """The next record begins a new segment."""
         self._growing = None
 
-    def growing(self, num_bytes: int) -> Segment:
-        """The segment that takes a record of this size next. Raises OSError, TierUnusable or DiskFailed."""
+    def growing(self, num_blocks: int) -> Segment:
+        """The segment that takes a record of so many blocks next. Raises OSError, TierUnusable or DiskFailed."""
         segment = self._growing
         if segment is not None:
-            if self._has_place(segment, num_bytes) and not segment.is_removed:
+            if segment.has_place(num_blocks) and not segment.is_removed:
                 return segment
-            segment.write_back()
+            segment.finish()
             self._growing = None
         self._growing = segment = self._create()
         return segment
 
-    def append(self, segment: Segment, record: RecordHeader, stored: Sequence[memoryview]) -> int:
-        """Where the first block of the record lies now. Raises OSError, or DiskFailed where it does not fit."""
-        growth = max(0, occupied_bytes(segment.size_with(len(stored))) - segment.taken_bytes)
+    def append(self, segment: Segment, record: RecordHeader, stored: Sequence[memoryview]) -> None:
+        """Raises OSError, or DiskFailed where it does not fit."""
+        growth = self._growth_of(segment, len(stored))
         self._require_room(growth)
         with self._changed:
             segment.taken_bytes += growth
             self.used_bytes += growth
         try:
-            return segment.append(record, stored)
+            segment.append(record, stored)
         except OSError:
             if segment.has_torn_end:
                 self._growing = None
@@ -169,13 +161,15 @@ class SegmentFiles:
         self._lock.renew()
         number = self._last_number + 1
         path = segment_path(self._directory, number)
-        data, header = new_segment_header(number, self._form)
-        self._require_room(occupied_bytes(len(data)))
+        blocks_start = self._layout.blocks_start
+        data, header = new_segment_header(number, self._form, blocks_start=blocks_start)
+        self._require_room(blocks_start)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             if os.pwrite(fd, data, 0) != len(data):
                 raise DiskFailed(f"{path} has no room for its header")
-            segment = Segment(fd, path=path, header=header, form=self._form)
+            os.ftruncate(fd, blocks_start)
+            segment = Segment(fd, path=path, header=header, layout=self._layout)
             self._add(segment)
         except BaseException:
             os.close(fd)
@@ -189,17 +183,11 @@ class SegmentFiles:
             self.used_bytes += segment.taken_bytes
         self._last_number = max(self._last_number, segment.number)
 
-    def _has_place(self, segment: Segment, num_bytes: int) -> bool:
-        return segment.size_bytes + num_bytes <= self.max_segment_bytes
-
-    def _growth(self, num_bytes: int) -> int:
-        segment = self._growing
-        if segment is None or not self._has_place(segment, num_bytes):
-            return occupied_bytes(SEGMENT_HEADER_BYTES + num_bytes)
-        return occupied_bytes(segment.size_bytes + num_bytes) - occupied_bytes(segment.size_bytes)
+    def _growth_of(self, segment: Segment, num_blocks: int) -> int:
+        return max(0, occupied_bytes(segment.size_with(num_blocks)) - segment.taken_bytes)
 
     def _require_room(self, num_bytes: int) -> None:
-        if self.used_bytes + num_bytes > self.capacity_bytes:
+        if not self.has_room(num_bytes):
             raise DiskFailed(
                 f"no room in {self._directory}: {self.used_bytes} of {self.capacity_bytes} bytes are used,"
                 f" {num_bytes} more are needed"

@@ -10,7 +10,8 @@ offset  size  field
 48      16    salt, random
 64      28    key check of a sealed segment, else zeros
 92      4     zeros
-96      8     XXH3-64 of all that, which is the seed of the segment's records
+96      8     blocks_start: up to there lie the headers of records, from there on blocks
+104     8     XXH3-64 of all that, which is the seed of the segment's records
 """
 
 import os
@@ -25,11 +26,11 @@ from kvstore.errors import TierUnusable
 from kvstore.tiers.seal import KEY_CHECK_BYTES, SALT_BYTES, SEAL_BYTES, BlockSeal
 
 MAGIC = b"PNSKSEGM"
-VERSION = 1
+VERSION = 2
 NAMESPACE_BYTES = 16
 
 _START = struct.Struct("<8sI")
-_FIELDS = struct.Struct(f"<8sIIQQ{NAMESPACE_BYTES}s{SALT_BYTES}s{KEY_CHECK_BYTES}s4x")
+_FIELDS = struct.Struct(f"<8sIIQQ{NAMESPACE_BYTES}s{SALT_BYTES}s{KEY_CHECK_BYTES}s4xQ")
 _CHECKSUM = struct.Struct("<Q")
 _SEALED = 1
 SEGMENT_HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
@@ -66,20 +67,22 @@ class SegmentFormat:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentHeader:
     number: int
+    blocks_start: int
     seed: int
     seal: BlockSeal | None
 
 
-def new_segment_header(number: int, form: SegmentFormat) -> tuple[bytes, SegmentHeader]:
+def new_segment_header(number: int, form: SegmentFormat, *, blocks_start: int) -> tuple[bytes, SegmentHeader]:
     """The bytes of a new segment's header, and what they say."""
     salt = os.urandom(SALT_BYTES)
     seal = None if form.key is None else BlockSeal(form.key, salt=salt, namespace=form.namespace)
     flags, key_check = (0, bytes(KEY_CHECK_BYTES)) if seal is None else (_SEALED, seal.key_check())
     data = _FIELDS.pack(
-        MAGIC, VERSION, flags, number, form.block_bytes, form.namespace, salt, key_check
+        MAGIC, VERSION, flags, number, form.block_bytes, form.namespace, salt, key_check, blocks_start
     )  # fmt: skip
     seed = xxhash.xxh3_64_intdigest(data)
-    return data + _CHECKSUM.pack(seed), SegmentHeader(number=number, seed=seed, seal=seal)
+    header = SegmentHeader(number=number, blocks_start=blocks_start, seed=seed, seal=seal)
+    return data + _CHECKSUM.pack(seed), header
 
 
 def read_segment_header(data: bytes, form: SegmentFormat) -> SegmentHeader | Origin:
@@ -91,18 +94,25 @@ def read_segment_header(data: bytes, form: SegmentFormat) -> SegmentHeader | Ori
         return Origin.CORRUPTED
     if version != VERSION:
         return Origin.OTHER_VERSION
-    _, _, flags, number, block_bytes, namespace, salt, key_check = _FIELDS.unpack_from(data)
+    _, _, flags, number, block_bytes, namespace, salt, key_check, blocks_start = _FIELDS.unpack_from(data)
     (seed,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
     if seed != xxhash.xxh3_64_intdigest(data[: _FIELDS.size]):
         return Origin.CORRUPTED
     if (namespace, block_bytes) != (form.namespace, form.block_bytes):
         return Origin.FOREIGN
+    seal = None
     if not flags & _SEALED:
-        # Written before encryption was switched on: that must not stay in the clear.
-        return SegmentHeader(number=number, seed=seed, seal=None) if form.key is None else Origin.FOREIGN
+        if form.key is not None:  # written before encryption was switched on: that must not stay in the clear
+            return Origin.FOREIGN
+    else:
+        seal = _opened_seal(form, salt, key_check)
+    return SegmentHeader(number=number, blocks_start=blocks_start, seed=seed, seal=seal)
+
+
+def _opened_seal(form: SegmentFormat, salt: bytes, key_check: bytes) -> BlockSeal:
     if form.key is None:
         raise TierUnusable("the blocks on disk are encrypted, but the disk tier was given no key")
     seal = BlockSeal(form.key, salt=salt, namespace=form.namespace)
     if not seal.is_key_of(key_check):
         raise TierUnusable("the blocks on disk were encrypted with another key than the disk tier was given")
-    return SegmentHeader(number=number, seed=seed, seal=seal)
+    return seal

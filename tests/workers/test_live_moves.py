@@ -126,7 +126,12 @@ def _late_text(tokenizer: Tokenizer, token_ids: list[int]) -> str:
     """Of two neighbouring tokens in the second half, and not to be found before."""
     for position in range(len(token_ids) // 2, len(token_ids) - 1):
         text: str = tokenizer.decode(token_ids[position : position + 2])
-        if len(text) == 2 and text.isascii() and text.isprintable() and text not in tokenizer.decode(token_ids[:position]):
+        if (
+            len(text) == 2
+            and text.isascii()
+            and text.isprintable()
+            and text not in tokenizer.decode(token_ids[:position])
+        ):
             return text
     raise AssertionError("no two tokens are printable")
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from kvstore.blocks import root_key
 from kvstore.errors import DiskFailed, TierUnusable
 from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.seal import SEAL_BYTES
+from kvstore.tiers.segment_layout import SegmentLayout
 
 if TYPE_CHECKING:
     from conftest import Disk
@@ -230,7 +232,7 @@ def test_segments_of_another_version_are_counted(disk: "Disk") -> None:
     for path in disk.segments():
         with path.open("r+b") as file:
             file.seek(8)
-            file.write((2).to_bytes(4, "little"))
+            file.write((1).to_bytes(4, "little"))
     stats = disk.open().stats()
     assert (stats.num_other_version, stats.num_foreign, stats.num_blocks) == (2, 0, 0)
 
@@ -338,10 +340,11 @@ def test_impossible_settings_are_refused(changed: dict[str, object], complaint: 
 def test_whatever_the_sizes_live_blocks_leave_room_to_move(
     block_bytes: int, factor: float, key: bytes | None
 ) -> None:
-    least_bytes = -(-(block_bytes + 5000) // 4096) * 4096  # of a segment
+    stored_bytes = block_bytes + (0 if key is None else SEAL_BYTES)
+    least_bytes = SegmentLayout.of(stored_bytes=stored_bytes, capacity_bytes=0).segment_bytes
     settings = DiskSettings(
         block_bytes=block_bytes, capacity_bytes=int(factor * least_bytes), namespace=b"", key=key
     )
     live_bytes = settings.num_slots * settings.form.stored_bytes
-    assert 0 < live_bytes <= settings.capacity_bytes - 3 * settings.segment_bytes
-    assert 8 <= settings.capacity_bytes // settings.segment_bytes <= 257
+    assert 0 < live_bytes <= settings.capacity_bytes - 3 * settings.layout.segment_bytes
+    assert 8 <= settings.capacity_bytes // settings.layout.segment_bytes <= 257

@@ -24,6 +24,8 @@ from kvstore.errors import DiskFailed, TierUnusable
 from kvstore.tiers import placed
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_settings import DiskSettings
+from kvstore.tiers.record import header_bytes
+from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES
 from kvstore.tiers.tier import BlockRun
 
 if TYPE_CHECKING:
@@ -185,7 +187,8 @@ def flip(path: Path, offset: int) -> None:
 
 @pytest.mark.parametrize("key", [None, bytes(32)], ids=["plain", "sealed"])
 def test_a_flipped_bit_ends_a_run_and_costs_one_block(disk: "Disk", key: bytes | None) -> None:
-    tier, chain = disk.open(key=key), disk.chain(3)
+    capacity_bytes = 1024 * disk.settings.block_bytes
+    tier, chain = disk.open(key=key, capacity_bytes=capacity_bytes), disk.chain(3)
     disk.write(tier, chain)
     (path,) = disk.segments()
     flip(path, path.stat().st_size - disk.settings.block_bytes - 300)  # in the second of three
@@ -198,7 +201,7 @@ def test_a_flipped_bit_ends_a_run_and_costs_one_block(disk: "Disk", key: bytes |
     disk.write(tier, chain)
     assert disk.read(tier, chain) == 3
     tier.close()
-    assert disk.read(disk.open(key=key), chain) == 3
+    assert disk.read(disk.open(key=key, capacity_bytes=capacity_bytes), chain) == 3
 
 
 def test_all_damage_in_what_is_read_is_found_at_once(disk: "Disk") -> None:
@@ -261,7 +264,7 @@ def test_blocks_that_cannot_be_read_do_not_move(disk: "Disk") -> None:
     tier, chain = disk.open(), disk.chain(3)
     disk.write(tier, disk.chain(1, salt="a"))
     disk.write(tier, chain)
-    flip(disk.segments()[0], 4096 + 3000)
+    flip(disk.segments()[0], 2 * 4096 + 3000)
     disk.write(tier, disk.chain(3))
     tier.drop(root_key(model_fingerprint=b"model", cache_salt="a"))
     tier.erase_dropped()
@@ -289,16 +292,33 @@ def test_a_torn_tail_is_cut_off(disk: "Disk", lost_bytes: int) -> None:
 
 def test_a_corrupted_record_costs_only_itself(disk: "Disk") -> None:
     tier, chain = disk.open(), disk.chain(3)
-    sizes = []
     for start in range(3):
         disk.write(tier, chain.part(start, start + 1))
-        sizes.append(disk.segments()[0].stat().st_size)
     tier.close()
-    flip(disk.segments()[0], sizes[0] + 30)  # in the header of the second
+    flip(disk.segments()[0], SEGMENT_HEADER_BYTES + header_bytes(1) + 30)  # in the header of the second
     tier = disk.open()
     assert tier.stats().num_damaged == 1
     assert disk.read(tier, chain) == 1
     assert disk.read(tier, chain.part(2, 3)) == 1
+
+
+def test_a_header_whose_blocks_are_gone_is_not_one_of_those_that_take_their_place(disk: "Disk") -> None:
+    tier, lost, chain = disk.open(), disk.chain(2), disk.chain(2)
+    disk.write(tier, lost.part(0, 1))
+    disk.write(tier, lost.part(1, 2))
+    tier.close()
+    (path,) = disk.segments()
+    whole_bytes = path.stat().st_size
+    os.truncate(path, whole_bytes - 2 * disk.settings.block_bytes)
+    for _ in range(2):
+        tier = disk.open()
+        assert not any(key in tier for key in lost.run.keys)
+        disk.write(tier, chain)
+        tier.close()
+    assert path.stat().st_size == whole_bytes
+    tier = disk.open()
+    assert (tier.stats().num_blocks, tier.stats().num_damaged) == (2, 0)
+    assert disk.read(tier, chain) == 2
 
 
 def test_a_segment_whose_header_is_corrupted_is_dropped_and_counted(disk: "Disk") -> None:

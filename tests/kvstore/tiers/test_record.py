@@ -23,8 +23,8 @@ def headers(draw: st.DrawFn) -> RecordHeader:
     run = BlockRun(
         root=draw(keys), parent=draw(keys), first_position=draw(st.integers(0, MAX_POSITION)), keys=run_keys
     )
-    used_s = draw(st.floats(0, 2e9))
-    return RecordHeader(run=run, used_s=used_s, checksums=checksums)
+    first_block, used_s = draw(st.integers(0, 2**64 - 1)), draw(st.floats(0, 2e9))
+    return RecordHeader(run=run, first_block=first_block, used_s=used_s, checksums=checksums)
 
 
 @given(header=headers(), seed=st.integers(0, 2**65))
@@ -58,12 +58,12 @@ def test_a_record_has_a_checksum_for_every_block() -> None:
         root=BlockKey(bytes(16)), parent=BlockKey(bytes(16)), first_position=0, keys=(BlockKey(bytes(16)),)
     )
     with pytest.raises(ValueError, match="shorter"):
-        pack_record_header(RecordHeader(run=run, used_s=0, checksums=()), seed=0)
+        pack_record_header(RecordHeader(run=run, first_block=0, used_s=0, checksums=()), seed=0)
 
 
 @pytest.mark.parametrize(("first_position", "used_s"), [(2**40, 1.0), (0, float("nan")), (0, -1.0)])
 def test_a_header_that_no_index_can_hold_is_none(first_position: int, used_s: float) -> None:
     key = BlockKey(bytes(16))
     run = BlockRun(root=key, parent=key, first_position=first_position, keys=(key,))
-    data = pack_record_header(RecordHeader(run=run, used_s=used_s, checksums=(0,)), seed=7)
+    data = pack_record_header(RecordHeader(run=run, first_block=0, used_s=used_s, checksums=(0,)), seed=7)
     assert unpack_record_header(data, seed=7) is None

@@ -1,62 +1,71 @@
-"""What opening a tier reads, and what it leaves in the page cache."""
+"""What opening a tier reads."""
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from kvstore.errors import DiskFailed
+from kvstore.tiers.segment import Segment
+
 if TYPE_CHECKING:
     from conftest import Disk
 
-PAGE_BYTES = 4096
 NUM_BLOCKS = 64
 CAPACITY_BYTES = 16 * 2**20  # so that one segment has all of them
 
 
-def test_what_was_not_in_the_page_cache_is_not_there_afterwards(disk: "Disk") -> None:
-    path = written(disk)
-    forget_cached(path)
-    if cached_pages(path):
-        pytest.skip("this file system keeps all that is written in memory")
-    forget_cached(path)  # to ask for a page brings it
-    assert disk.open(capacity_bytes=CAPACITY_BYTES).stats().num_blocks == NUM_BLOCKS
-    # Of one page for every block; one that a processor has in hand at that moment the system keeps.
-    assert len(cached_pages(path)) <= 1
-
-
-def test_what_was_in_the_page_cache_stays_there(disk: "Disk") -> None:
-    path = written(disk)
-    path.read_bytes()
-    before = cached_pages(path)
-    disk.open(capacity_bytes=CAPACITY_BYTES)
-    assert cached_pages(path) == before
-
-
-def written(disk: "Disk") -> Path:
-    """One segment, of a record for each block."""
+def test_headers_are_read_at_once_and_blocks_not_at_all(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
     tier, chain = disk.open(capacity_bytes=CAPACITY_BYTES), disk.chain(NUM_BLOCKS)
     for start in range(NUM_BLOCKS):
         disk.write(tier, chain.part(start, start + 1))
     tier.close()
-    (path,) = disk.directory.glob("segment-*")
-    return path
+    (path,) = disk.segments()
+    reads: list[tuple[int, int]] = []
+    pread = os.pread
+
+    def told(fd: int, num_bytes: int, offset: int) -> bytes:
+        reads.append((offset, num_bytes))
+        return pread(fd, num_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", told)
+    tier = disk.open(capacity_bytes=CAPACITY_BYTES)
+    assert tier.stats().num_blocks == NUM_BLOCKS
+    assert len(reads) == 2  # whose segment it is, and all headers
+    blocks_bytes = NUM_BLOCKS * disk.settings.block_bytes
+    assert max(offset + num_bytes for offset, num_bytes in reads) == path.stat().st_size - blocks_bytes
 
 
-def forget_cached(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def test_a_segment_goes_on_growing_behind_what_was_found(disk: "Disk") -> None:
+    chain = disk.chain(6)
+    for start in range(6):
+        tier = disk.open(capacity_bytes=CAPACITY_BYTES)
+        disk.write(tier, chain.part(start, start + 1))
+        tier.close()
+    tier = disk.open(capacity_bytes=CAPACITY_BYTES)
+    assert len(disk.segments()) == 1
+    assert disk.read(tier, chain) == 6
 
 
-def cached_pages(path: Path) -> list[int]:
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        return [page for page in range(path.stat().st_size // PAGE_BYTES) if is_cached(file.fileno(), page)]
+def test_a_segment_that_was_begun_and_not_more_is_none_that_is_damaged(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, chain = disk.open(), disk.chain(1)
 
+    def fail(*_arguments: object) -> None:
+        raise OSError("killed")
 
-def is_cached(fd: int, page: int) -> bool:
-    try:
-        return os.preadv(fd, [bytearray(1)], page * PAGE_BYTES, os.RWF_NOWAIT) == 1
-    except BlockingIOError:
-        return False
+    with monkeypatch.context() as killed:
+        killed.setattr(Segment, "append", fail)
+        with pytest.raises(DiskFailed, match="killed"):
+            tier.write(chain.run, list(chain.blocks))
+    tier.close()
+    (path,) = disk.segments()
+    tier = disk.open()
+    assert (tier.stats().num_damaged, tier.stats().num_blocks) == (0, 0)
+    disk.now_s += 10
+    disk.write(tier, chain)
+    assert disk.segments() == [path]
+    assert disk.read(tier, chain) == 1
