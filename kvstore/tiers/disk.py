@@ -24,11 +24,10 @@ from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed, TierUnusable
 from kvstore.tiers.backoff import Backoff
 from kvstore.tiers.directory_lock import DirectoryLock
-from kvstore.tiers.disk_index import DiskIndex, placed_blocks
+from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.disk_writer import DiskWriter
-from kvstore.tiers.placed import Placed, read_blocks
-from kvstore.tiers.record import RecordHeader
+from kvstore.tiers.placed import Placed, Record, read_blocks
 from kvstore.tiers.recovery import FoundOther, find_segments
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.segment_files import SegmentFiles
@@ -197,7 +196,7 @@ class DiskTier:
         self._files.close()
 
     def _recover(self) -> None:
-        records: list[tuple[Segment, RecordHeader]] = []
+        records: list[Record] = []
         for found in find_segments(self._directory, self._settings):
             self._files.add_found(found)
             if isinstance(found, FoundOther):
@@ -210,15 +209,14 @@ class DiskTier:
                     "%s is damaged: %d gaps, and %d bytes behind its last record",
                     found.segment.path, found.scan.num_gaps, found.scan.tail_bytes,
                 )  # fmt: skip
-            records += ((found.segment, record) for record in found.scan.records)
+            records += (Record(found.segment, header) for header in found.scan.headers)
         # The least recently used first, as if it all happened again; of one moment, parents before children.
-        records.sort(key=lambda entry: (entry[1].used_s, entry[1].run.first_position))
+        records.sort(key=lambda record: (record.header.used_s, record.header.run.first_position))
         with self._changing:
             now_s = self._now_s()
-            for segment, record in records:
+            for record in records:
                 # A clock that was ahead once must not keep what it dated.
-                used_s = min(record.used_s, now_s)
-                self._index.restore(placed_blocks(segment, record), used_s=used_s)
+                self._index.restore(record, used_s=min(record.header.used_s, now_s))
             self._index.begin()
         with contextlib.suppress(DiskFailed), self._write_access():
             self._writer.make_room(0)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from kvstore.blocks import BlockKey
 from kvstore.placement import stretches
 from kvstore.residency import Residency
-from kvstore.tiers.placed import Placed
-from kvstore.tiers.record import RecordHeader
+from kvstore.tiers.placed import Placed, Record
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.tier import BlockRun, HeldPrefix
 
@@ -18,16 +17,16 @@ class DiskIndex:
     def __init__(self, num_slots: int, *, policy: str) -> None:
         self.num_evicted = 0
         self._residency = Residency(num_slots, policy=policy)
-        self._placed: dict[BlockKey, Placed] = {}
+        self._records: dict[BlockKey, Record] = {}
         self._live: dict[Segment, dict[BlockKey, None]] = {}
         self._changes: dict[BlockKey, bool] = {}
 
     def __len__(self) -> int:
-        return len(self._placed)
+        return len(self._records)
 
     def __contains__(self, key: BlockKey) -> bool:
         """Needs no lock."""
-        return key in self._placed
+        return key in self._records
 
     @property
     def num_slots(self) -> int:
@@ -35,7 +34,7 @@ class DiskIndex:
 
     def longest_prefix(self, keys: Sequence[BlockKey]) -> int:
         """How many blocks from the first key on are held. Needs no lock."""
-        return next((n for n, key in enumerate(keys) if key not in self._placed), len(keys))
+        return next((n for n, key in enumerate(keys) if key not in self._records), len(keys))
 
     def run(self, keys: Sequence[BlockKey]) -> BlockRun | None:
         """The leading ones of these that are held, with their place in the chain."""
@@ -46,11 +45,11 @@ class DiskIndex:
         """Where the longest run of blocks from the first key on lies; they count as used."""
         used = keys[: self.longest_prefix(keys)]
         self._residency.touch(used, now_s=now_s)
-        return [self._placed[key] for key in used]
+        return [self._records[key].block(key) for key in used]
 
     def missing(self, run: BlockRun) -> list[tuple[int, int]]:
         """The (start, stop) of those stretches of the run that are not held."""
-        return stretches([key not in self._placed for key in run.keys])
+        return stretches([key not in self._records for key in run.keys])
 
     def reserve(self, run: BlockRun, *, now_s: float) -> list[int]:
         """Slots for the leading blocks of the run: fewer than it has if the rest of the slots is reserved too."""
@@ -66,44 +65,45 @@ class DiskIndex:
     def free(self, slots: Sequence[int]) -> None:
         self._residency.free(slots)
 
-    def put(self, slots: Sequence[int], blocks: Sequence[Placed], *, now_s: float) -> None:
-        """The reserved slots stand for these consecutive blocks; one that is held already frees its slot."""
-        if not blocks:
+    def put(self, slots: Sequence[int], record: Record, *, start: int = 0, now_s: float) -> None:
+        """The reserved slots stand for the blocks of a record, from number `start` on; one that is held already frees
+        its slot."""
+        if not slots:
             return
-        run = _run_of(blocks)
+        run = record.header.run.part(start, start + len(slots))
         is_new = self._residency.commit(slots, run=run, now_s=now_s)
-        keys = tuple(itertools.compress(run.keys, is_new))
+        keys = dict.fromkeys(itertools.compress(run.keys, is_new))
         if keys:
-            self._placed.update(zip(keys, itertools.compress(blocks, is_new), strict=True))
-            self._live.setdefault(blocks[0].segment, {}).update(dict.fromkeys(keys))
+            self._records.update(dict.fromkeys(keys, record))
+            self._live.setdefault(record.segment, {}).update(keys)
             self._changes.update(dict.fromkeys(keys, True))
 
-    def restore(self, blocks: Sequence[Placed], *, used_s: float) -> None:
-        """Blocks of one record that was there at the start. Of two copies the younger one counts."""
-        known = [self._placed.get(key) for key in blocks[0].run.keys]
-        for old, block in zip(known, blocks, strict=True):
-            if old is not None and _age(block) > _age(old):
-                self.move(old, block)
+    def restore(self, record: Record, *, used_s: float) -> None:
+        """One that was there at the start. Of two copies of a block the younger one counts."""
+        run = record.header.run
+        known = [self._records.get(key) for key in run.keys]
+        for key, old in zip(run.keys, known, strict=True):
+            if old is not None and _age(record) > _age(old):
+                self.move(old.block(key), record)
         for start, stop in stretches([old is None for old in known]):
-            new = blocks[start:stop]
-            slots = self.reserve(_run_of(new), now_s=used_s)
-            self.put(slots, new[: len(slots)], now_s=used_s)
+            slots = self.reserve(run.part(start, stop), now_s=used_s)
+            self.put(slots, record, start=start, now_s=used_s)
 
     def begin(self) -> None:
         """All is restored: what was found twice or did not fit any more was never here."""
         self.num_evicted = 0
-        self._changes = dict.fromkeys(self._placed, True)
+        self._changes = dict.fromkeys(self._records, True)
 
-    def move(self, old: Placed, new: Placed) -> None:
-        """The block lies elsewhere now, unless it was dropped or moved meanwhile."""
-        if self._placed.get(old.key) is old:
-            self._unlist(old)
-            self._placed[old.key] = new
-            self._live.setdefault(new.segment, {})[new.key] = None
+    def move(self, old: Placed, new: Record) -> None:
+        """The block lies in another record now, unless it was dropped or moved meanwhile."""
+        if self._is_there(old):
+            self._unlist(old.key, old.segment)
+            self._records[old.key] = new
+            self._live.setdefault(new.segment, {})[old.key] = None
 
     def forget(self, blocks: Sequence[Placed]) -> int:
         """Takes out those that still lie there (and what the residency drops with them); how many that were."""
-        keys = [block.key for block in blocks if self._placed.get(block.key) is block]
+        keys = [block.key for block in blocks if self._is_there(block)]
         removed = self._residency.remove(keys)
         for key in removed:
             self._take_out(key)
@@ -122,7 +122,7 @@ class DiskIndex:
 
     def live_in(self, segment: Segment) -> list[Placed]:
         """Its blocks that are still wanted, in the order of the file."""
-        blocks = [self._placed[key] for key in self._live.get(segment, ())]
+        blocks = [self._records[key].block(key) for key in self._live.get(segment, ())]
         return sorted(blocks, key=lambda block: block.offset)
 
     def emptiest(self, segments: Sequence[Segment]) -> Segment | None:
@@ -145,42 +145,30 @@ class DiskIndex:
     def check(self) -> None:
         """That residency, places and segments tell the same."""
         self._residency.check()
-        assert set(self._residency) == self._placed.keys(), "residency and places differ"
+        assert set(self._residency) == self._records.keys(), "residency and places differ"
         live = {key: segment for segment, keys in self._live.items() for key in keys}
-        assert live == {key: block.segment for key, block in self._placed.items()}, (
+        assert live == {key: record.segment for key, record in self._records.items()}, (
             "a segment's blocks differ"
         )
-        for key, block in self._placed.items():
-            assert block.key == key, "a block lies under another key"
+        for key, record in self._records.items():
+            assert key in record.header.run.keys, "a block lies under another key"
 
     def _live_share(self, segment: Segment) -> float:
         return len(self._live.get(segment, ())) * segment.stored_bytes / segment.size_bytes
 
     def _take_out(self, key: BlockKey) -> None:
-        block = self._placed.pop(key)
-        self._unlist(block)
+        self._unlist(key, self._records.pop(key).segment)
         self._changes[key] = False
 
-    def _unlist(self, block: Placed) -> None:
-        of_segment = self._live[block.segment]
-        del of_segment[block.key]
+    def _unlist(self, key: BlockKey, segment: Segment) -> None:
+        of_segment = self._live[segment]
+        del of_segment[key]
         if not of_segment:
-            del self._live[block.segment]
+            del self._live[segment]
+
+    def _is_there(self, block: Placed) -> bool:
+        return self._records.get(block.key) is block.record
 
 
-def placed_blocks(segment: Segment, record: RecordHeader) -> list[Placed]:
-    """Where the blocks of a record lie."""
-    return [
-        Placed(segment, record.first_block + index * segment.stored_bytes, checksum, record.run, index)
-        for index, checksum in enumerate(record.checksums)
-    ]
-
-
-def _run_of(blocks: Sequence[Placed]) -> BlockRun:
-    """Of consecutive blocks of one record."""
-    first = blocks[0]
-    return first.run.part(first.nth, first.nth + len(blocks))
-
-
-def _age(block: Placed) -> tuple[int, int]:
-    return block.segment.number, block.offset
+def _age(record: Record) -> tuple[int, int]:
+    return record.segment.number, record.header.first_block

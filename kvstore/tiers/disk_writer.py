@@ -4,9 +4,9 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 
 from kvstore.errors import DiskFailed
-from kvstore.tiers.disk_index import DiskIndex, placed_blocks
+from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.disk_settings import DiskSettings
-from kvstore.tiers.placed import Placed, read_blocks, scratch
+from kvstore.tiers.placed import Placed, Record, read_blocks, scratch
 from kvstore.tiers.record import RecordHeader, block_checksum
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.segment_files import SegmentFiles
@@ -88,17 +88,17 @@ class DiskWriter:
             return False
         try:
             self.make_room(len(slots))
-            placed = self._append(run.part(0, len(slots)), blocks[: len(slots)], used_s=now_s)
+            record = self._append(run.part(0, len(slots)), blocks[: len(slots)], used_s=now_s)
         except BaseException:
             with self._changing:
                 self._index.free(slots)
             raise
         with self._changing:
-            self._index.put(slots, placed, now_s=now_s)
-        self.num_stored += len(placed)
+            self._index.put(slots, record, now_s=now_s)
+        self.num_stored += len(slots)
         return len(slots) == len(blocks)
 
-    def _append(self, run: BlockRun, blocks: Sequence[memoryview], *, used_s: float) -> list[Placed]:
+    def _append(self, run: BlockRun, blocks: Sequence[memoryview], *, used_s: float) -> Record:
         segment = self._files.growing(len(blocks))
         if segment.seal is None:
             stored = list(blocks)
@@ -108,9 +108,9 @@ class DiskWriter:
                 segment.seal.seal(block, key=key, position=run.first_position + index, into=stored[index])
         checksums = tuple(block_checksum(key, block) for key, block in zip(run.keys, stored, strict=True))
         first_block = segment.next_block(len(stored))
-        record = RecordHeader(run=run, first_block=first_block, used_s=used_s, checksums=checksums)
-        self._files.append(segment, record, stored)
-        return placed_blocks(segment, record)
+        header = RecordHeader(run=run, first_block=first_block, used_s=used_s, checksums=checksums)
+        self._files.append(segment, header, stored)
+        return Record(segment, header)
 
     def _move(self, live: Sequence[Placed]) -> None:
         """Blocks of one record that follow each other. One that cannot be read is lost."""
@@ -129,9 +129,10 @@ class DiskWriter:
         with self._changing:
             used_s = self._index.last_used_s(live)
         run = live[0].run.part(live[0].nth, live[0].nth + len(live))
-        for old, new in zip(live, self._append(run, blocks, used_s=used_s), strict=True):
+        record = self._append(run, blocks, used_s=used_s)
+        for block in live:
             with self._changing:
-                self._index.move(old, new)
+                self._index.move(block, record)
         self.num_moved += len(live)
 
 
@@ -141,7 +142,7 @@ def _records(live: Sequence[Placed], max_blocks: int) -> Iterator[tuple[int, int
     for stop in range(1, len(live) + 1):
         if (
             stop == len(live)
-            or live[stop].run is not live[start].run
+            or live[stop].record is not live[start].record
             or live[stop].nth != live[stop - 1].nth + 1
             or stop - start == max_blocks
         ):

@@ -1,13 +1,14 @@
 """Where one block lies, and how consecutive ones are read."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
-from kvstore.tiers.record import block_checksum
+from kvstore.tiers.record import RecordHeader, block_checksum
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.tier import BlockRun
 
@@ -19,14 +20,42 @@ MAX_EXTENT_BYTES = 4 * 2**20
 MAX_EXTENT_BLOCKS = 500
 
 
-class Placed(NamedTuple):
-    """A block in a segment: number `nth` of `run`."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Record:
+    """One that lies in a segment. It says of each of its blocks where that is: an index refers to it from all of them,
+    as an object for each block would be one more to make and for the garbage collector to look at."""
 
     segment: Segment
+    header: RecordHeader
+
+    def block(self, key: BlockKey) -> "Placed":
+        """One of its blocks."""
+        return self.nth_block(self.header.run.keys.index(key))
+
+    def blocks(self) -> "list[Placed]":
+        """All of them."""
+        return [self.nth_block(nth) for nth in range(len(self.header.checksums))]
+
+    def nth_block(self, nth: int) -> "Placed":
+        offset = self.header.first_block + nth * self.segment.stored_bytes
+        return Placed(self, nth, offset, self.header.checksums[nth])
+
+
+class Placed(NamedTuple):
+    """A block in a segment: number `nth` of its record."""
+
+    record: Record
+    nth: int
     offset: int
     checksum: int
-    run: BlockRun
-    nth: int
+
+    @property
+    def segment(self) -> Segment:
+        return self.record.segment
+
+    @property
+    def run(self) -> BlockRun:
+        return self.record.header.run
 
     @property
     def key(self) -> BlockKey:

@@ -42,7 +42,7 @@ _MAX_HEADER_BYTES = header_bytes(MAX_RECORD_BLOCKS)
 class Scan:
     """The headers of whole records. Between them, and behind them or their blocks, was something else."""
 
-    records: tuple[RecordHeader, ...]
+    headers: tuple[RecordHeader, ...]
     num_gaps: int
     tail_bytes: int
 
@@ -97,21 +97,21 @@ class Segment:
             and self._headers_end + header_bytes(num_blocks) <= self._blocks_start
         )
 
-    def append(self, record: RecordHeader, stored: Sequence[memoryview]) -> None:
+    def append(self, header: RecordHeader, stored: Sequence[memoryview]) -> None:
         """Writes one record, whose blocks lie at `next_block`.
 
         Raises OSError; the file is then as before, or ends in torn blocks that nothing refers to.
         """
-        head = pack_record_header(record, seed=self._seed + self._headers_end)
+        head = pack_record_header(header, seed=self._seed + self._headers_end)
         try:
-            end = self._write_all(list(stored), record.first_block)
+            end = self._write_all(list(stored), header.first_block)
             headers_end = self._write_all([memoryview(head)], self._headers_end)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size_bytes)
             raise
         self.size_bytes, self._headers_end = end, headers_end
-        self.roots.add(record.run.root)
+        self.roots.add(header.run.root)
         if end - self._written_back >= WRITE_BACK_BYTES:
             self._write_back()
 
@@ -128,15 +128,15 @@ class Segment:
     def scan(self) -> "Scan":
         """The records of a file that was there; what follows the last one is erased. Raises OSError."""
         data = os.pread(self._fd, min(self._blocks_start, self.size_bytes), 0)
-        records: list[RecordHeader] = []
+        headers: list[RecordHeader] = []
         num_gaps, headers_end, end = 0, SEGMENT_HEADER_BYTES, self._blocks_start
         while (found := self._next_record(data, headers_end)) is not None:
-            offset, record = found
+            offset, header = found
             num_gaps += offset > headers_end
-            records.append(record)
-            self.roots.add(record.run.root)
-            headers_end = offset + header_bytes(len(record.run.keys))
-            end = max(end, self._end_of(record))
+            headers.append(header)
+            self.roots.add(header.run.root)
+            headers_end = offset + header_bytes(len(header.run.keys))
+            end = max(end, self._end_of(header))
         torn = data[headers_end:].rstrip(b"\0")
         tail_bytes = len(torn) + max(0, self.size_bytes - end)
         # A whole header of blocks that are not there must not come back to life as others take their place.
@@ -147,7 +147,7 @@ class Segment:
         self.size_bytes = self._written_back = end
         self.taken_bytes = occupied_bytes(end)
         self._headers_end = headers_end
-        return Scan(records=tuple(records), num_gaps=num_gaps, tail_bytes=tail_bytes)
+        return Scan(headers=tuple(headers), num_gaps=num_gaps, tail_bytes=tail_bytes)
 
     def finish(self) -> None:
         """Nothing more will be appended."""
@@ -168,14 +168,15 @@ class Segment:
     def _next_record(self, data: bytes, start: int) -> tuple[int, RecordHeader] | None:
         """The one whose header is there, or the first behind what is none; and where its header is."""
         while (start := data.find(MAGIC, start)) >= 0:
-            record = unpack_record_header(data[start : start + _MAX_HEADER_BYTES], seed=self._seed + start)
-            if record is not None and self._end_of(record) <= self.size_bytes:
-                return start, record
+            header = unpack_record_header(data[start : start + _MAX_HEADER_BYTES], seed=self._seed + start)
+            if header is not None and self._end_of(header) <= self.size_bytes:
+                return start, header
             start += 1
         return None
 
-    def _end_of(self, record: RecordHeader) -> int:
-        return record.first_block + len(record.run.keys) * self.stored_bytes
+    def _end_of(self, header: RecordHeader) -> int:
+        """Of the blocks that it is about."""
+        return header.first_block + len(header.run.keys) * self.stored_bytes
 
     def _write_all(self, buffers: list[memoryview], offset: int) -> int:
         """Returns where they end."""

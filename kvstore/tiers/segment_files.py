@@ -96,7 +96,7 @@ class SegmentFiles:
         self._growing = segment = self._create()
         return segment
 
-    def append(self, segment: Segment, record: RecordHeader, stored: Sequence[memoryview]) -> None:
+    def append(self, segment: Segment, header: RecordHeader, stored: Sequence[memoryview]) -> None:
         """Raises OSError, or DiskFailed where it does not fit."""
         growth = self._growth_of(segment, len(stored))
         self._require_room(growth)
@@ -104,7 +104,7 @@ class SegmentFiles:
             segment.taken_bytes += growth
             self.used_bytes += growth
         try:
-            segment.append(record, stored)
+            segment.append(header, stored)
         except OSError:
             if segment.has_torn_end:
                 self._growing = None
