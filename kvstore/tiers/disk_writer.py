@@ -113,23 +113,27 @@ class DiskWriter:
         return Record(segment, header)
 
     def _move(self, live: Sequence[Placed]) -> None:
-        """Blocks of one record that follow each other. One that cannot be read is lost."""
-        blocks = scratch(len(live), self._block_bytes)
-        start = 0
-        while start < len(live):
-            stop = start + read_blocks(live[start:], blocks[start:]).num_blocks
-            if stop > start:
-                self._move_read(live[start:stop], blocks[start:stop])
-            if stop < len(live):
+        """Blocks of one record that follow each other. Those that cannot be read are lost."""
+        parts = [live]
+        while parts:
+            part = parts.pop()
+            blocks = scratch(len(part), self._block_bytes)
+            found = read_blocks(part, blocks)
+            if found.num_blocks:
+                self._move_read(part[: found.num_blocks], blocks)
+            if found.lost:
                 with self._changing:
-                    self.num_lost += self._index.forget([live[stop]])
-            start = stop + 1
+                    self.num_lost += self._index.forget(found.lost)
+                left = [block for block in part[found.num_blocks :] if block not in found.lost]
+                parts += reversed(
+                    [left[start:stop] for start, stop in _records(left, self._max_record_blocks)]
+                )
 
     def _move_read(self, live: Sequence[Placed], blocks: Sequence[memoryview]) -> None:
         with self._changing:
             used_s = self._index.last_used_s(live)
         run = live[0].run.part(live[0].nth, live[0].nth + len(live))
-        record = self._append(run, blocks, used_s=used_s)
+        record = self._append(run, blocks[: len(live)], used_s=used_s)
         for block in live:
             with self._changing:
                 self._index.move(block, record)

@@ -273,6 +273,39 @@ def test_blocks_that_cannot_be_read_do_not_move(disk: "Disk") -> None:
     assert [disk.read(tier, chain.part(n, n + 1)) for n in range(3)] == [0, 1, 1]
 
 
+def test_however_many_blocks_are_damaged_the_others_move_after_few_reads(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_blocks = 24
+    capacity_bytes = 16 * 128 * disk.settings.block_bytes
+    tier, chain = disk.open(capacity_bytes=capacity_bytes), disk.chain(num_blocks)
+    disk.write(tier, disk.chain(1, salt="a"))
+    disk.write(tier, chain)
+    (path,) = disk.segments()
+    damaged = {0, 1, *range(5, num_blocks, 2)}
+    for number in damaged:
+        flip(path, path.stat().st_size - (num_blocks - number) * disk.settings.block_bytes + 5)
+    num_reads = 0
+    preadv = os.preadv
+
+    def counted(*arguments: object) -> int:
+        nonlocal num_reads
+        num_reads += 1
+        return preadv(*arguments)  # type: ignore[arg-type]
+
+    tier.drop(root_key(model_fingerprint=b"model", cache_salt="a"))
+    with monkeypatch.context() as counting:
+        counting.setattr(os, "preadv", counted)
+        tier.erase_dropped()
+    tier.check()
+    assert tier.stats().num_corrupted_blocks == len(damaged)
+    whole = set(range(num_blocks)) - damaged
+    assert {number for number, key in enumerate(chain.run.keys) if key in tier} == whole
+    assert all(disk.read(tier, chain.part(number, number + 1)) == 1 for number in whole)
+    # All at once, and then each stretch between two that are damaged.
+    assert num_reads == 1 + sum(number + 1 not in whole for number in whole)
+
+
 @pytest.mark.parametrize("lost_bytes", [1, 4096, 5000, 8400])
 def test_a_torn_tail_is_cut_off(disk: "Disk", lost_bytes: int) -> None:
     tier, chain = disk.open(), disk.chain(2)
