@@ -45,8 +45,8 @@ def drain(
             print(f"{worker} is drained; penstock resume {worker} starts it again")
             return
         member = _member(state, worker)
-        stays_away = not restart and any(process.name == worker for process in state.processes)
-        takes_out = stays_away and not service.is_out(loaded.run_dir, worker)
+        is_ours = any(process.name == worker for process in state.processes)
+        takes_out = is_ours and not restart and not service.is_out(loaded.run_dir, worker)
         if takes_out:
             service.take_out(loaded.run_dir, worker)
         with grpc.insecure_channel(member.control_address) as channel:
@@ -58,7 +58,8 @@ def drain(
                     service.put_back(loaded.run_dir, worker)
                 raise
             left = draining.follow()
-        _conclude(worker, left, stays_away=stays_away)
+        # Asked only now: meanwhile it may have been resumed, or taken out by another drain.
+        _conclude(worker, left, stays_away=service.is_out(loaded.run_dir, worker))
 
 
 def resume(

@@ -32,6 +32,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, directory_pb2_grpc.DirectorySer
     refuses: bool = False
     is_gone_at_once: bool = False
     is_member: bool = True
+    when_asked: Callable[[], None] = lambda: None
     stopped: threading.Event = field(default_factory=threading.Event)
     asked: list[worker_pb2.DrainRequest] = field(default_factory=list)
 
@@ -50,6 +51,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, directory_pb2_grpc.DirectorySer
         self.asked.append(request)
         if self.refuses:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not now")
+        self.when_asked()
         if not request.until_stopped:
             if self.is_gone_at_once:
                 self.stopped.set()
@@ -121,6 +123,21 @@ def test_says_what_the_worker_waits_for_until_it_has_gone(run_dir: Path, serve: 
         60.0,
     ]  # no shorter deadline than asked for
     assert service.is_out(run_dir, WORKER)
+
+
+def test_a_worker_that_is_resumed_while_it_drains_is_not_said_to_stay_away(
+    run_dir: Path, serve: Serve
+) -> None:
+    serve(when_asked=lambda: service.put_back(run_dir, WORKER))
+    assert drain(run_dir).stdout.splitlines()[-1] == "decode-0 has gone"
+
+
+def test_a_worker_that_is_taken_out_while_it_drains_to_restart_is_said_to_stay_away(
+    run_dir: Path, serve: Serve
+) -> None:
+    serve(when_asked=lambda: service.take_out(run_dir, WORKER))
+    last_line = drain(run_dir, "--restart").stdout.splitlines()[-1]
+    assert last_line == "decode-0 has gone; penstock resume decode-0 starts it again"
 
 
 def test_what_was_left_at_the_deadline_is_listed_and_no_success(run_dir: Path, serve: Serve) -> None:
