@@ -44,7 +44,8 @@ Block = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiskStats(TierStats):
-    """`num_foreign`, `num_other_version` and `num_damaged` count segments found when the tier was opened."""
+    """`num_foreign` (with those in the clear that should not be), `num_other_version` and `num_damaged` count
+    segments found when the tier was opened."""
 
     num_foreign: int
     num_other_version: int
@@ -71,6 +72,7 @@ class DiskTier:
         )
         self._backoff = Backoff()
         self._to_erase: set[Segment] = set()
+        self._erases_others = False
         self._num_found = dict.fromkeys(Origin, 0)
         self._num_hit = 0
         self._num_errors = 0
@@ -135,7 +137,8 @@ class DiskTier:
         return found.num_blocks
 
     def drop(self, root: BlockKey | None) -> int:
-        """Forgets all blocks of a root, or just all. Their bytes are erased by `erase_dropped`.
+        """Forgets all blocks of a root, or just all. Their bytes are erased by `erase_dropped`; with those of all also
+        what is not ours.
 
         It takes microseconds a block, in parts: others get at the index, and at the interpreter, between them.
         """
@@ -148,6 +151,7 @@ class DiskTier:
                     # Also those where its blocks are dead: the next start would find them. Last, as blocks may have
                     # moved to other segments meanwhile.
                     self._to_erase.update(self._files.segments_of(root))
+                    self._erases_others |= root is None
                     return num_dropped
             num_dropped += num_blocks
             if num_blocks:
@@ -177,7 +181,7 @@ class DiskTier:
             num_stored_blocks=self._writer.num_stored,
             num_evicted_blocks=self._index.num_evicted,
             num_errors=self._num_errors,
-            num_foreign=self._num_found[Origin.FOREIGN],
+            num_foreign=self._num_found[Origin.FOREIGN] + self._num_found[Origin.UNSEALED],
             num_other_version=self._num_found[Origin.OTHER_VERSION],
             num_damaged=self._num_found[Origin.CORRUPTED],
             num_corrupted_blocks=self._num_corrupted + self._writer.num_lost,
@@ -197,11 +201,13 @@ class DiskTier:
 
     def _recover(self) -> None:
         records: list[Record] = []
+        may_be_clear = False
         for found in find_segments(self._directory, self._settings):
             self._files.add_found(found)
             if isinstance(found, FoundOther):
                 self._num_found[found.origin] += 1
                 logger.warning("%s is %s: its space is taken first", found.path, found.origin.value)
+                may_be_clear |= self._settings.key is not None and found.origin is not Origin.FOREIGN
                 continue
             if found.scan.num_gaps or found.scan.tail_bytes:
                 self._num_found[Origin.CORRUPTED] += 1
@@ -218,8 +224,19 @@ class DiskTier:
                 # A clock that was ahead once must not keep what it dated.
                 self._index.restore(record, used_s=min(record.header.used_s, now_s))
             self._index.begin()
+        if may_be_clear:
+            self._remove_others()
         with contextlib.suppress(DiskFailed), self._write_access():
             self._writer.make_room(0)
+
+    def _remove_others(self) -> None:
+        """What was written before a key was given must not stay in the clear. Raises TierUnusable if it does."""
+        try:
+            self._files.remove_others()
+        except OSError as error:
+            raise TierUnusable(
+                f"cannot remove what is not encrypted in {self._directory}: {error}"
+            ) from error
 
     @contextlib.contextmanager
     def _write_access(self) -> Iterator[None]:
@@ -239,7 +256,10 @@ class DiskTier:
 
     def _erase(self) -> None:
         with self._changing:
-            segments = set(self._to_erase)
+            segments, erases_others = set(self._to_erase), self._erases_others
+        if erases_others:
+            self._files.remove_others()
+            self._erases_others = False
         if segments:
             self._writer.erase(segments)
             with self._changing:

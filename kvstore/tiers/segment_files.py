@@ -132,6 +132,11 @@ class SegmentFiles:
             self.used_bytes -= self._others.pop().size_bytes
         return True
 
+    def remove_others(self) -> None:
+        """Deletes all files that are not ours. Raises OSError."""
+        while self.remove_other():
+            pass
+
     def wait_for_users(self, timeout_s: float) -> None:
         """Until what was retired has given its space back."""
         with self._changed:

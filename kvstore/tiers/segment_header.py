@@ -39,7 +39,8 @@ SEGMENT_HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
 class Origin(Enum):
     """What a segment that is not ours is."""
 
-    FOREIGN = "of another model or layout, or not sealed although it should be"
+    FOREIGN = "of another model or layout"
+    UNSEALED = "not encrypted, although a key was given"
     OTHER_VERSION = "of another version of the format"
     CORRUPTED = "no segment, or one with a corrupted header"
 
@@ -98,14 +99,11 @@ def read_segment_header(data: bytes, form: SegmentFormat) -> SegmentHeader | Ori
     (seed,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
     if seed != xxhash.xxh3_64_intdigest(data[: _FIELDS.size]):
         return Origin.CORRUPTED
+    if form.key is not None and not flags & _SEALED:
+        return Origin.UNSEALED
     if (namespace, block_bytes) != (form.namespace, form.block_bytes):
         return Origin.FOREIGN
-    seal = None
-    if not flags & _SEALED:
-        if form.key is not None:  # written before encryption was switched on: that must not stay in the clear
-            return Origin.FOREIGN
-    else:
-        seal = _opened_seal(form, salt, key_check)
+    seal = _opened_seal(form, salt, key_check) if flags & _SEALED else None
     return SegmentHeader(number=number, blocks_start=blocks_start, seed=seed, seal=seal)
 
 

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -218,6 +219,17 @@ def test_blocks_of_another_model_are_counted_and_leave_first(disk: "Disk") -> No
     assert tier.stats().num_evicted_blocks == 0
 
 
+def test_dropping_all_frees_what_another_model_left(disk: "Disk") -> None:
+    other = disk.open(namespace=b"another model")
+    disk.write(other, disk.chain(4))
+    other.close()
+    tier = disk.open()
+    assert tier.drop(None) == 0
+    tier.erase_dropped()
+    assert disk.segments() == []
+    disk.check_size(tier)
+
+
 def test_blocks_of_another_shape_are_foreign(disk: "Disk") -> None:
     tier = disk.open()
     disk.write(tier, disk.chain(4))
@@ -286,13 +298,55 @@ def test_the_wrong_key_opens_nothing_and_spoils_nothing(
     assert disk.read(disk.open(key=KEY), chain) == 4
 
 
-def test_what_was_written_in_the_clear_is_not_kept_once_a_key_is_given(disk: "Disk") -> None:
-    tier, chain = disk.open(), disk.chain(4)
+@pytest.mark.parametrize("namespace", [b"model", b"another model"])
+def test_what_was_written_in_the_clear_is_gone_once_a_key_is_given(disk: "Disk", namespace: bytes) -> None:
+    tier, chain = disk.open(namespace=namespace), disk.chain(4)
     disk.write(tier, chain)
     tier.close()
     tier = disk.open(key=KEY)
     assert tier.stats().num_foreign == 2
     assert tier.longest_prefix(chain.run.keys) == 0
+    assert disk.segments() == []
+    disk.check_size(tier)
+
+
+def test_what_may_be_in_the_clear_is_gone_once_a_key_is_given(disk: "Disk") -> None:
+    tier = disk.open()
+    disk.write(tier, disk.chain(6))
+    tier.close()
+    damaged, older = disk.segments()
+    for path, offset in ((damaged, 50), (older, 8)):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"\x01\x00")
+    tier = disk.open(key=KEY)
+    assert (tier.stats().num_damaged, tier.stats().num_other_version) == (1, 1)
+    assert disk.segments() == []
+
+
+def test_sealed_blocks_of_another_model_stay_until_their_room_is_needed(disk: "Disk") -> None:
+    tier, chain = disk.open(key=KEY, namespace=b"another model"), disk.chain(2)
+    disk.write(tier, chain)
+    tier.close()
+    disk.open(key=KEY).close()
+    assert disk.read(disk.open(key=KEY, namespace=b"another model"), chain) == 2
+
+
+def test_what_is_in_the_clear_and_cannot_be_removed_opens_nothing(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, chain = disk.open(), disk.chain(2)
+    disk.write(tier, chain)
+    tier.close()
+
+    def refuse(*_arguments: object, **_fields: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "unlink", refuse)
+        with pytest.raises(TierUnusable, match="cannot remove what is not encrypted"):
+            disk.open(key=KEY)
+    assert disk.read(disk.open(), chain) == 2
 
 
 def test_a_closed_tier_reads_nothing_and_writes_nothing(disk: "Disk") -> None:
