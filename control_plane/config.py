@@ -29,11 +29,14 @@ class ModelConfig:
     name: str = "penstock-demo"  # what clients put into "model"
     path: Path = PROJECT_ROOT / "models" / "demo"  # a directory in Hugging Face's layout
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["none", "int8"] = "none"  # of the layers' weights
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint says
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name is empty, but clients must be able to name the model")
+        if self.quantize != "none" and self.dtype != "float32":
+            raise ValueError(f"quantize is {self.quantize}, which needs dtype float32, not {self.dtype}")
         bounded("max_model_len", self.max_model_len, low=16, high=1 << 24)
 
 

@@ -2,13 +2,19 @@
 
 T tokens, K active experts per token, S = T K rows sorted by expert, E experts, D channels, I expert width, W = 2I.
 gate_up_EWD holds all I gate rows of an expert, then its up rows; down_EDI its [D, I] output matrix.
-Five tasks: gather, products, gate, products, combine.
+Five tasks: gather, products, gate, products, combine. With int8 weights rows are quantized before either product
+(`kernels.int8_linear`).
 """
 
 import torch
 from numba import carray, cfunc, int64, njit
 
 from kernels import silu_mul
+from kernels.int8_linear import CHUNK as INT8_CHUNK
+from kernels.int8_linear import ROWS as INT8_ROWS
+from kernels.int8_linear import Int8Weights, int8_sizes
+from kernels.int8_linear import multiply as int8_multiply
+from kernels.int8_rows import Int8Rows, quantize_rows_call
 from kernels.linear import ROWS, multiply
 from kernels.route_experts import sort_by_expert
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
@@ -73,6 +79,50 @@ def _products_task(data):
                 )  # fmt: skip
 
 
+@cfunc(TASK, cache=True)
+def _int8_products_task(data):
+    a = carray(data, (12,), int64)  # counter, step, q, x scales, offsets, w, w scales, y, starts, E, depth, outputs
+    num_experts, depth, num_outputs = a[9], a[10], a[11]
+    num_chunks = (num_outputs + INT8_CHUNK - 1) // INT8_CHUNK
+    stride, width = int8_sizes(depth, num_outputs)
+    starts = words(a[8], num_experts + 1)
+    while True:
+        item = claim(data)
+        if item >= num_experts * num_chunks:
+            return
+        expert, start = item // num_chunks, item % num_chunks * INT8_CHUNK
+        first, num_rows = starts[expert], starts[expert + 1] - starts[expert]
+        if num_rows > 0:
+            w = (a[5] + expert * stride * width, a[6] + 4 * expert * width)
+            for row in range(first, first + num_rows, INT8_ROWS):
+                int8_multiply(
+                    (a[2] + stride * row, a[3] + 4 * row, a[4] + 4 * row), w, a[7] + 4 * row * num_outputs,
+                    min(INT8_ROWS, first + num_rows - row), depth, num_outputs, start,
+                    min(start + INT8_CHUNK, num_outputs),
+                )  # fmt: skip
+
+
+def _products(
+    step: Step,
+    x_SK: torch.Tensor,
+    w_ENK: torch.Tensor | Int8Weights,
+    starts: torch.Tensor,
+    *,
+    out_SN: torch.Tensor,
+    num_active: int,
+) -> list[Call]:
+    """Each expert's rows with its matrix."""
+    sizes = (len(starts) - 1, x_SK.shape[1], out_SN.shape[1])
+    if not isinstance(w_ENK, Int8Weights):
+        return [bind(_products_task.address, step, x_SK, w_ENK, out_SN, starts, *sizes)]
+    rows = Int8Rows(*x_SK.shape)
+    x, w = (rows.q_MP, rows.scale_M, rows.offset_M), (w_ENK.packed, w_ENK.scale_EN)
+    return [
+        quantize_rows_call(step, x_SK, rows, rows_per_token=num_active),
+        bind(_int8_products_task.address, step, *x, *w, out_SN, starts, *sizes),
+    ]
+
+
 @njit("void(float32[::1], float32, float32[::1])", cache=True, nogil=True, fastmath=True)
 def _add_scaled(y_D, weight, row_D):
     for d in range(len(y_D)):
@@ -98,8 +148,8 @@ def _combine_task(data):
 def expert_mlp_calls(
     step: Step,
     x_TD: torch.Tensor,
-    gate_up_EWD: torch.Tensor,
-    down_EDI: torch.Tensor,
+    gate_up_EWD: torch.Tensor | Int8Weights,
+    down_EDI: torch.Tensor | Int8Weights,
     *,
     weights_TK: torch.Tensor,
     places_TK: torch.Tensor,
@@ -107,18 +157,15 @@ def expert_mlp_calls(
     out_TD: torch.Tensor,
 ) -> list[Call]:
     """For tokens routed by `kernels.route_experts.route_experts_call`."""
-    (max_tokens, num_active), (num_experts, double, hidden) = places_TK.shape, gate_up_EWD.shape
-    max_rows, width = max_tokens * num_active, double // 2
-    x_SD, gate_up_SW = x_TD.new_empty(max_rows, hidden), x_TD.new_empty(max_rows, double)
+    (max_tokens, num_active), hidden, width = places_TK.shape, x_TD.shape[1], _width(down_EDI)
+    max_rows, few = max_tokens * num_active, _MIN_TEAM_TOKENS
+    x_SD, gate_up_SW = x_TD.new_empty(max_rows, hidden), x_TD.new_empty(max_rows, 2 * width)
     act_SI, y_SD = x_TD.new_empty(max_rows, width), x_TD.new_empty(max_rows, hidden)
-    up = (x_SD, gate_up_EWD, gate_up_SW, starts, num_experts, hidden, double)
-    down = (act_SI, down_EDI, y_SD, starts, num_experts, width, hidden)
-    few = _MIN_TEAM_TOKENS
     return [
         bind(_gather_task.address, step, x_TD, places_TK, x_SD, hidden, num_active, min_team_tokens=few),
-        bind(_products_task.address, step, *up),
+        *_products(step, x_SD, gate_up_EWD, starts, out_SN=gate_up_SW, num_active=num_active),
         silu_mul.silu_mul_call(step, gate_up_SW, out_TI=act_SI, rows_per_token=num_active),
-        bind(_products_task.address, step, *down),
+        *_products(step, act_SI, down_EDI, starts, out_SN=y_SD, num_active=num_active),
         bind(
             _combine_task.address, step, y_SD, places_TK, weights_TK, out_TD, hidden, num_active,
             min_team_tokens=few,
@@ -126,10 +173,14 @@ def expert_mlp_calls(
     ]  # fmt: skip
 
 
+def _width(down_EDI: torch.Tensor | Int8Weights) -> int:
+    return down_EDI.depth if isinstance(down_EDI, Int8Weights) else down_EDI.shape[2]
+
+
 def expert_mlp(
     x_TD: torch.Tensor,
-    gate_up_EWD: torch.Tensor,
-    down_EDI: torch.Tensor,
+    gate_up_EWD: torch.Tensor | Int8Weights,
+    down_EDI: torch.Tensor | Int8Weights,
     *,
     weights_TK: torch.Tensor,
     experts_TK: torch.Tensor,
@@ -138,7 +189,8 @@ def expert_mlp(
     if x_TD.dtype != torch.float32:
         return reference(x_TD, gate_up_EWD, down_EDI, weights_TK=weights_TK, experts_TK=experts_TK)
     places_TK, out_TD = torch.empty_like(experts_TK), torch.empty_like(x_TD)
-    starts = torch.empty(len(gate_up_EWD) + 1, dtype=torch.int64)
+    num_experts = down_EDI.num_experts if isinstance(down_EDI, Int8Weights) else len(down_EDI)
+    starts = torch.empty(num_experts + 1, dtype=torch.int64)
     sort_by_expert(experts_TK.flatten().numpy(), places_TK.view(-1).numpy(), starts.numpy())
     step = Step()
     step.fill(len(x_TD))

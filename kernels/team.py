@@ -24,6 +24,7 @@ from kernels.compiled import forget_stale
 
 forget_stale(Path(__file__).parent)
 TASK = types.void(types.voidptr)
+_ITEMS = (torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8)
 
 
 @intrinsic
@@ -145,8 +146,8 @@ def bind(
     for i, argument in enumerate(arguments, start=2):
         match argument:
             case torch.Tensor():
-                if argument.dtype not in (torch.float32, torch.int64) or argument.stride(-1) != 1:
-                    raise ValueError(f"kernels take rows of float32 or int64, got {argument.dtype}")
+                if argument.dtype not in _ITEMS or argument.stride(-1) != 1:
+                    raise ValueError(f"kernels take rows of float32 or integers, got {argument.dtype}")
                 packed[i] = argument.data_ptr()
             case float():
                 packed.view(np.float64)[i] = argument

@@ -9,6 +9,7 @@ from typing import Annotated, get_type_hints
 from kvstore.addresses import parse_address
 from kvstore.layout import ITEM_BYTES
 from workers.policies import POLICIES
+from workers.quantization import check_quantization
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TIER_POLICIES = ("cost", "lru")
@@ -48,6 +49,7 @@ class WorkerConfig:
     model_path: Annotated[Path, "directory with config.json and *.safetensors"]
     model_name: Annotated[str, "the name clients use"]
     dtype: Annotated[str, "of weights, activations and KV: float32 or bfloat16"] = "float32"
+    quantize: Annotated[str, "weights of the layers: none (in dtype) or int8"] = "none"
     num_pages: Annotated[int | None, "KV pages of 16 tokens; overrides --kv-cache-bytes"] = None
     kv_cache_bytes: Annotated[int, "memory for KV pages"] = 512 * 2**20
     max_model_len: Annotated[
@@ -89,6 +91,7 @@ class WorkerConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
         _one_of("dtype", self.dtype, tuple(ITEM_BYTES))
+        check_quantization(self.quantize, dtype=self.dtype)
         _one_of("log_level", self.log_level, LOG_LEVELS)
         _one_of("scheduling_policy", self.scheduling_policy, tuple(POLICIES))
         for name in _COUNTS:

@@ -3,7 +3,8 @@
     python -m workers.profile_kv --model-path models/demo --text sample.txt
 
 The model reads the text, or the language reference that every Python ships, in windows; what is learnt goes into
-kv_profile.safetensors beside the weights. A profile is of one model computed in one dtype: its fingerprint says so.
+kv_profile.safetensors beside the weights. A profile is of one model computed in one dtype, quantized or not: its
+fingerprint says so.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from workers.engine.engine import Engine, load_engine
 from workers.errors import CheckpointError
 from workers.model.checkpoint import Checkpoint
 from workers.model.info import load_model_info
+from workers.quantization import QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest, StepPlan
 
@@ -40,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=sorted(ITEM_BYTES), default="float32", help="what workers compute in"
     )
+    parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, default="none", help="how workers keep the weights"
+    )
     parser.add_argument("--max-tokens", type=int, default=32_768, help="how much of the text to read")
     parser.add_argument(
         "--key-factors",
@@ -55,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.model_path,
             text,
             dtype=given.dtype,
+            quantize=given.quantize,
             max_tokens=given.max_tokens,
             key_factors=given.key_factors,
         )
@@ -67,13 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def profile(
-    model_path: Path, text: str, *, dtype: str, max_tokens: int, key_factors: Sequence[float] = ()
+    model_path: Path,
+    text: str,
+    *,
+    dtype: str,
+    quantize: str = "none",
+    max_tokens: int,
+    key_factors: Sequence[float] = (),
 ) -> tuple[Path, tuple[float, ...]]:
     """Writes the profile; returns where it is, and how many bits a value takes at each level.
 
     Raises CheckpointError for a model, ValueError for a text that cannot be used.
     """
-    info = load_model_info(model_path, Checkpoint(model_path), dtype=dtype, max_model_len=None)
+    info = load_model_info(
+        model_path, Checkpoint(model_path), dtype=dtype, quantize=quantize, max_model_len=None
+    )
     tokenizer = Tokenizer.from_str((model_path / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
     block = info.layout.block_size_tokens
@@ -85,6 +99,7 @@ def profile(
     engine = load_engine(
         model_path=model_path,
         dtype=dtype,
+        quantize=quantize,
         num_pages=len(tokens) // block,
         num_threads=len(os.sched_getaffinity(0)),
     )

@@ -159,5 +159,6 @@ def load_store_model(config: WorkerConfig) -> ModelInfo:
         config.model_path,
         Checkpoint(config.model_path),
         dtype=config.dtype,
+        quantize=config.quantize,
         max_model_len=config.max_model_len,
     )

@@ -23,6 +23,9 @@ def profile_kv(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option("--dtype", help="What the workers compute in.")
     ] = "float32",
+    quantize: Annotated[
+        Literal["none", "int8"], typer.Option("--quantize", help="How the workers keep the weights.")
+    ] = "none",
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=16, help="How much of the text to read.")
     ] = 32_768,
@@ -35,7 +38,7 @@ def profile_kv(
     with clean_errors():
         command = [sys.executable, "-m", "workers.profile_kv", "--model-path", str(model_path.absolute())]
         command += ["--text", str(text.absolute())] if text is not None else []
-        command += ["--dtype", dtype, "--max-tokens", str(max_tokens)]
+        command += ["--dtype", dtype, "--quantize", quantize, "--max-tokens", str(max_tokens)]
         command += ["--key-factors", key_factors] if key_factors is not None else []
         done = subprocess.run(command, cwd=PROJECT_ROOT, check=False)
         if done.returncode:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels import route_experts
+from kernels import int8_linear, route_experts, silu_mul
 from kernels.expert_mlp import expert_mlp, expert_mlp_calls, reference
+from kernels.int8_linear import Int8Weights
 from kernels.team import Program, Step
 
 HIDDEN, WIDTH = 40, 24
@@ -58,3 +59,27 @@ def test_many_tokens_agree_with_the_reference(num_experts: int, num_active: int)
     torch.testing.assert_close(
         expert_mlp(x, gate_up, down, **choice), reference(x, gate_up, down, **choice), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize(("num_experts", "num_active", "num_tokens"), [(1, 1, 5), (4, 2, 1), (4, 2, 130), (60, 4, 9)])
+def test_int8_experts_agree_with_int8_products_of_each(
+    num_experts: int, num_active: int, num_tokens: int
+) -> None:
+    matrices, packed = make_experts(num_experts), []
+    for w_ENK in matrices:
+        packed.append(Int8Weights(*w_ENK.shape[1:], num_experts=num_experts))
+        for expert in range(num_experts):
+            packed[-1].put(w_ENK[expert], expert=expert)
+    gate_up, down = matrices
+    x = torch.randn(num_tokens, HIDDEN)
+    weights, experts = route_experts.route_experts(
+        torch.randn(num_tokens, num_experts), num_active=num_active, normalizes=True
+    )
+    expected = torch.zeros_like(x)
+    for t in range(num_tokens):
+        for k in range(num_active):
+            expert = experts[t, k]
+            act = silu_mul.silu_mul(int8_linear.reference(x[t : t + 1], gate_up[expert]))
+            expected[t] += weights[t, k] * int8_linear.reference(act, down[expert])[0]
+    got = expert_mlp(x, *packed, weights_TK=weights, experts_TK=experts)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)

@@ -18,6 +18,19 @@ for num_inputs, num_outputs in ((7, 3), (64, 64), (100, 130)):
         assert torch.equal(linear(x[first : first + count], w), together[first : first + count])
 """
 
+INT8_PRODUCTS = """
+import torch
+from kernels.int8_linear import Int8Weights, int8_linear, reference
+from kernels.int8_tile import HAS_VNNI
+
+assert not HAS_VNNI
+for num_inputs, num_outputs in ((7, 3), (64, 64), (101, 130)):
+    x, w, weights = torch.randn(101, num_inputs), torch.randn(num_outputs, num_inputs), Int8Weights(num_outputs, num_inputs)
+    weights.put(w)
+    for num_rows in (1, 2, 3, 4, 101):
+        assert torch.equal(int8_linear(x[:num_rows], weights), reference(x[:num_rows], w))
+"""
+
 ATTENTION = """
 import torch
 from kernels.paged_attention import paged_attention, reference
@@ -54,6 +67,10 @@ def run(program: str) -> None:
 
 def test_products_agree_with_torch_and_do_not_depend_on_the_rows_beside_them() -> None:
     run(PRODUCTS)
+
+
+def test_int8_products_are_those_of_any_other_processor_to_the_last_bit() -> None:
+    run(INT8_PRODUCTS)
 
 
 def test_attention_agrees_with_the_reference_and_does_not_depend_on_the_tokens_beside_it() -> None:

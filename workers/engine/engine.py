@@ -69,6 +69,7 @@ def load_engine(
     *,
     model_path: Path,
     dtype: str = "float32",
+    quantize: str = "none",
     num_pages: int | None = None,
     kv_cache_bytes: int = 0,
     max_model_len: int | None = None,
@@ -84,7 +85,9 @@ def load_engine(
     torch.set_num_threads(num_threads)
     config = load_config(model_path)
     checkpoint = Checkpoint(model_path)
-    model = load_model_info(model_path, checkpoint, dtype=dtype, max_model_len=max_model_len)
+    model = load_model_info(
+        model_path, checkpoint, dtype=dtype, quantize=quantize, max_model_len=max_model_len
+    )
     layout = model.layout
     if num_pages is None:
         num_pages = kv_cache_bytes // layout.block_bytes
@@ -92,7 +95,9 @@ def load_engine(
             raise ValueError(
                 f"kv_cache_bytes {kv_cache_bytes} is less than one page of {layout.block_bytes} bytes"
             )
-    weights = load_weights(checkpoint, config, dtype=getattr(torch, dtype), on_progress=on_progress)
+    weights = load_weights(
+        checkpoint, config, dtype=getattr(torch, dtype), quantize=quantize, on_progress=on_progress
+    )
     kv_pool = KvPool(layout, num_pages=num_pages)
     return Engine(
         model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from kvstore.layout import KvLayout
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, load_config, load_eos_token_ids
+from workers.quantization import check_quantization
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,9 +22,15 @@ class ModelInfo:
 
 
 def load_model_info(
-    model_path: Path, checkpoint: Checkpoint, *, dtype: str, max_model_len: int | None
+    model_path: Path,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    quantize: str = "none",
+    max_model_len: int | None,
 ) -> ModelInfo:
-    """Reads the config and hashes the weights. Raises `CheckpointError`, or `ValueError` for the length."""
+    """Reads the config and hashes the weights. Raises `CheckpointError`, or `ValueError` for the settings."""
+    check_quantization(quantize, dtype=dtype)
     config = load_config(model_path)
     length = config.max_positions if max_model_len is None else max_model_len
     if not 1 <= length <= config.max_positions:
@@ -31,7 +38,7 @@ def load_model_info(
             f"max_model_len must be between 1 and the model's {config.max_positions}, got {length}"
         )
     return ModelInfo(
-        fingerprint=_fingerprint(config, checkpoint, dtype=dtype),
+        fingerprint=_fingerprint(config, checkpoint, dtype=dtype, quantize=quantize),
         vocab_size=config.vocab_size,
         max_model_len=length,
         eos_token_ids=load_eos_token_ids(model_path),
@@ -46,10 +53,12 @@ def kv_layout(config: ModelConfig, *, dtype: str) -> KvLayout:
     )
 
 
-def _fingerprint(config: ModelConfig, checkpoint: Checkpoint, *, dtype: str) -> bytes:
-    """32 bytes over all that KV depends on: the meaning of the config, every weight, and the dtype computed in."""
+def _fingerprint(config: ModelConfig, checkpoint: Checkpoint, *, dtype: str, quantize: str) -> bytes:
+    """32 bytes over all that KV depends on: the meaning of the config, every weight, and what they are computed in."""
     digest = hashlib.sha256(b"penstock-model-1")
-    for part in (repr(config).encode(), dtype.encode(), checkpoint.digest()):
+    # A model that is not quantized has no part for it, so that profiles and disk tiers from before there was one hold.
+    quantized = () if quantize == "none" else (quantize.encode(),)
+    for part in (repr(config).encode(), dtype.encode(), checkpoint.digest(), *quantized):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from kernels.expert_mlp import expert_mlp_calls
+from kernels.int8_linear import Int8Weights, int8_linear_calls
 from kernels.linear import linear_call
 from kernels.paged_attention import paged_attention_call
 from kernels.rms_norm import add_rms_norm_call
@@ -92,11 +93,13 @@ class LayerProgram:
         ]
 
     def _linear(self, x_TI: torch.Tensor, weights: Linear, out_TO: torch.Tensor) -> list[Call]:
+        if isinstance(weights.weight, Int8Weights):
+            return int8_linear_calls(self._step, x_TI, weights.weight, weights.bias, out_MN=out_TO)
         return [linear_call(self._step, x_TI, weights.weight, weights.bias, out_MN=out_TO)]
 
     def _dense(self, mlp: DenseMlp) -> list[Call]:
-        double = len(mlp.gate_up.weight)
-        gate_up_TW, act_TI = torch.empty(MAX_TOKENS, double), torch.empty(MAX_TOKENS, double // 2)
+        width = self._config.intermediate_size
+        gate_up_TW, act_TI = torch.empty(MAX_TOKENS, 2 * width), torch.empty(MAX_TOKENS, width)
         return [
             *self._linear(self._x_TD, mlp.gate_up, gate_up_TW),
             silu_mul_call(self._step, gate_up_TW, out_TI=act_TI),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from kernels.expert_mlp import expert_mlp
+from kernels.int8_linear import Int8Weights, int8_linear
 from kernels.linear import linear
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import prefill_attention
@@ -132,4 +133,6 @@ def _mlp(x_TD: torch.Tensor, mlp: DenseMlp | MoeMlp) -> torch.Tensor:
 
 
 def _linear(x_TI: torch.Tensor, weights: Linear) -> torch.Tensor:
+    if isinstance(weights.weight, Int8Weights):
+        return int8_linear(x_TI, weights.weight, weights.bias)
     return linear(x_TI, weights.weight, weights.bias)

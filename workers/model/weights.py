@@ -3,11 +3,12 @@
 V vocabulary, D hidden, H query heads, G key/value heads, C head dimension, I MLP width, E experts, N = (H + 2G) C.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kernels.int8_linear import Int8Weights
 from workers.errors import CheckpointError
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, MoeConfig
@@ -17,7 +18,7 @@ from workers.model.config import ModelConfig, MoeConfig
 class Linear:
     """y = x weight^T + bias; weight [out, in], bias [out]."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Int8Weights
     bias: torch.Tensor | None = None
 
 
@@ -31,8 +32,8 @@ class DenseMlp:
 class MoeMlp:
     config: MoeConfig
     router: Linear  # [E, D]
-    gate_up_EWD: torch.Tensor  # W = 2I: all gate rows, then all up rows
-    down_EDI: torch.Tensor
+    gate_up_EWD: torch.Tensor | Int8Weights  # W = 2I: all gate rows, then all up rows
+    down_EDI: torch.Tensor | Int8Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +60,16 @@ def load_weights(
     config: ModelConfig,
     *,
     dtype: torch.dtype,
+    quantize: str = "none",
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> ModelWeights:
     """All weights of the model in `dtype`, merged for batched products. Raises `CheckpointError`.
 
+    With `quantize` int8 the products of the layers are: what most of a step's time goes into. The embedding, norms,
+    routers (of few numbers, and a hair decides between experts) and lm_head stay in `dtype` (docs/performance.md).
     `on_progress` is called after every layer with the share of layers that are loaded.
     """
-    loader = _Loader(checkpoint, config, dtype)
+    loader = _Loader(checkpoint, config, dtype, quantize=quantize)
     embedding = loader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     tied = config.tied_embeddings or not checkpoint.has("lm_head.weight")
     if tied and not config.tied_embeddings:
@@ -88,8 +92,11 @@ def _layers(
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, *, quantize: str
+    ) -> None:
         self._checkpoint, self._config, self._dtype = checkpoint, config, dtype
+        self._quantizes = quantize == "int8"
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         target = torch.empty(shape, dtype=self._dtype)
@@ -98,15 +105,24 @@ class _Loader:
 
     def linear(self, names: Mapping[str, int], num_inputs: int, *, bias: bool) -> Linear:
         """One matrix of the rows of all `names`, each with its number of rows."""
-        weight = torch.empty(sum(names.values()), num_inputs, dtype=self._dtype)
-        added = torch.empty(weight.shape[0], dtype=self._dtype) if bias else None
-        start = 0
-        for name, num_rows in names.items():
-            self._checkpoint.copy_into(weight[start : start + num_rows], f"{name}.weight")
-            if added is not None:
-                self._checkpoint.copy_into(added[start : start + num_rows], f"{name}.bias")
-            start += num_rows
-        return Linear(weight, added)
+        weight = self._matrices([names], num_inputs)
+        added = torch.cat([self.tensor(f"{name}.bias", names[name]) for name in names]) if bias else None
+        return Linear(weight[0] if isinstance(weight, torch.Tensor) else weight, added)
+
+    def _matrices(
+        self, names_E: Sequence[Mapping[str, int]], num_inputs: int
+    ) -> torch.Tensor | Int8Weights:
+        """For each expert one matrix, quantized as it is read: at no time are there two copies of all of it."""
+        num_outputs = sum(names_E[0].values())
+        if self._quantizes:
+            packed = Int8Weights(num_outputs, num_inputs, num_experts=len(names_E))
+            for expert, start, name, num_rows in _places(names_E):
+                packed.put(self.tensor(name, num_rows, num_inputs), start=start, expert=expert)
+            return packed
+        weight_ENK = torch.empty(len(names_E), num_outputs, num_inputs, dtype=self._dtype)
+        for expert, start, name, num_rows in _places(names_E):
+            self._checkpoint.copy_into(weight_ENK[expert, start : start + num_rows], name)
+        return weight_ENK
 
     def layer(self, number: int) -> LayerWeights:
         config, prefix = self._config, f"model.layers.{number}"
@@ -139,12 +155,21 @@ class _Loader:
         block = f"{prefix}.block_sparse_moe" if mixtral else f"{prefix}.mlp"
         gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
         hidden, width = self._config.hidden_size, moe.intermediate_size
-        gate_up_EWD = torch.empty(moe.num_experts, 2 * width, hidden, dtype=self._dtype)
-        down_EDI = torch.empty(moe.num_experts, hidden, width, dtype=self._dtype)
-        for expert in range(moe.num_experts):
-            name = f"{block}.experts.{expert}"
-            self._checkpoint.copy_into(gate_up_EWD[expert, :width], f"{name}.{gate}.weight")
-            self._checkpoint.copy_into(gate_up_EWD[expert, width:], f"{name}.{up}.weight")
-            self._checkpoint.copy_into(down_EDI[expert], f"{name}.{down}.weight")
-        router = self.linear({f"{block}.gate": moe.num_experts}, hidden, bias=False)
-        return MoeMlp(config=moe, router=router, gate_up_EWD=gate_up_EWD, down_EDI=down_EDI)
+        experts = [f"{block}.experts.{expert}" for expert in range(moe.num_experts)]
+        gate_up = [{f"{name}.{gate}": width, f"{name}.{up}": width} for name in experts]
+        router = self.tensor(f"{block}.gate.weight", moe.num_experts, hidden)
+        return MoeMlp(
+            config=moe,
+            router=Linear(router),
+            gate_up_EWD=self._matrices(gate_up, hidden),
+            down_EDI=self._matrices([{f"{name}.{down}": hidden} for name in experts], width),
+        )
+
+
+def _places(names_E: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, int, str, int]]:
+    """(expert, its first row, tensor, number of rows) of all weights."""
+    for expert, names in enumerate(names_E):
+        start = 0
+        for name, num_rows in names.items():
+            yield expert, start, f"{name}.weight", num_rows
+            start += num_rows

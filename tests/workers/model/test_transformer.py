@@ -12,10 +12,12 @@ from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
 from workers.model.transformer import Transformer
 from workers.model.weights import load_weights
+from workers.quantization import QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest
 
 TOLERANCE = 1e-4
+INT8_ERROR = 0.03  # of the logits, relative; the weights of these models are random, not learnt
 BLOCK = 16
 MAX_LEN = 256
 OracleAndPath = tuple[Any, Path]
@@ -24,9 +26,9 @@ OracleAndPath = tuple[Any, Path]
 class Runner:
     """A model with pages and requests, stepped by hand; a request's pages are scattered over the pool."""
 
-    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32, quantize: str = "none") -> None:
         config = load_config(path)
-        weights = load_weights(Checkpoint(path), config, dtype=dtype)
+        weights = load_weights(Checkpoint(path), config, dtype=dtype, quantize=quantize)
         self.builder = BatchBuilder(block_size_tokens=BLOCK, max_pages_per_request=MAX_LEN // BLOCK)
         shape = (len(config.layers), 64, 2, config.num_kv_heads, BLOCK, config.head_dim)
         # Not zeros: what a kernel must not read has to show in the result.
@@ -129,23 +131,24 @@ def test_a_batch_of_mixed_lengths_and_phases_matches_the_oracle(
         assert_close(logits, expected[name])
 
 
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_token_comes_out_the_same_to_the_last_bit_whatever_it_is_computed_with(
-    num_threads: int, family: str, checkpoint_of: Callable[[str], OracleAndPath]
+    num_threads: int, quantize: str, family: str, checkpoint_of: Callable[[str], OracleAndPath]
 ) -> None:
     tokens = random_tokens(150)
     usual_num_threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         # A prefill in one piece, then decoding alone.
-        alone = Runner(checkpoint_of(family)[1])
+        alone = Runner(checkpoint_of(family)[1], quantize=quantize)
         alone.add("a", tokens[:140])
         expected = [alone.step({"a": 140})["a"]]
         for token in tokens[140:]:
             alone.requests["a"].output_token_ids.append(token)
             expected.append(alone.step({"a": 1})["a"])
         # In chunks of all kinds beside others, decoding in batches of changing sizes.
-        crowd = Runner(checkpoint_of(family)[1])
+        crowd = Runner(checkpoint_of(family)[1], quantize=quantize)
         crowd.add("a", tokens[:140])
         for number in range(6):
             crowd.add(f"b{number}", random_tokens(60, seed=number + 1))
@@ -158,7 +161,7 @@ def test_a_token_comes_out_the_same_to_the_last_bit_whatever_it_is_computed_with
             sizes = {f"b{other}": 1 + number for other in range(number % 4)}
             got.append(crowd.step({"a": 1, **sizes})["a"])
         # As if it had died at the end and were computed again from all its tokens.
-        again = Runner(checkpoint_of(family)[1])
+        again = Runner(checkpoint_of(family)[1], quantize=quantize)
         again.add("a", tokens)
         last = again.step({"a": 150})["a"]
     finally:
@@ -216,3 +219,19 @@ def test_bfloat16_is_as_near_to_float32_as_the_oracles_bfloat16(
     runner.step({"a": 14})
     ours = runner.step({"a": 1})["a"]
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("num_tokens", [41, 150])
+def test_int8_logits_are_near_those_of_float32(
+    num_tokens: int, family: str, checkpoint_of: Callable[[str], OracleAndPath]
+) -> None:
+    oracle, path = checkpoint_of(family)
+    errors = []
+    for seed in range(8):  # a token whose expert changes is far off alone
+        tokens = random_tokens(num_tokens, seed=seed)
+        runner = Runner(path, quantize="int8")
+        runner.add("a", tokens)
+        exact = oracle_logits(oracle, tokens)[-1]
+        errors.append(float((runner.step({"a": num_tokens})["a"] - exact).norm() / exact.norm()))
+    print("MED", family, num_tokens, sorted(errors)[4], max(errors))
+    assert 0 < sorted(errors)[4] < INT8_ERROR, errors
