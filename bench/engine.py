@@ -1,17 +1,19 @@
-"""Prefill and decode of a Llama of 213 million parameters in fp32, against transformers in the same run.
+"""Prefill and decode of a Llama of 213 million parameters, fp32 against transformers and int8 against our fp32.
 
 16 layers, hidden 1024, 16 query and 4 key/value heads, MLP 2816, vocabulary 32,000, random weights, two threads.
 Prefill: 512 tokens. Decode, greedy: prompts of 128 tokens, 128 new ones, batches of 1, 8 and 32, from the first new
-token to the last. Rounds of the two engines alternate, so that a slow moment of the machine hits both; ratios are of
-medians. `--quick` keeps the model and shortens everything else.
+token to the last. Rounds of the three engines alternate in one run, after a warm-up, so that a slow moment of the
+machine hits all; ratios are of medians. What int8 costs is measured on the model that ships (`bench.int8_quality`).
+`--quick` keeps the models and shortens everything else.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +22,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
+from bench.int8_quality import qualities
 from bench.report import Claim, write_report
 from workers.engine.engine import Engine, load_engine
+from workers.quantization import QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest, StepPlan
 
@@ -29,6 +33,7 @@ NUM_THREADS = 2
 PREFILL_TOKENS = 512
 BATCHES = (1, 8, 32)
 AIMS = {1: 1.9, 8: 2.8, 32: 2.8}
+INT8_PREFILL_AIM, INT8_AIMS = 1.6, {1: 2.2, 32: 1.5}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,28 +60,41 @@ class StepTimes(transformers.LogitsProcessor):
         return scores
 
 
+# Prompts and a number of new tokens -> when each step was done, in seconds.
+Generate = Callable[[list[list[int]], int], list[float]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="within a minute, for a first look")
     extent = QUICK if parser.parse_args().quick else FULL
     with tempfile.TemporaryDirectory() as directory:
         peer, model_bytes = make_checkpoint(Path(directory))
-        engine = load_engine(model_path=Path(directory), num_pages=640, num_threads=NUM_THREADS)
+        engines = [
+            load_engine(model_path=Path(directory), quantize=quantize, num_pages=640, num_threads=NUM_THREADS)
+            for quantize in QUANTIZATIONS
+        ]
+    sides = [partial(theirs_generate, peer), *(partial(ours_generate, engine) for engine in engines)]
+    for generate in sides:
+        generate(random_prompts(2, 80), 4)  # warm-up
     bandwidth = read_bandwidth()
     print(
-        f"{'':22}{'transformers':>14}{'penstock':>14}{'ratio':>8}   medians and spreads of {extent.num_rounds}"
+        f"{'':18}{'transformers':>14}{'float32':>14}{'ratio':>7}{'int8':>14}{'ratio':>7}"
+        f"   medians and spreads of {extent.num_rounds}"
     )
-    claims = [measure_prefill(engine, peer, extent)]
+    claims = measure_prefill(sides, extent)
     for batch in BATCHES:
-        ratio, ours_per_s = measure_decode(engine, peer, batch, extent)
-        name = f"decode_b{batch}_vs_transformers"
-        claims.append(Claim(name=name, value=ratio, unit="x", aim=AIMS[batch], better="higher"))
+        found, ours_per_s = measure_decode(sides, batch, extent)
+        claims += found
         if batch == 1:
             share = ours_per_s * model_bytes / bandwidth
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, weights read per token {model_bytes / 1e9:.3f} GB")
+    print(
+        f"read bandwidth {bandwidth / 1e9:.1f} GB/s, fp32 weights read per token {model_bytes / 1e9:.3f} GB"
+    )
     claims.append(
         Claim(name="decode_b1_of_bandwidth", value=share, unit="fraction", aim=0.85, better="higher")
     )
+    claims.append(measure_quality(num_samples=50 if extent is FULL else 2))
     write_report("engine", claims, keep=extent is FULL)
 
 
@@ -102,39 +120,60 @@ def read_bandwidth() -> float:
     return memory.nbytes / statistics.median(seconds(memory.sum) for _ in range(9))
 
 
-def measure_prefill(engine: Engine, peer: transformers.LlamaForCausalLM, extent: Extent) -> Claim:
+def measure_prefill(sides: Sequence[Generate], extent: Extent) -> list[Claim]:
     prompts = random_prompts(1, PREFILL_TOKENS)
-    rates = alternate(
-        lambda: PREFILL_TOKENS / seconds(lambda: theirs_generate(peer, prompts, 1)),
-        lambda: PREFILL_TOKENS / seconds(lambda: ours_generate(engine, prompts, 1)),
-        2 * extent.num_rounds,
-    )
-    ratio = print_row("prefill 512", *rates)
-    return Claim(name="prefill_vs_transformers", value=ratio, unit="x", aim=1.15, better="higher")
+
+    def rate(generate: Generate) -> float:
+        return PREFILL_TOKENS / seconds(lambda: generate(prompts, 1))
+
+    theirs, ours, int8 = alternate(rate, sides, 2 * extent.num_rounds)
+    print_row("prefill 512", theirs, ours, int8)
+    return [
+        ratio_claim("prefill_vs_transformers", ours, theirs, aim=1.15),
+        ratio_claim("int8_prefill_vs_fp32", int8, ours, aim=INT8_PREFILL_AIM),
+    ]
 
 
-def measure_decode(
-    engine: Engine, peer: transformers.LlamaForCausalLM, batch: int, extent: Extent
-) -> tuple[float, float]:
-    """(ratio to the peer, our tokens per second)."""
-    prompts, num_new = random_prompts(batch, extent.num_prompt_tokens), extent.num_new_tokens
+def measure_decode(sides: Sequence[Generate], batch: int, extent: Extent) -> tuple[list[Claim], float]:
+    """(claims, our tokens per second in fp32)."""
+    prompts = random_prompts(batch, extent.num_prompt_tokens)
 
-    def rate(stamps_s: list[float]) -> float:
+    def rate(generate: Generate) -> float:
+        stamps_s = generate(prompts, extent.num_new_tokens)
         return batch * (len(stamps_s) - 1) / (stamps_s[-1] - stamps_s[0])
 
-    theirs, ours = alternate(
-        lambda: rate(theirs_generate(peer, prompts, num_new)),
-        lambda: rate(ours_generate(engine, prompts, num_new)),
-        extent.num_rounds,
+    theirs, ours, int8 = alternate(rate, sides, extent.num_rounds)
+    print_row(f"decode, batch {batch}", theirs, ours, int8)
+    claims = [ratio_claim(f"decode_b{batch}_vs_transformers", ours, theirs, aim=AIMS[batch])]
+    if batch in INT8_AIMS:
+        claims.append(ratio_claim(f"int8_decode_b{batch}_vs_fp32", int8, ours, aim=INT8_AIMS[batch]))
+    return claims, statistics.median(ours)
+
+
+def ratio_claim(name: str, rates: list[float], others: list[float], *, aim: float) -> Claim:
+    ratio = statistics.median(rates) / statistics.median(others)
+    return Claim(name=name, value=ratio, unit="x", aim=aim, better="higher")
+
+
+def measure_quality(*, num_samples: int) -> Claim:
+    exact, int8 = qualities(num_samples=num_samples)
+    rise = int8.figures.perplexity / exact.figures.perplexity - 1
+    print(f"shipped model, {num_samples} problems a task: float32, int8")
+    print(f"  perplexity          {exact.figures.perplexity:.3f}, {int8.figures.perplexity:.3f}")
+    for task, share in exact.figures.accuracy.items():
+        print(f"  {task:20}{share:.3f}, {int8.figures.accuracy[task]:.3f}")
+    print(
+        f"  error of the logits {int8.logits_error:.4f} of their size; same best token {int8.same_best:.4f}"
     )
-    return print_row(f"decode, batch {batch}", theirs, ours), statistics.median(ours)
+    return Claim(name="int8_perplexity_rise", value=rise, unit="fraction", aim=0.01, better="lower")
 
 
 def alternate(
-    theirs: Callable[[], float], ours: Callable[[], float], num_rounds: int
-) -> tuple[list[float], list[float]]:
-    pairs = [(theirs(), ours()) for _ in range(num_rounds)]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    rate: Callable[[Generate], float], sides: Sequence[Generate], num_rounds: int
+) -> list[list[float]]:
+    """Each side's rates."""
+    rounds = [[rate(generate) for generate in sides] for _ in range(num_rounds)]
+    return [list(rates) for rates in zip(*rounds, strict=True)]
 
 
 def theirs_generate(
@@ -153,6 +192,16 @@ def theirs_generate(
 
 def ours_generate(engine: Engine, prompts: list[list[int]], num_new: int) -> list[float]:
     """When each step was done, in seconds. A prompt is a step of its own."""
+    requests = prefilled(engine, prompts, num_new)
+    stamps_s = [time.perf_counter()]
+    for _ in range(num_new - 1):
+        step(engine, requests)
+        stamps_s.append(time.perf_counter())
+    return stamps_s
+
+
+def prefilled(engine: Engine, prompts: list[list[int]], num_new: int) -> list[Request]:
+    """A request for each prompt with its first token, and pages for `num_new`."""
     pages_each = -(-(len(prompts[0]) + num_new) // 16)
     requests = [
         Request(
@@ -164,11 +213,7 @@ def ours_generate(engine: Engine, prompts: list[list[int]], num_new: int) -> lis
     ]  # fmt: skip
     for request in requests:
         step(engine, [request])
-    stamps_s = [time.perf_counter()]
-    for _ in range(num_new - 1):
-        step(engine, requests)
-        stamps_s.append(time.perf_counter())
-    return stamps_s
+    return requests
 
 
 def step(engine: Engine, requests: list[Request]) -> None:
@@ -196,16 +241,19 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def print_row(name: str, theirs: list[float], ours: list[float]) -> float:
-    """Prints medians and half spreads; returns the ratio of the medians."""
+def print_row(name: str, theirs: list[float], ours: list[float], int8: list[float]) -> None:
+    """Medians and half spreads, ours against theirs, int8 against ours."""
 
     def cell(rates: list[float]) -> str:
         half = 50 * (max(rates) - min(rates)) / statistics.median(rates)
         return f"{statistics.median(rates):.1f} ±{half:.0f}%"
 
-    ratio = statistics.median(ours) / statistics.median(theirs)
-    print(f"{name:22}{cell(theirs):>14}{cell(ours):>14}{ratio:8.2f}   tok/s", flush=True)
-    return ratio
+    middle = [statistics.median(rates) for rates in (theirs, ours, int8)]
+    print(
+        f"{name:18}{cell(theirs):>14}{cell(ours):>14}{middle[1] / middle[0]:7.2f}{cell(int8):>14}"
+        f"{middle[2] / middle[1]:7.2f}   tok/s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -47,18 +47,25 @@ class Sample:
 
 
 class Model:
-    """The shipped model in float32, with all logits that one asks for."""
+    """The shipped model in float32 or int8, with all logits that one asks for."""
 
-    def __init__(self, model_path: Path) -> None:
+    def __init__(self, model_path: Path, *, quantize: str = "none") -> None:
         config, checkpoint = load_config(model_path), Checkpoint(model_path)
-        self.info: ModelInfo = load_model_info(model_path, checkpoint, dtype="float32", max_model_len=None)
+        self.info: ModelInfo = load_model_info(
+            model_path, checkpoint, dtype="float32", quantize=quantize, max_model_len=None
+        )
         self.encoder = Encoder(Tokenizer.from_file(str(model_path / "tokenizer.json")))
         self._block = self.info.layout.block_size_tokens
         self._pool = KvPool(self.info.layout, num_pages=MAX_TOKENS // self._block)
-        weights = load_weights(checkpoint, config, dtype=torch.float32)
+        weights = load_weights(checkpoint, config, dtype=torch.float32, quantize=quantize)
         self._transformer = Transformer(
             config, weights, pages_LP2GBC=self._pool.pages_LP2GBC, max_model_len=self.info.max_model_len
         )
+
+    def logits(self, tokens_1T: torch.Tensor) -> torch.Tensor:
+        """Of every token of a text, [1, T, V]."""
+        tokens: list[int] = tokens_1T[0].tolist()
+        return self._forward(tokens, 0, len(tokens), wanted=range(len(tokens)))[None]
 
     def text_samples(self, *, num_samples: int) -> list[Sample]:
         tokens = self.encoder.documents(load_documents(held_out=True)).tolist()
@@ -111,7 +118,7 @@ class Model:
         before = [place - 1 for place in sample.scored]
         return self._forward(sample.tokens, sample.num_context, len(sample.tokens) - 1, wanted=before)
 
-    def _forward(self, tokens: list[int], first: int, stop: int, *, wanted: list[int]) -> torch.Tensor:
+    def _forward(self, tokens: list[int], first: int, stop: int, *, wanted: Sequence[int]) -> torch.Tensor:
         """Logits of the tokens at `wanted`, from computing first..stop-1 on top of what the pages hold."""
         positions_T = torch.arange(first, stop)
         table_RL = torch.arange(MAX_TOKENS // self._block, dtype=torch.int32)[None]

@@ -29,7 +29,7 @@ class ModelConfig:
     name: str = "penstock-demo"  # what clients put into "model"
     path: Path = PROJECT_ROOT / "models" / "demo"  # a directory in Hugging Face's layout
     dtype: Literal["float32", "bfloat16"] = "float32"
-    quantize: Literal["none", "int8"] = "none"  # of the layers' weights
+    quantize: Literal["none", "int8"] = "none"  # the weights of products
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint says
 
     def __post_init__(self) -> None:

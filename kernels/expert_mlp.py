@@ -81,7 +81,9 @@ def _products_task(data):
 
 @cfunc(TASK, cache=True)
 def _int8_products_task(data):
-    a = carray(data, (12,), int64)  # counter, step, q, x scales, offsets, w, w scales, y, starts, E, depth, outputs
+    a = carray(
+        data, (12,), int64
+    )  # counter, step, q, x scales, offsets, w, w scales, y, starts, E, depth, outputs
     num_experts, depth, num_outputs = a[9], a[10], a[11]
     num_chunks = (num_outputs + INT8_CHUNK - 1) // INT8_CHUNK
     stride, width = int8_sizes(depth, num_outputs)

@@ -49,7 +49,7 @@ class WorkerConfig:
     model_path: Annotated[Path, "directory with config.json and *.safetensors"]
     model_name: Annotated[str, "the name clients use"]
     dtype: Annotated[str, "of weights, activations and KV: float32 or bfloat16"] = "float32"
-    quantize: Annotated[str, "weights of the layers: none (in dtype) or int8"] = "none"
+    quantize: Annotated[str, "weights of products: none (in dtype) or int8"] = "none"
     num_pages: Annotated[int | None, "KV pages of 16 tokens; overrides --kv-cache-bytes"] = None
     kv_cache_bytes: Annotated[int, "memory for KV pages"] = 512 * 2**20
     max_model_len: Annotated[

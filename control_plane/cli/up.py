@@ -23,6 +23,9 @@ def up(
         typer.Option(metavar="DIR", help="Checkpoint in Hugging Face's layout. (default: the demo model)"),
     ] = None,
     model_name: Annotated[str | None, typer.Option(metavar="NAME", help="The name clients use.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="KIND", help="int8: weights of a byte, on the CPU. (default: none)")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to serve on. (default: 127.0.0.1)")] = None,
     port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one. (default: 8000)")] = None,
     grpc_port: Annotated[
@@ -51,6 +54,7 @@ def up(
         *options.assignments(
             model__path=model,
             model__name=model_name,
+            model__quantize=quantize,
             gateway__host=host,
             gateway__port=port,
             gateway__grpc_port=grpc_port,

@@ -61,7 +61,9 @@ def test_many_tokens_agree_with_the_reference(num_experts: int, num_active: int)
     )
 
 
-@pytest.mark.parametrize(("num_experts", "num_active", "num_tokens"), [(1, 1, 5), (4, 2, 1), (4, 2, 130), (60, 4, 9)])
+@pytest.mark.parametrize(
+    ("num_experts", "num_active", "num_tokens"), [(1, 1, 5), (4, 2, 1), (4, 2, 130), (60, 4, 9)]
+)
 def test_int8_experts_agree_with_int8_products_of_each(
     num_experts: int, num_active: int, num_tokens: int
 ) -> None:

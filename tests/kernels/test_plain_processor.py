@@ -25,7 +25,8 @@ from kernels.int8_tile import HAS_VNNI
 
 assert not HAS_VNNI
 for num_inputs, num_outputs in ((7, 3), (64, 64), (101, 130)):
-    x, w, weights = torch.randn(101, num_inputs), torch.randn(num_outputs, num_inputs), Int8Weights(num_outputs, num_inputs)
+    x, w = torch.randn(101, num_inputs), torch.randn(num_outputs, num_inputs)
+    weights = Int8Weights(num_outputs, num_inputs)
     weights.put(w)
     for num_rows in (1, 2, 3, 4, 101):
         assert torch.equal(int8_linear(x[:num_rows], weights), reference(x[:num_rows], w))

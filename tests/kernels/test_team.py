@@ -46,5 +46,5 @@ def test_part_of_a_program_can_run() -> None:
 
 @pytest.mark.parametrize("tensor", [torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4).T[:2]])
 def test_memory_that_kernels_cannot_read_is_refused(tensor: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="rows of float32 or int64"):
+    with pytest.raises(ValueError, match="rows of float32 or integers"):
         bind(0, Step(), tensor)

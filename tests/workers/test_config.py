@@ -19,6 +19,8 @@ def test_the_required_settings_alone_make_a_valid_configuration() -> None:
     [
         ({"worker_id": ""}, "worker_id must not be empty"),
         ({"dtype": "int4"}, "dtype must be one of float32, bfloat16, got 'int4'"),
+        ({"quantize": "int4"}, "quantize must be one of none, int8, got 'int4'"),
+        ({"quantize": "int8", "dtype": "bfloat16"}, "quantize int8 needs dtype float32, got 'bfloat16'"),
         ({"log_level": "loud"}, "log_level must be one of"),
         ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
         ({"max_num_waiting": -1}, "max_num_waiting must be at least 1, got -1"),

@@ -15,6 +15,8 @@ import pytest
 from protos import worker_pb2, worker_pb2_grpc
 from tests.workers.worker_process import WorkerProcess
 from workers.config import Role
+from workers.model.checkpoint import Checkpoint
+from workers.model.info import load_model_info
 
 Fixture = Any
 PROMPT = [(7 * i) % 250 + 3 for i in range(300)]
@@ -125,6 +127,23 @@ async def test_a_disk_tier_that_cannot_be_used_ends_it_with_2(
     (tmp_path / "a-file").touch()
     detail = await _refused(await start_process(role=role, disk_tier_path=tmp_path / "a-file"))
     assert str(tmp_path / "a-file") in detail
+
+
+async def test_a_quantized_worker_serves_and_is_another_model_to_its_peers(
+    start_process: Fixture, connect: Fixture, checkpoint: Path
+) -> None:
+    identity = await (await start_process(quantize="int8")).ready()
+    files = Checkpoint(checkpoint)
+    exact, int8 = (
+        load_model_info(checkpoint, files, dtype="float32", quantize=quantize, max_model_len=None)
+        for quantize in ("none", "int8")
+    )
+    assert identity.fingerprint == int8.fingerprint != exact.fingerprint
+    session = connect(identity)
+    await session.open()
+    session.listen()
+    answer = await session.submit("r", PROMPT, max_tokens=5, ignore_eos=True)
+    assert len((await answer.wait()).token_ids) == 5
 
 
 async def test_a_signal_while_it_loads_ends_it_with_0(start_process: Fixture) -> None:

@@ -20,8 +20,10 @@ def model_path(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def info_of(model_path: Path, *, dtype: str = "float32") -> ModelInfo:
-    return load_model_info(model_path, Checkpoint(model_path), dtype=dtype, max_model_len=None)
+def info_of(model_path: Path, *, dtype: str = "float32", quantize: str = "none") -> ModelInfo:
+    return load_model_info(
+        model_path, Checkpoint(model_path), dtype=dtype, quantize=quantize, max_model_len=None
+    )
 
 
 def test_writes_a_profile_of_the_model(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +40,15 @@ def test_writes_a_profile_of_the_model(model_path: Path, capsys: pytest.CaptureF
     other = info_of(model_path, dtype="bfloat16")
     with pytest.raises(ProfileMismatch, match=other.fingerprint.hex()):
         load_profile(model_path / PROFILE_FILE, fingerprint=other.fingerprint, layout=other.layout)
+
+
+def test_a_profile_of_a_quantized_model_is_of_no_other(model_path: Path) -> None:
+    assert main(["--model-path", str(model_path), "--max-tokens", "64", "--quantize", "int8"]) == 0
+    exact, int8 = info_of(model_path), info_of(model_path, quantize="int8")
+    profile = model_path / PROFILE_FILE
+    assert load_profile(profile, fingerprint=int8.fingerprint, layout=int8.layout) is not None
+    with pytest.raises(ProfileMismatch, match=exact.fingerprint.hex()):
+        load_profile(profile, fingerprint=exact.fingerprint, layout=exact.layout)
 
 
 def test_reads_the_language_reference_unless_told_otherwise(model_path: Path) -> None:

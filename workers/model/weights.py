@@ -52,7 +52,7 @@ class ModelWeights:
     embedding_VD: torch.Tensor
     layers: tuple[LayerWeights, ...]
     final_norm_D: torch.Tensor
-    lm_head: Linear  # [V, D]; shares memory with the embedding when the checkpoint ties them
+    lm_head: Linear  # [V, D]; where the checkpoint ties them and nothing is quantized, the embedding's memory
 
 
 def load_weights(
@@ -65,8 +65,8 @@ def load_weights(
 ) -> ModelWeights:
     """All weights of the model in `dtype`, merged for batched products. Raises `CheckpointError`.
 
-    With `quantize` int8 the products of the layers are: what most of a step's time goes into. The embedding, norms,
-    routers (of few numbers, and a hair decides between experts) and lm_head stay in `dtype` (docs/performance.md).
+    With `quantize` int8 all products are but the routers, which are small and where a hair decides between experts;
+    the embedding, of which a step reads a row, and norms stay as they are (docs/performance.md).
     `on_progress` is called after every layer with the share of layers that are loaded.
     """
     loader = _Loader(checkpoint, config, dtype, quantize=quantize)
@@ -74,12 +74,13 @@ def load_weights(
     tied = config.tied_embeddings or not checkpoint.has("lm_head.weight")
     if tied and not config.tied_embeddings:
         raise CheckpointError("tensor lm_head.weight is missing and config.json does not tie the embeddings")
-    lm_head = embedding if tied else loader.tensor("lm_head.weight", config.vocab_size, config.hidden_size)
+    head = {"lm_head": config.vocab_size}
+    lm_head = loader.tied(embedding) if tied else loader.linear(head, config.hidden_size, bias=False)
     return ModelWeights(
         embedding_VD=embedding,
         layers=tuple(_layers(loader, len(config.layers), on_progress)),
         final_norm_D=loader.tensor("model.norm.weight", config.hidden_size),
-        lm_head=Linear(lm_head),
+        lm_head=lm_head,
     )
 
 
@@ -109,9 +110,15 @@ class _Loader:
         added = torch.cat([self.tensor(f"{name}.bias", names[name]) for name in names]) if bias else None
         return Linear(weight[0] if isinstance(weight, torch.Tensor) else weight, added)
 
-    def _matrices(
-        self, names_E: Sequence[Mapping[str, int]], num_inputs: int
-    ) -> torch.Tensor | Int8Weights:
+    def tied(self, embedding_VD: torch.Tensor) -> Linear:
+        """The embedding as lm_head; quantized, it is a copy."""
+        if not self._quantizes:
+            return Linear(embedding_VD)
+        packed = Int8Weights(*embedding_VD.shape)
+        packed.put(embedding_VD)
+        return Linear(packed)
+
+    def _matrices(self, names_E: Sequence[Mapping[str, int]], num_inputs: int) -> torch.Tensor | Int8Weights:
         """For each expert one matrix, quantized as it is read: at no time are there two copies of all of it."""
         num_outputs = sum(names_E[0].values())
         if self._quantizes:

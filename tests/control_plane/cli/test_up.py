@@ -117,6 +117,10 @@ def test_a_busy_port_is_said_at_once(launch: Launch) -> None:
         (["--set", "pools.decod.replicas=2"], "pools.decod is not a setting; did you mean decode?"),
         (["--port", "70000"], "gateway.port is 70000, but it must be between 0 and 65535"),
         (["--decode", "0"], "pools.decode.replicas and mixed.replicas are both 0"),
+        (
+            ["--quantize", "int8", "--set", "model.dtype=bfloat16"],
+            "model.quantize is int8, which needs dtype float32, not bfloat16",
+        ),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml: cannot be read: No such file"),
         (["--model", "/nonexistent"], "model.path is /nonexistent, but there is no such directory"),
         (["--model", "/usr"], "model.path is /usr, but it has no config.json"),

@@ -75,7 +75,16 @@ def test_every_setting_of_the_model_reaches_the_workers() -> None:
         load_config(overrides=overrides), WorkerPlace(pool="mixed", replica=0, name="mixed-0", cores=(0,))
     )
     assert (worker.model_path, worker.model_name) == (Path("/m"), "n")
-    assert (worker.dtype, worker.max_model_len) == ("bfloat16", 64)
+    assert (worker.dtype, worker.quantize, worker.max_model_len) == ("bfloat16", "none", 64)
+
+
+def test_every_worker_and_store_quantizes_alike() -> None:
+    config = load_config(overrides=["model.quantize=int8", "pools.store.replicas=1"])
+    places = [
+        WorkerPlace(pool=pool, replica=0, name=f"{pool}-0", cores=(0,))
+        for pool in ("prefill", "decode", "mixed", "store")
+    ]
+    assert [understood(config, place).quantize for place in places] == ["int8"] * 4
 
 
 def test_every_setting_of_the_tiers_reaches_the_workers() -> None:
