@@ -24,7 +24,7 @@ from kernels.linear import add_bias
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, pointer, words
 
 ROWS, CHUNK = 96, 2 * BLOCK  # rows and outputs of a work item
-# Beyond it a sum of products of 255 and 127 could leave 32 bits.
+# Beyond it a sum of products of bytes could leave 32 bits.
 MAX_DEPTH = (2**31 - 1) // ((TOP + WEIGHT_OFFSET) * TOP)
 
 
@@ -78,6 +78,12 @@ def _scale_row(sums, x_scale, scale_N, y_N):
         y_N[n] = np.float32(sum_N[n]) * scale_N[n] * x_scale
 
 
+@njit("UniTuple(int64,2)(int64,int64)", cache=True, nogil=True)
+def int8_sizes(depth, num_outputs):
+    """Bytes of a row, and outputs with those that fill the last block."""
+    return (depth + GROUP - 1) // GROUP * GROUP, (num_outputs + BLOCK - 1) // BLOCK * BLOCK
+
+
 @njit(
     "void(UniTuple(int64,3), UniTuple(int64,2), int64, int64, int64, int64, int64, int64)",
     cache=True,
@@ -88,8 +94,8 @@ def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
 
     Addresses: x of q, scales and offsets, w of packed weights and scales, y.
     """
-    num_groups = (depth + GROUP - 1) // GROUP
-    stride, block_bytes = GROUP * num_groups, GROUP * num_groups * BLOCK
+    stride, _ = int8_sizes(depth, num_outputs)
+    num_groups, block_bytes = stride // GROUP, stride * BLOCK
     scale_M, sums = floats(x[1], num_rows), room_for_sums()
     num_passes = (num_rows + MAX_TILE_COLUMNS - 1) // MAX_TILE_COLUMNS
     for first in range(start, stop, BLOCK):
@@ -109,12 +115,6 @@ def multiply(x, w, y, num_rows, depth, num_outputs, start, stop):
             for m in range(columns):
                 y_N = floats(y + 4 * ((row + m) * num_outputs + first), width)
                 _scale_row(sums + 4 * BLOCK * m, scale_M[row + m], scale_N, y_N)
-
-
-@njit("UniTuple(int64,2)(int64,int64)", cache=True, nogil=True)
-def int8_sizes(depth, num_outputs):
-    """Bytes of a row, and outputs with those that fill the last block."""
-    return (depth + GROUP - 1) // GROUP * GROUP, (num_outputs + BLOCK - 1) // BLOCK * BLOCK
 
 
 @cfunc(TASK, cache=True)
