@@ -57,5 +57,6 @@ bench: $(STAMP)  ## run one benchmark: make bench BENCH=engine ARGS=--quick
 protos: $(STAMP)  ## regenerate the code of protos/*.proto
 	$(BIN)/python protos/generate.py
 
-gpu:  ## measure the limits of a GPU; plain python3 with torch, nothing installed
+gpu:  ## check the GPU's kernels and measure its limits; plain python3 with torch and triton, nothing installed
+	$(PYTHON) tests/gpu/run.py
 	$(PYTHON) -m bench.gpu

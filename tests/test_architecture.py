@@ -49,6 +49,11 @@ def test_imports_without_torch(module: str) -> None:
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
+def test_serves_without_triton_where_there_is_no_gpu() -> None:
+    result = run_python("import sys, workers.engine.engine; print('triton' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stdout + result.stderr
+
+
 def test_package_inits_hold_a_docstring_and_nothing_else() -> None:
     offenders = []
     for package in PACKAGES:
