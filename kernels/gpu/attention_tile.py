@@ -1,0 +1,59 @@
+"""What every attention here is made of: rows of queries against a run of a paged context, with a running softmax.
+
+Row m sees the positions s with sees_m - window <= s < sees_m. Over the tiles of a run it keeps, in base 2,
+top = max_s x_s, total = sum_s 2^(x_s - top), acc = sum_s 2^(x_s - top) v_s, with x_s = scale log2(e) q.k_s
+(Dao, "FlashAttention-2", 2023). Rows are the query heads of one key/value head, of one token or of many, so that a tile
+of keys and values is read once for all of them and they fill a tensor core's tile.
+
+M rows, S tokens of a tile, C head dimension (CP: up to the next power of two).
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.paged_kv import load_scales, load_tile
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def attend(
+    q_MC, top_M, total_M, acc_MC, sees_M, begin, end, window, scale, pages, scales, table, kv_head,
+    G: tl.constexpr, B: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Adds positions begin to end - 1. Without MASKED every row sees all of them, and they are whole tiles."""
+    for start in tl.range(begin, end, TILE):
+        s = start + tl.arange(0, TILE)
+        exists_S = s < end
+        page_S = tl.load(table + s // B, mask=exists_S, other=0).to(tl.int64)
+        k_SC = load_tile(pages, page_S, s % B, kv_head, exists_S, 2 * G, B, C, CP, MASKED)
+        x_MS = tl.dot(q_MC, tl.trans(k_SC.to(q_MC.dtype)), input_precision="ieee") * (scale * LOG2_E)
+        if SCALED:
+            x_MS *= load_scales(scales, page_S, s % B, kv_head, exists_S, 2 * G, B, MASKED)[None, :]
+        if MASKED:
+            visible_MS = (s[None, :] < sees_M[:, None]) & exists_S[None, :]
+            if HAS_WINDOW:
+                visible_MS &= s[None, :] >= sees_M[:, None] - window
+            x_MS = tl.where(visible_MS, x_MS, -float("inf"))
+        new_top_M = tl.maximum(top_M, tl.max(x_MS, 1))
+        # A row that has seen nothing yet: subtract 0, so that its weights are 2^-inf = 0 and not NaN.
+        shift_M = tl.where(new_top_M == -float("inf"), 0.0, new_top_M) if MASKED else new_top_M
+        p_MS = tl.exp2(x_MS - shift_M[:, None])
+        shrink_M = tl.exp2(top_M - shift_M)
+        total_M = total_M * shrink_M + tl.sum(p_MS, 1)
+        acc_MC *= shrink_M[:, None]
+        v_SC = load_tile(pages, page_S, s % B, G + kv_head, exists_S, 2 * G, B, C, CP, MASKED)
+        if SCALED:
+            p_MS *= load_scales(scales, page_S, s % B, G + kv_head, exists_S, 2 * G, B, MASKED)[None, :]
+        acc_MC = tl.dot(p_MS.to(q_MC.dtype), v_SC.to(q_MC.dtype), acc_MC, input_precision="ieee")
+        top_M = new_top_M
+    return top_M, total_M, acc_MC
+
+
+@triton.jit
+def finish(top_M, total_M, acc_MC):
+    """(out, lse) of the rows, the latter by e; a row that saw nothing gives 0 and -inf."""
+    divisor_M = tl.where(total_M == 0, 1.0, total_M)
+    return acc_MC / divisor_M[:, None], (top_M + tl.log2(divisor_M)) * LN_2
