@@ -1,51 +1,34 @@
-"""The two limits of a GPU that kernels are measured against: copy bandwidth and the bf16 matrix rate.
+"""A GPU's limits, and how near the kernels come to them.
 
-Runs under any Python with torch and nothing of Penstock installed: `make gpu`.
+    python3 -m bench.gpu [--quick]
+
+Runs under any Python with torch and triton, and nothing of Penstock installed: `make gpu`.
 """
 
-import statistics
+import argparse
 import sys
-from collections.abc import Callable
 
 import torch
 
-NUM_WARMUP = 3
-NUM_RUNS = 20
-
-
-def median_ms(run: Callable[[], object]) -> float:
-    """Milliseconds of one call by the device's own clock, the median of several after a warm-up."""
-    times = []
-    for index in range(NUM_WARMUP + NUM_RUNS):
-        start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if index >= NUM_WARMUP:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def copy_bandwidth_gb_s(*, num_bytes: int = 1 << 31) -> float:
-    """Bytes read and written per second by a copy within the device's memory."""
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * num_bytes / median_ms(lambda: target.copy_(source)) / 1e6
-
-
-def matrix_rate_tflop_s(*, size: int = 8192) -> float:
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    num_operations = 2 * size * size * size
-    return num_operations / median_ms(lambda: a @ b) / 1e9
+from bench.gpu_limits import measure_limits
+from bench.report import write_report
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="keep no result")
+    quick = parser.parse_args().quick
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device, and torch finds none here")
+    from bench import gpu_kernels  # needs triton
+
+    limits = measure_limits()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"copy bandwidth {copy_bandwidth_gb_s():8.0f} GB/s")
-    print(f"bf16 matrix    {matrix_rate_tflop_s():8.0f} TFLOP/s")
+    print(f"copy bandwidth {limits.copy_gb_s:8.0f} GB/s")
+    print(f"bf16 matrix    {limits.matrix_tflop_s:8.0f} TFLOP/s")
+    write_report("gpu", gpu_kernels.measure(limits), keep=not quick, device=torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":

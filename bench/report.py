@@ -28,7 +28,7 @@ class Claim:
         return self.value >= self.aim if self.better == "higher" else self.value <= self.aim
 
 
-def write_report(bench: str, claims: Sequence[Claim], *, keep: bool) -> None:
+def write_report(bench: str, claims: Sequence[Claim], *, keep: bool, device: str | None = None) -> None:
     """Prints the claims as a table and then as one JSON line, and keeps that line in bench/results/<bench>.json."""
     for claim in claims:
         verdict = "reached" if claim.reached else "missed"
@@ -37,7 +37,7 @@ def write_report(bench: str, claims: Sequence[Claim], *, keep: bool) -> None:
         "bench": bench,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "hardware": hardware(),
+        "hardware": hardware() if device is None else f"{device}; {hardware()}",
         "claims": [{**asdict(claim), "value": float(f"{claim.value:.4g}")} for claim in claims],
     }
     line = json.dumps(report)
