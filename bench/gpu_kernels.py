@@ -3,7 +3,7 @@
 Pages lie in random order, and inputs are larger than the caches.
 """
 
-import math
+from collections.abc import Callable
 
 import torch
 
@@ -20,6 +20,8 @@ SCALE = HEAD_DIM**-0.5
 HIDDEN, MLP = 4096, 14_336
 BATCH, CONTEXT, LONG_CONTEXT = 32, 8192, 32_768
 PREFIX, PRIVATE, PROMPT = 2048, 128, 8192
+
+Run = Callable[[], object]
 
 
 def measure(limits: Limits) -> list[Claim]:
@@ -42,83 +44,92 @@ def _kv(num_requests: int, num_tokens: int, dtype: torch.dtype) -> PagedKv:
     return PagedKv(pages_P2GBC=pages, scales_P2GB=scales, table_RL=table)
 
 
-def _decode_ms(num_requests: int, num_tokens: int, dtype: torch.dtype) -> float:
-    kv = _kv(num_requests, num_tokens, dtype)
-    q_THC = torch.randn(num_requests, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+def _queries(num_tokens: int) -> torch.Tensor:
+    return torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+
+
+def decode(num_requests: int, num_tokens: int, dtype: torch.dtype) -> Run:
+    kv, q_THC = _kv(num_requests, num_tokens, dtype), _queries(num_requests)
     rows = torch.arange(num_requests, device="cuda")
     lengths = torch.full_like(rows, num_tokens)
-    return median_ms(
-        lambda: paged_attention(q_THC, kv, rows_T=rows, lengths_T=lengths, window=None, scale=SCALE)
+    return lambda: paged_attention(q_THC, kv, rows_T=rows, lengths_T=lengths, window=None, scale=SCALE)
+
+
+def prefill(num_tokens: int, dtype: torch.dtype) -> Run:
+    kv, q_THC = _kv(1, num_tokens, dtype), _queries(num_tokens)
+    starts, length = (torch.tensor(values, device="cuda") for values in ([0, num_tokens], [num_tokens]))
+    return lambda: prefill_attention(q_THC, kv, starts=starts, lengths_R=length, window=None, scale=SCALE)
+
+
+def torch_prefill(num_tokens: int) -> Run:
+    heads_HTC = _queries(num_tokens).transpose(0, 1).unsqueeze(0)
+    k_GTC = heads_HTC[:, :NUM_KV_HEADS]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attention(heads_HTC, k_GTC, k_GTC, is_causal=True, enable_gqa=True)
+
+
+def shared_prefix(num_requests: int, num_shared: int, num_own: int, dtype: torch.dtype) -> Run:
+    own, q_THC = _kv(num_requests, num_own, dtype), _queries(num_requests)
+    prefixes = Prefixes(
+        kv=_kv(1, num_shared, dtype),
+        prefix_lengths_N=torch.tensor([num_shared], device="cuda"),
+        starts=torch.tensor([0, num_requests], device="cuda"),
     )
+    rows = torch.arange(num_requests, device="cuda")
+    lengths = torch.full_like(rows, num_own)
+    return lambda: shared_prefix_attention(q_THC, prefixes, own, rows_T=rows, lengths_T=lengths, scale=SCALE)
+
+
+def linear(num_tokens: int, dtype: torch.dtype) -> Run:
+    """int8, or uint8 for two int4 in a byte."""
+    is_packed = dtype == torch.uint8
+    numbers = torch.empty(MLP, HIDDEN // (2 if is_packed else 1), dtype=dtype, device="cuda").random_(0, 100)
+    table = torch.ones(MLP, HIDDEN // GROUP, device="cuda")
+    weight = QuantizedWeight(numbers_NK=numbers, scales_NJ=table, zeros_NJ=table if is_packed else None)
+    x_TK = torch.randn(num_tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    return lambda: quantized_linear(x_TK, weight)
 
 
 def measure_decode(limits: Limits) -> Claim:
     num_bytes = BATCH * CONTEXT * 2 * NUM_KV_HEADS * HEAD_DIM * 2
-    rate = num_bytes / _decode_ms(BATCH, CONTEXT, torch.bfloat16) / 1e6
+    rate = num_bytes / median_ms(decode(BATCH, CONTEXT, torch.bfloat16)) / 1e6
     print(f"decode attention, {BATCH} contexts of {CONTEXT}: {rate:.0f} GB/s")
     value = rate / limits.copy_gb_s
     return Claim(name="decode_attention_of_copy", value=value, unit="", aim=0.85, better="higher")
 
 
 def measure_int8_kv() -> Claim:
-    whole, int8 = (_decode_ms(BATCH // 2, LONG_CONTEXT, dtype) for dtype in (torch.bfloat16, torch.int8))
+    whole, int8 = (
+        median_ms(decode(BATCH // 2, LONG_CONTEXT, dtype)) for dtype in (torch.bfloat16, torch.int8)
+    )
     print(f"decode attention, {BATCH // 2} contexts of {LONG_CONTEXT}: {whole:.3f} ms, int8 {int8:.3f} ms")
     return Claim(name="int8kv_vs_bf16", value=whole / int8, unit="x", aim=1.5, better="higher")
 
 
 def measure_shared_prefix() -> Claim:
-    plain = _decode_ms(BATCH, PREFIX + PRIVATE, torch.bfloat16)
-    shared, own = _kv(1, PREFIX, torch.bfloat16), _kv(BATCH, PRIVATE, torch.bfloat16)
-    starts = torch.tensor([0, BATCH], device="cuda")
-    prefixes = Prefixes(kv=shared, prefix_lengths_N=torch.tensor([PREFIX], device="cuda"), starts=starts)
-    q_THC = torch.randn(BATCH, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    rows = torch.arange(BATCH, device="cuda")
-    lengths = torch.full_like(rows, PRIVATE)
-    relay = median_ms(
-        lambda: shared_prefix_attention(q_THC, prefixes, own, rows_T=rows, lengths_T=lengths, scale=SCALE)
-    )
+    plain = median_ms(decode(BATCH, PREFIX + PRIVATE, torch.bfloat16))
+    relay = median_ms(shared_prefix(BATCH, PREFIX, PRIVATE, torch.bfloat16))
     print(f"{BATCH} tokens after {PREFIX} shared and {PRIVATE} own: plain {plain:.3f} ms, shared {relay:.3f}")
     return Claim(name="relay_vs_plain", value=plain / relay, unit="x", aim=1.5, better="higher")
 
 
 def print_prefill(limits: Limits) -> None:
-    kv = _kv(1, PROMPT, torch.bfloat16)
-    q_THC = torch.randn(PROMPT, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    starts, length = torch.tensor([0, PROMPT], device="cuda"), torch.tensor([PROMPT], device="cuda")
-    ours = median_ms(
-        lambda: prefill_attention(q_THC, kv, starts=starts, lengths_R=length, window=None, scale=SCALE)
-    )
-    heads_HTC = q_THC.transpose(0, 1).unsqueeze(0)
-    theirs = median_ms(
-        lambda: torch.nn.functional.scaled_dot_product_attention(
-            heads_HTC,
-            heads_HTC[:, :NUM_KV_HEADS],
-            heads_HTC[:, :NUM_KV_HEADS],
-            is_causal=True,
-            enable_gqa=True,
-        )
-    )
+    ours, theirs = median_ms(prefill(PROMPT, torch.bfloat16)), median_ms(torch_prefill(PROMPT))
     rate = 2 * PROMPT * PROMPT * NUM_HEADS * HEAD_DIM / ours / 1e9
     share = rate / limits.matrix_tflop_s
     print(
-        f"attention of a prompt of {PROMPT}: {rate:.0f} TFLOP/s ({share:.0%} of the rate), torch {theirs:.3f} ms"
+        f"attention of a prompt of {PROMPT}: {ours:.3f} ms, torch {theirs:.3f} ms; {share:.0%} of the matrix rate"
     )
-    print(f"                                  {ours:.3f} ms")
 
 
 def print_products(limits: Limits) -> None:
     """Of layers with quantised weights: for one token what is read, for many what is computed."""
-    for kind, dtype, bits in (("int8", torch.int8, 8), ("int4", torch.uint8, 4)):
-        numbers = torch.empty(MLP, HIDDEN * bits // 8, dtype=dtype, device="cuda").random_(0, 100)
-        table = torch.ones(MLP, math.ceil(HIDDEN / GROUP), device="cuda")
-        weight = QuantizedWeight(
-            numbers_NK=numbers, scales_NJ=table, zeros_NJ=table if kind == "int4" else None
-        )
+    for kind, dtype, num_bytes in (("int8", torch.int8, 1.0), ("int4", torch.uint8, 0.5)):
         for num_tokens in (1, 64, 2048):
-            x = torch.randn(num_tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
-            ms = median_ms(lambda x=x, weight=weight: quantized_linear(x, weight))  # type: ignore[misc]
-            read, done = MLP * HIDDEN * bits / 8 / ms / 1e6, 2 * num_tokens * MLP * HIDDEN / ms / 1e9
+            ms = median_ms(linear(num_tokens, dtype))
+            read = num_bytes * MLP * HIDDEN / ms / 1e6 / limits.copy_gb_s
+            done = 2 * num_tokens * MLP * HIDDEN / ms / 1e9 / limits.matrix_tflop_s
             print(
-                f"{kind} linear, {num_tokens} tokens: {ms:.4f} ms, {read / limits.copy_gb_s:.0%} of the bandwidth,"
-                f" {done / limits.matrix_tflop_s:.0%} of the matrix rate"
+                f"{kind} linear, {num_tokens} tokens: {ms:.4f} ms,"
+                f" {read:.0%} of the bandwidth, {done:.0%} of the matrix rate"
             )

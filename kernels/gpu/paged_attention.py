@@ -19,9 +19,14 @@ import triton.language as tl
 from kernels.gpu.attention_tile import attend, finish
 from kernels.gpu.merge_partials import merge_partials
 from kernels.gpu.paged_kv import PagedKv, padded_width
+from kernels.gpu.tiling import Tiling
 
 SPAN = 512
-_TILE, _WARPS, _STAGES = 64, 4, 3
+TILINGS = {  # by the bytes of a number in the pages
+    4: Tiling(rows=16, columns=32, num_warps=4, num_stages=3),
+    2: Tiling(rows=16, columns=64, num_warps=4, num_stages=3),
+    1: Tiling(rows=16, columns=64, num_warps=4, num_stages=4),
+}
 
 
 def reference(
@@ -138,12 +143,12 @@ def launch(
     if rows_T.shape != (num_tokens,) or lengths_T.shape != (num_tokens,):
         raise ValueError(f"{num_tokens} tokens, but {len(rows_T)} rows and {len(lengths_T)} lengths")
     out_ITHC, lse_ITH = partials
-    group = num_heads // kv.num_kv_heads
+    group, tiling = num_heads // kv.num_kv_heads, TILINGS[kv.pages_P2GBC.element_size()]
     if num_tokens:
         _kernel[(num_tokens * kv.num_kv_heads, len(lse_ITH))](
             q_THC, q_THC.stride(0), kv.pages_P2GBC, kv.scales_P2GB, kv.table_RL, kv.table_RL.stride(0),
             rows_T, lengths_T, window or 0, scale, out_ITHC, lse_ITH, num_tokens,
-            G=kv.num_kv_heads, M=group, MP=max(16, triton.next_power_of_2(group)), B=kv.block, C=head_dim,
-            CP=padded_width(head_dim), RUN=SPAN, TILE=_TILE, HAS_WINDOW=window is not None,
-            SCALED=kv.scales_P2GB is not None, num_warps=_WARPS, num_stages=_STAGES,
+            G=kv.num_kv_heads, M=group, MP=max(tiling.rows, triton.next_power_of_2(group)), B=kv.block, C=head_dim,
+            CP=padded_width(head_dim), RUN=SPAN, TILE=tiling.columns, HAS_WINDOW=window is not None,
+            SCALED=kv.scales_P2GB is not None, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
         )  # fmt: skip

@@ -17,8 +17,13 @@ import triton.language as tl
 from kernels.gpu.attention_tile import attend, finish
 from kernels.gpu.paged_kv import PagedKv, padded_width
 from kernels.gpu.ragged_tiles import first_tile, num_tiles, request_of
+from kernels.gpu.tiling import Tiling
 
-_ROWS, _TILE, _WARPS, _STAGES = 128, 64, 8, 3
+TILINGS = {  # by the bytes of a number in the pages
+    4: Tiling(rows=128, columns=32, num_warps=8, num_stages=3),
+    2: Tiling(rows=128, columns=64, num_warps=8, num_stages=3),
+    1: Tiling(rows=128, columns=64, num_warps=8, num_stages=3),
+}
 
 
 def reference(
@@ -115,14 +120,14 @@ def prefill_attention(
         raise ValueError(f"{len(lengths_R)} requests need one start more, got {len(starts)}")
     out_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
     lse_TH = q_THC.new_empty(num_tokens, num_heads, dtype=torch.float32)
-    group = num_heads // kv.num_kv_heads
+    group, tiling = num_heads // kv.num_kv_heads, TILINGS[kv.pages_P2GBC.element_size()]
     if num_tokens:
-        tiles = num_tiles(num_tokens * group, len(lengths_R), tile_rows=_ROWS)
+        tiles = num_tiles(num_tokens * group, len(lengths_R), tile_rows=tiling.rows)
         _kernel[(tiles, kv.num_kv_heads)](
             q_THC, q_THC.stride(0), kv.pages_P2GBC, kv.scales_P2GB, kv.table_RL, kv.table_RL.stride(0),
             starts, lengths_R, len(lengths_R), window or 0, scale, out_THC, lse_TH,
             G=kv.num_kv_heads, M=group, B=kv.block, C=head_dim, CP=padded_width(head_dim),
-            ROWS=_ROWS, TILE=_TILE, HAS_WINDOW=window is not None, SCALED=kv.scales_P2GB is not None,
-            num_warps=_WARPS, num_stages=_STAGES,
+            ROWS=tiling.rows, TILE=tiling.columns, HAS_WINDOW=window is not None, SCALED=kv.scales_P2GB is not None,
+            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
         )  # fmt: skip
     return out_THC, lse_TH

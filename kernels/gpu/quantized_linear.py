@@ -18,8 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.tiling import Tiling
+
 GROUP = 128
 _FEW_TOKENS = 64
+TILINGS = {  # by whether there are few tokens; the columns are tokens, and grow with them while they are few
+    True: Tiling(rows=64, columns=16, num_warps=4, num_stages=4),
+    False: Tiling(rows=128, columns=128, num_warps=8, num_stages=3),
+}
 _MIN_PROGRAMS = 512  # that read at once: four on each of 132 processors
 _MIN_GROUPS_OF_PART = 4
 
@@ -123,18 +129,19 @@ def launch(
     if num_inputs != weight.num_inputs or x_TK.stride(1) != 1:
         raise ValueError(f"rows of {num_inputs} inputs for a weight of {weight.num_inputs}")
     is_few = num_tokens <= _FEW_TOKENS
-    outputs, tokens = (64, max(16, triton.next_power_of_2(num_tokens))) if is_few else (128, 128)
-    parts = _num_parts(num_outputs, num_inputs) if is_few else 1
+    tiling = TILINGS[is_few]
+    columns = max(tiling.columns, triton.next_power_of_2(num_tokens)) if is_few else tiling.columns
+    parts = _num_parts(num_outputs, num_inputs, tiling) if is_few else 1
     y_ITN = x_TK.new_empty(parts, num_tokens, num_outputs, dtype=dtype if parts == 1 else torch.float32)
     if num_tokens:
-        _kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(num_outputs, outputs), parts)](
+        _kernel[(triton.cdiv(num_tokens, columns), triton.cdiv(num_outputs, tiling.rows), parts)](
             x_TK, x_TK.stride(0), x_scales_T, weight.numbers_NK, weight.scales_NJ, weight.zeros_NJ, y_ITN,
-            num_tokens, N=num_outputs, K=num_inputs, OUTPUTS=outputs, TOKENS=tokens, GROUP=GROUP, PARTS=parts,
-            PACKED=weight.is_packed, num_warps=4 if is_few else 8, num_stages=4 if is_few else 3,
+            num_tokens, N=num_outputs, K=num_inputs, OUTPUTS=tiling.rows, TOKENS=columns, GROUP=GROUP,
+            PARTS=parts, PACKED=weight.is_packed, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
         )  # fmt: skip
     return y_ITN[0] if parts == 1 else y_ITN.sum(0).to(dtype)
 
 
-def _num_parts(num_outputs: int, num_inputs: int) -> int:
-    wanted = triton.cdiv(_MIN_PROGRAMS, triton.cdiv(num_outputs, 64))
+def _num_parts(num_outputs: int, num_inputs: int, tiling: Tiling) -> int:
+    wanted = triton.cdiv(_MIN_PROGRAMS, triton.cdiv(num_outputs, tiling.rows))
     return max(1, min(wanted, num_inputs // GROUP // _MIN_GROUPS_OF_PART))

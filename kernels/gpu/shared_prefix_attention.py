@@ -22,9 +22,14 @@ from kernels.gpu.attention_tile import attend, finish
 from kernels.gpu.merge_partials import merge_partials
 from kernels.gpu.paged_kv import PagedKv, padded_width
 from kernels.gpu.ragged_tiles import first_tile, num_tiles, request_of
+from kernels.gpu.tiling import Tiling
 
 SPAN = 256
-_ROWS, _TILE, _WARPS, _STAGES = 64, 64, 4, 3
+TILINGS = {  # by the bytes of a number in the pages
+    4: Tiling(rows=64, columns=32, num_warps=4, num_stages=3),
+    2: Tiling(rows=64, columns=64, num_warps=4, num_stages=3),
+    1: Tiling(rows=64, columns=64, num_warps=4, num_stages=3),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,17 +128,18 @@ def shared_prefix_attention(
     out_ITHC = q_THC.new_empty(num_partials, *q_THC.shape, dtype=torch.float32)
     lse_ITH = q_THC.new_empty(num_partials, num_tokens, num_heads, dtype=torch.float32)
     group, shared = num_heads // kv.num_kv_heads, prefixes.kv
+    tiling = TILINGS[shared.pages_P2GBC.element_size()]
     paged_attention.launch(
         q_THC, kv, rows_T=rows_T, lengths_T=lengths_T, window=None, scale=scale,
         partials=(out_ITHC[num_shared:], lse_ITH[num_shared:]),
     )  # fmt: skip
     if num_tokens:
-        tiles = num_tiles(num_tokens * group, num_groups, tile_rows=_ROWS)
+        tiles = num_tiles(num_tokens * group, num_groups, tile_rows=tiling.rows)
         _kernel[(tiles * kv.num_kv_heads, num_shared)](
             q_THC, q_THC.stride(0), shared.pages_P2GBC, shared.scales_P2GB, shared.table_RL,
             shared.table_RL.stride(0), prefixes.starts, prefixes.prefix_lengths_N, num_groups, scale, out_ITHC,
             lse_ITH, num_tokens, G=kv.num_kv_heads, M=group, B=kv.block, C=head_dim,
-            CP=padded_width(head_dim), ROWS=_ROWS, RUN=SPAN, TILE=_TILE,
-            SCALED=shared.scales_P2GB is not None, num_warps=_WARPS, num_stages=_STAGES,
+            CP=padded_width(head_dim), ROWS=tiling.rows, RUN=SPAN, TILE=tiling.columns,
+            SCALED=shared.scales_P2GB is not None, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
         )  # fmt: skip
     return merge_partials(out_ITHC, lse_ITH, dtype=q_THC.dtype)
