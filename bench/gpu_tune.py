@@ -30,11 +30,12 @@ class Tuned:
     key: object
     rows: tuple[int, ...]
     columns: tuple[int, ...]
+    stages: tuple[int, ...] = (3, 5)  # 4 is as 3 where page ids are read first
     run: Callable[[], object]
 
     def candidates(self) -> Iterator[Tiling]:
         for rows, columns, num_warps, num_stages in itertools.product(
-            self.rows, self.columns, (4, 8), (2, 3, 4)
+            self.rows, self.columns, (4, 8), self.stages
         ):
             yield Tiling(rows=rows, columns=columns, num_warps=num_warps, num_stages=num_stages)
 
@@ -57,7 +58,7 @@ def tuned() -> Iterator[Tuned]:
         yield Tuned(
             name=f"quantized_linear, int8, {num_tokens} tokens", tilings=quantized_linear.TILINGS, key=is_few,
             rows=(64, 128), columns=(16,) if is_few else (64, 128, 256),
-            run=gpu_kernels.linear(num_tokens, torch.int8),
+            stages=(3, 4, 5), run=gpu_kernels.linear(num_tokens, torch.int8),
         )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from kernels.gpu.tiling import Tiling
 
 TILINGS = {  # by the bytes of a number in the pages
     4: Tiling(rows=128, columns=32, num_warps=8, num_stages=3),
-    2: Tiling(rows=128, columns=64, num_warps=8, num_stages=3),
-    1: Tiling(rows=128, columns=64, num_warps=8, num_stages=3),
+    2: Tiling(rows=128, columns=64, num_warps=8, num_stages=5),
+    1: Tiling(rows=128, columns=64, num_warps=8, num_stages=5),
 }
 
 

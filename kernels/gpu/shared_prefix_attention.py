@@ -28,7 +28,7 @@ SPAN = 256
 TILINGS = {  # by the bytes of a number in the pages
     4: Tiling(rows=64, columns=32, num_warps=4, num_stages=3),
     2: Tiling(rows=64, columns=64, num_warps=4, num_stages=3),
-    1: Tiling(rows=64, columns=64, num_warps=4, num_stages=3),
+    1: Tiling(rows=64, columns=32, num_warps=4, num_stages=5),
 }
 
 
