@@ -3,6 +3,7 @@
     python3 tests/gpu/run.py              on the GPU there is; else interpreted by Triton on the CPU
     python3 tests/gpu/run.py --compile    compiled for Hopper, where no GPU is needed
     ... run.py WORD                       only what has WORD in its name
+    PENSTOCK_SEED=7 ... run.py            with the inputs of an earlier run, whose seed it printed
 
 A check is a function `check_...` of a file in `checks`; what is compiled stands in its SHIPPED. One JSON line for each,
 with what went wrong or null; the exit status says whether anything did.
@@ -36,14 +37,14 @@ def compilations(module_names: list[str]) -> Iterator[tuple[str, Callable[[], ob
             yield f"{name}.{shipped.name}", lambda shipped=shipped: compile_for_hopper(shipped)
 
 
-def run(name: str, check: Callable[[], object]) -> bool:
+def run(name: str, check: Callable[[], object], *, seed: int) -> bool:
     start, figures, failure = time.perf_counter(), None, None
     try:
         figures = check()
     except Exception:  # noqa: BLE001 - whatever goes wrong is the result
         failure = traceback.format_exc(limit=-3)
-    seconds = round(time.perf_counter() - start, 2)
-    print(json.dumps({"name": name, "failure": failure, "seconds": seconds, "figures": figures}), flush=True)
+    outcome = {"name": name, "failure": failure, "seconds": round(time.perf_counter() - start, 2)}
+    print(json.dumps(outcome | {"figures": figures, "seed": seed}), flush=True)
     return failure is None
 
 
@@ -56,9 +57,12 @@ def main(arguments: list[str]) -> int:
 
     if not compiles and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    from inputs import SEED
+
     module_names = sorted(path.stem for path in (HERE / "checks").glob("*.py"))
     found = (compilations if compiles else checks)(module_names)
-    results = [run(name, check) for name, check in found if all(word in name for word in words)]
+    chosen = [(name, check) for name, check in found if all(word in name for word in words)]
+    results = [run(name, check, seed=SEED) for name, check in chosen]
     return 0 if results and all(results) else 1
 
 

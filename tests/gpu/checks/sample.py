@@ -32,7 +32,7 @@ def _draws(num_rows: int, **settings: list[float]) -> Draws:
 
 
 def _assert_agrees(logits: torch.Tensor, draws: Draws) -> None:
-    got, expected = sample(logits, draws).cpu(), reference(logits, draws)
+    got, expected = sample(logits, draws).cpu(), reference(logits.cpu(), draws)
     assert torch.equal(got, expected), (got, expected)
 
 
@@ -88,7 +88,7 @@ def check_damaged_rows_give_some_token_and_leave_the_others() -> None:
     assert ((tokens >= 0) & (tokens < 100)).all()
     assert tokens[1] == 5
     last = Draws(**{field.name: getattr(draws, field.name)[3:] for field in fields(draws)})
-    assert tokens[3] == reference(logits[3:], last)[0]
+    assert tokens[3] == reference(logits[3:].cpu(), last)[0]
 
 
 def check_rows_may_be_apart_and_no_rows_are_no_launch() -> None:
