@@ -57,6 +57,7 @@ bench: $(STAMP)  ## run one benchmark: make bench BENCH=engine ARGS=--quick
 protos: $(STAMP)  ## regenerate the code of protos/*.proto
 	$(BIN)/python protos/generate.py
 
-gpu:  ## check the GPU's kernels and measure its limits; plain python3 with torch and triton, nothing installed
+gpu:  ## check the GPU's kernels and engine and measure them; plain python3 with torch and triton, nothing installed
 	$(PYTHON) tests/gpu/run.py
+	$(PYTHON) tests/gpu/run.py --engine
 	$(PYTHON) -m bench.gpu

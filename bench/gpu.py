@@ -1,4 +1,4 @@
-"""A GPU's limits, and how near the kernels come to them.
+"""A GPU's limits, and how near the kernels and the engine come to them.
 
     python3 -m bench.gpu [--quick]
 
@@ -22,13 +22,14 @@ def main() -> None:
     quick = parser.parse_args().quick
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device, and torch finds none here")
-    from bench import gpu_kernels  # needs triton
+    from bench import gpu_engine, gpu_kernels  # need triton
 
     limits = measure_limits()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"copy bandwidth {limits.copy_gb_s:8.0f} GB/s")
     print(f"bf16 matrix    {limits.matrix_tflop_s:8.0f} TFLOP/s")
-    write_report("gpu", gpu_kernels.measure(limits), keep=not quick, device=torch.cuda.get_device_name())
+    claims = gpu_kernels.measure(limits) + gpu_engine.measure(limits)
+    write_report("gpu", claims, keep=not quick, device=torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from bench.report import Claim, write_report
 from kvstore.codec.codec import KvCodec
 from kvstore.codec.entropy import count_symbols
 from kvstore.codec.levels import NUM_CACHEGEN_LEVELS
-from kvstore.codec.profile import PROFILE_FILE, KvProfile, load_profile
+from kvstore.codec.profile import KvProfile, load_profile
 from kvstore.codec.quantize import NUM_SYMBOLS, Bytes, dequantize_, quantize
 from kvstore.layout import ITEM_BYTES, KvLayout
+from workers.model.checkpoint import PROFILE_FILE
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
 CHUNK_BLOCKS = 16

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.model import DEMO_MODEL, write_random_model
-from kvstore.codec.profile import PROFILE_FILE, load_profile
+from kvstore.codec.profile import load_profile
 from tools.demo_corpus import load_documents
-from workers.model.checkpoint import Checkpoint
+from workers.model.checkpoint import PROFILE_FILE, Checkpoint
 from workers.model.info import load_model_info
 
 _DTYPE = "float32"

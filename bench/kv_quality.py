@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from kernels.int8_linear import Int8Weights
 from kvstore.codec.quantize import Bytes
 from tools.demo_corpus import load_documents
 from tools.demo_eval import recall_problem
@@ -24,9 +25,9 @@ from tools.demo_rows import Encoder
 from workers.engine.kv_pool import KvPool
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
+from workers.model.cpu_operations import cpu_transformer
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.token_batch import Chunk, TokenBatch
-from workers.model.transformer import Transformer
 from workers.model.weights import load_weights
 
 CONTEXT_TOKENS = 512
@@ -57,8 +58,9 @@ class Model:
         self.encoder = Encoder(Tokenizer.from_file(str(model_path / "tokenizer.json")))
         self._block = self.info.layout.block_size_tokens
         self._pool = KvPool(self.info.layout, num_pages=MAX_TOKENS // self._block)
-        weights = load_weights(checkpoint, config, dtype=torch.float32, quantize=quantize)
-        self._transformer = Transformer(
+        packed = Int8Weights if quantize == "int8" else None
+        weights = load_weights(checkpoint, config, dtype=torch.float32, packed=packed)
+        self._transformer = cpu_transformer(
             config, weights, pages_LP2GBC=self._pool.pages_LP2GBC, max_model_len=self.info.max_model_len
         )
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvstore.codec.profile import PROFILE_FILE, load_profile, make_profile
+from kvstore.codec.profile import load_profile, make_profile
 from kvstore.layout import ITEM_BYTES
 from workers.engine.engine import Engine, load_engine
 from workers.errors import CheckpointError
-from workers.model.checkpoint import Checkpoint
+from workers.model.checkpoint import PROFILE_FILE, Checkpoint
 from workers.model.info import load_model_info
 from workers.quantization import QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId

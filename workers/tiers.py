@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from kvstore.codec.codec import KvCodec
-from kvstore.codec.profile import PROFILE_FILE, KvProfile, load_profile
+from kvstore.codec.profile import KvProfile, load_profile
 from kvstore.errors import ProfileMismatch, TierUnusable
 from kvstore.holdings import Holdings
 from kvstore.layout import KvLayout
@@ -27,6 +27,7 @@ from workers.config import WorkerConfig
 from workers.fetch import BlockFetcher, FetchTimeouts
 from workers.kv_metrics import KvMetrics
 from workers.logs import log_event
+from workers.model.checkpoint import PROFILE_FILE
 from workers.model.info import ModelInfo
 
 TELL_EVERY_S = 1.0

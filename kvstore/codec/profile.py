@@ -23,7 +23,6 @@ from kvstore.codec.quantize import NUM_SYMBOLS, Bins, Bytes, num_groups, quantiz
 from kvstore.errors import ProfileMismatch
 from kvstore.layout import KvLayout
 
-PROFILE_FILE = "kv_profile.safetensors"
 VERSION = "penstock-kv-profile-1"
 
 Frequencies = npt.NDArray[np.uint16]

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from kvstore.codec.levels import NUM_CACHEGEN_LEVELS
-from kvstore.codec.profile import PROFILE_FILE, load_profile
+from kvstore.codec.profile import load_profile
 from kvstore.errors import ProfileMismatch
-from workers.model.checkpoint import Checkpoint
+from workers.model.checkpoint import PROFILE_FILE, Checkpoint
 from workers.model.info import ModelInfo, load_model_info
 from workers.profile_kv import main
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from kernels.int8_linear import Int8Weights
 from workers.engine.batch import BatchBuilder
 from workers.engine.kv_pool import KvPool
 from workers.engine.sampler import Sampler
 from workers.engine.stop_strings import StopStrings
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
+from workers.model.cpu_operations import cpu_transformer
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.transformer import Transformer
 from workers.model.weights import load_weights
@@ -96,12 +98,16 @@ def load_engine(
                 f"kv_cache_bytes {kv_cache_bytes} is less than one page of {layout.block_bytes} bytes"
             )
     weights = load_weights(
-        checkpoint, config, dtype=getattr(torch, dtype), quantize=quantize, on_progress=on_progress
+        checkpoint,
+        config,
+        dtype=getattr(torch, dtype),
+        packed=Int8Weights if quantize == "int8" else None,
+        on_progress=on_progress,
     )
     kv_pool = KvPool(layout, num_pages=num_pages)
     return Engine(
         model,
-        transformer=Transformer(
+        transformer=cpu_transformer(
             config, weights, pages_LP2GBC=kv_pool.pages_LP2GBC, max_model_len=model.max_model_len
         ),
         kv_pool=kv_pool,

@@ -3,16 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from kvstore.codec.profile import PROFILE_FILE
 from workers.errors import CheckpointError
+from workers.model.tensor_file import SUPPORTED, IncompleteFile, TensorFile
 
+PROFILE_FILE = "kv_profile.safetensors"  # beside the weights, of the KV that they compute; it is none of them
 _INDEX = "model.safetensors.index.json"
-_FLOATS = {"F32", "BF16", "F16"}
 
 
 class Checkpoint:
@@ -21,7 +19,7 @@ class Checkpoint:
     def __init__(self, model_path: Path) -> None:
         self.files = _weight_files(model_path)
         self._opened = {file: _open(file) for file in self.files}
-        self._file_of = {name: file for file, opened in self._opened.items() for name in opened.keys()}  # noqa: SIM118
+        self._file_of = {name: file for file, opened in self._opened.items() for name in opened.entries}
 
     def copy_into(self, target: torch.Tensor, name: str) -> None:
         """Copies tensor `name`, which must have the shape of `target`, converting its dtype."""
@@ -31,15 +29,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"tensor {name} is missing from {where}; expected shape {list(target.shape)}"
             )
-        header = self._opened[file].get_slice(name)
-        shape, dtype = header.get_shape(), header.get_dtype()
-        if shape != list(target.shape):
-            raise CheckpointError(f"{file}: tensor {name} has shape {shape}, expected {list(target.shape)}")
-        if dtype not in _FLOATS:
+        entry = self._opened[file].entries[name]
+        if entry.shape != list(target.shape):
             raise CheckpointError(
-                f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(sorted(_FLOATS))}"
+                f"{file}: tensor {name} has shape {entry.shape}, expected {list(target.shape)}"
             )
-        target.copy_(self._opened[file].get_tensor(name))
+        if not entry.is_float:
+            raise CheckpointError(f"{file}: tensor {name} has dtype {entry.dtype}; supported: {SUPPORTED}")
+        target.copy_(self._opened[file].tensor(name))
 
     def has(self, name: str) -> bool:
         return name in self._file_of
@@ -56,7 +53,6 @@ class Checkpoint:
 def _weight_files(model_path: Path) -> list[Path]:
     index = model_path / _INDEX
     if not index.exists():
-        # The profile is of the KV that these weights compute; it is none of them.
         files = sorted(file for file in model_path.glob("*.safetensors") if file.name != PROFILE_FILE)
         if not files:
             raise CheckpointError(
@@ -75,8 +71,8 @@ def _weight_files(model_path: Path) -> list[Path]:
     return files
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> TensorFile:
     try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as e:
+        return TensorFile(file)
+    except (IncompleteFile, OSError) as e:
         raise CheckpointError(f"{file} is not a complete safetensors file: {e}") from e

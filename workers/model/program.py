@@ -31,6 +31,8 @@ MAX_TOKENS = 64
 class LayerProgram:
     """Runs all layers on up to MAX_TOKENS tokens in fp32, for one pool of pages."""
 
+    max_tokens = MAX_TOKENS
+
     def __init__(
         self,
         config: ModelConfig,

@@ -19,6 +19,14 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkBounds:
+    """All chunks of a step for who computes them in one launch; tensors on the device that computes."""
+
+    starts: torch.Tensor  # of the N chunks and the end of the last, counted from the first token of the first
+    lengths_N: torch.Tensor  # of the contexts, with the chunks themselves
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
     """First the tokens of the rows with one token, then the chunks. All tensors int64 but the table."""
 
@@ -30,3 +38,4 @@ class TokenBatch:
     num_singles: int  # tokens of rows with one token
     chunks: tuple[Chunk, ...]
     sampled_S: torch.Tensor  # the tokens whose logits are wanted, in the order they are wanted
+    chunk_bounds: ChunkBounds | None = None  # for a GPU's operations, and where there are chunks

@@ -5,20 +5,24 @@ V vocabulary, D hidden, H query heads, G key/value heads, C head dimension, I ML
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from kernels.int8_linear import Int8Weights
 from workers.errors import CheckpointError
-from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, MoeConfig
+
+# A tensor [out, in], or [experts, out, in]; or what the kernels of a device keep of one, quantized: `Int8Weights` of
+# `kernels.int8_linear`, `QuantizedWeight` of `kernels.gpu.quantized_linear`. Neither is named here, as no machine has
+# the packages of both.
+Weight = Any
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x weight^T + bias; weight [out, in], bias [out]."""
+    """y = x weight^T + bias; bias [out]."""
 
-    weight: torch.Tensor | Int8Weights
+    weight: Weight
     bias: torch.Tensor | None = None
 
 
@@ -32,8 +36,8 @@ class DenseMlp:
 class MoeMlp:
     config: MoeConfig
     router: Linear  # [E, D]
-    gate_up_EWD: torch.Tensor | Int8Weights  # W = 2I: all gate rows, then all up rows
-    down_EDI: torch.Tensor | Int8Weights
+    gate_up_EWD: Weight  # W = 2I: all gate rows, then all up rows
+    down_EDI: Weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,21 +59,33 @@ class ModelWeights:
     lm_head: Linear  # [V, D]; where the checkpoint ties them and nothing is quantized, the embedding's memory
 
 
+class Tensors(Protocol):
+    """Where weights come from by name: a checkpoint, or noise."""
+
+    def has(self, name: str) -> bool: ...
+
+    def copy_into(self, target: torch.Tensor, name: str) -> None:
+        """Raises `CheckpointError` for a tensor that is missing or of another shape."""
+        ...
+
+
 def load_weights(
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     config: ModelConfig,
     *,
     dtype: torch.dtype,
-    quantize: str = "none",
+    packed: Callable[..., Weight] | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a value like any other
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> ModelWeights:
-    """All weights of the model in `dtype`, merged for batched products. Raises `CheckpointError`.
+    """All weights of the model in `dtype` on `device`, merged for batched products. Raises `CheckpointError`.
 
-    With `quantize` int8 all products are but the routers, which are small and where a hair decides between experts;
-    the embedding, of which a step reads a row, and norms stay as they are (docs/performance.md).
+    With `packed`, such as `Int8Weights`, those of all products become one of these while they are read, but for the
+    routers, which are small and where a hair decides between experts; the embedding, of which a step reads a row, and
+    norms stay as they are (docs/performance.md).
     `on_progress` is called after every layer with the share of layers that are loaded.
     """
-    loader = _Loader(checkpoint, config, dtype, quantize=quantize)
+    loader = _Loader(checkpoint, config, dtype, device, packed)
     embedding = loader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     tied = config.tied_embeddings or not checkpoint.has("lm_head.weight")
     if tied and not config.tied_embeddings:
@@ -94,13 +110,21 @@ def _layers(
 
 class _Loader:
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, *, quantize: str
+        self,
+        checkpoint: Tensors,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        packed: Callable[..., Weight] | None,
     ) -> None:
-        self._checkpoint, self._config, self._dtype = checkpoint, config, dtype
-        self._quantizes = quantize == "int8"
+        self._checkpoint, self._config, self._dtype, self._device = checkpoint, config, dtype, device
+        self._packed = packed
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        target = torch.empty(shape, dtype=self._dtype)
+        target = self._empty(*shape)
         self._checkpoint.copy_into(target, name)
         return target
 
@@ -112,21 +136,21 @@ class _Loader:
 
     def tied(self, embedding_VD: torch.Tensor) -> Linear:
         """The embedding as lm_head; quantized, it is a copy."""
-        if not self._quantizes:
+        if self._packed is None:
             return Linear(embedding_VD)
-        packed = Int8Weights(*embedding_VD.shape)
+        packed = self._packed(*embedding_VD.shape)
         packed.put(embedding_VD)
         return Linear(packed)
 
-    def _matrices(self, names_E: Sequence[Mapping[str, int]], num_inputs: int) -> torch.Tensor | Int8Weights:
+    def _matrices(self, names_E: Sequence[Mapping[str, int]], num_inputs: int) -> Weight:
         """For each expert one matrix, quantized as it is read: at no time are there two copies of all of it."""
         num_outputs = sum(names_E[0].values())
-        if self._quantizes:
-            packed = Int8Weights(num_outputs, num_inputs, num_experts=len(names_E))
+        if self._packed is not None:
+            packed = self._packed(num_outputs, num_inputs, num_experts=len(names_E))
             for expert, start, name, num_rows in _places(names_E):
                 packed.put(self.tensor(name, num_rows, num_inputs), start=start, expert=expert)
             return packed
-        weight_ENK = torch.empty(len(names_E), num_outputs, num_inputs, dtype=self._dtype)
+        weight_ENK = self._empty(len(names_E), num_outputs, num_inputs)
         for expert, start, name, num_rows in _places(names_E):
             self._checkpoint.copy_into(weight_ENK[expert, start : start + num_rows], name)
         return weight_ENK

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.int8_linear import Int8Weights
 from workers.engine.batch import BatchBuilder
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
-from workers.model.transformer import Transformer
+from workers.model.cpu_operations import cpu_transformer
 from workers.model.weights import load_weights
 from workers.quantization import QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
@@ -28,12 +29,13 @@ class Runner:
 
     def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32, quantize: str = "none") -> None:
         config = load_config(path)
-        weights = load_weights(Checkpoint(path), config, dtype=dtype, quantize=quantize)
+        packed = Int8Weights if quantize == "int8" else None
+        weights = load_weights(Checkpoint(path), config, dtype=dtype, packed=packed)
         self.builder = BatchBuilder(block_size_tokens=BLOCK, max_pages_per_request=MAX_LEN // BLOCK)
         shape = (len(config.layers), 64, 2, config.num_kv_heads, BLOCK, config.head_dim)
         # Not zeros: what a kernel must not read has to show in the result.
         pages = torch.full(shape, torch.nan, dtype=dtype)
-        self.transformer = Transformer(config, weights, pages_LP2GBC=pages, max_model_len=MAX_LEN)
+        self.transformer = cpu_transformer(config, weights, pages_LP2GBC=pages, max_model_len=MAX_LEN)
         self.free = [PageId(page) for page in torch.randperm(64, generator=torch.manual_seed(3)).tolist()]
         self.requests: dict[str, Request] = {}
 

@@ -1,0 +1,116 @@
+"""The offline engine on a Llama of 8 billion parameters (noise, bf16) as fractions of what the device can do.
+
+A decode step reads all weights but the embedding once, and the keys and values of every context: that many bytes at
+the copy bandwidth are its floor. Times are of the engine as it is called, with launching and reading results.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from bench.gpu_limits import Limits
+from bench.report import Claim
+from workers.engine.offline_engine import Model, OfflineEngine, build_engine
+from workers.engine.offline_settings import OfflineSettings
+from workers.model.config import parse_config
+from workers.model.weights import DenseMlp, ModelWeights, load_weights
+from workers.request import SamplingParams
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0, "max_position_embeddings": 16_384,
+}  # fmt: skip
+SETTINGS = OfflineSettings(device="cuda", num_slots=64, max_step_tokens=8192, max_model_len=8320)
+CONTEXT, PROMPT = 1024, 8192
+NUM_WARMUP, NUM_STEPS, NUM_PROMPTS = 8, 64, 5
+AIMS = {1: 0.8, 64: 0.7}
+
+
+class Noise:
+    """As a checkpoint, but filled on the device."""
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def copy_into(self, target: torch.Tensor, name: str) -> None:
+        target.fill_(1.0) if "norm" in name else target.normal_(std=0.02)
+
+
+def measure(limits: Limits) -> list[Claim]:
+    torch.cuda.empty_cache()
+    config = parse_config(LLAMA_3_8B)
+    weights = load_weights(Noise(), config, dtype=SETTINGS.weight_dtype, device=torch.device(SETTINGS.device))
+    model = Model(config=config, weights=weights, eos_token_ids=frozenset())
+    engine = build_engine(model, SETTINGS)
+    print(f"engine: {engine.state.limits.num_pages} pages of 16 tokens")
+    claims = [measure_prefill(engine, model, limits)]
+    claims += [measure_decode(engine, model, limits, batch=batch) for batch in AIMS]
+    del engine
+    torch.cuda.empty_cache()
+    eager = build_engine(model, replace(SETTINGS, captures=False, num_pages=8192))
+    seconds = decode_step_s(eager, batch=64)
+    print(f"decode step at batch 64 without graphs: {seconds * 1e3:.2f} ms")
+    return claims
+
+
+def measure_decode(engine: OfflineEngine, model: Model, limits: Limits, *, batch: int) -> Claim:
+    config, seconds = model.config, decode_step_s(engine, batch=batch)
+    context = CONTEXT + NUM_WARMUP + NUM_STEPS / 2  # on average while it is measured
+    kv_bytes = batch * context * len(config.layers) * 2 * config.num_kv_heads * config.head_dim * 2
+    floor_s = (2 * num_multiplied_weights(model.weights) + kv_bytes) / (limits.copy_gb_s * 1e9)
+    print(
+        f"decode step at batch {batch}, contexts of {context:.0f}: {seconds * 1e3:.2f} ms, floor {floor_s * 1e3:.2f}"
+    )
+    name = f"decode_b{batch}_of_floor"
+    return Claim(name=name, value=floor_s / seconds, unit="", aim=AIMS[batch], better="higher")
+
+
+def decode_step_s(engine: OfflineEngine, *, batch: int) -> float:
+    """Of steps in which nothing but decoding happens: the mean of NUM_STEPS in a row."""
+    num_tokens = NUM_WARMUP + NUM_STEPS + 4
+    sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens)
+    generations = [engine.state.add([7 + row] * CONTEXT, sampling) for row in range(batch)]
+    while any(len(generation.output_token_ids) < NUM_WARMUP for generation in generations):
+        engine.step()
+    seconds = timed(lambda: [engine.step() for _ in range(NUM_STEPS)]) / NUM_STEPS
+    while engine.step():
+        pass
+    return seconds
+
+
+def measure_prefill(engine: OfflineEngine, model: Model, limits: Limits) -> Claim:
+    config, sampling = model.config, SamplingParams(temperature=0.0, max_tokens=1)
+    prompt = torch.randint(0, config.vocab_size, (PROMPT,)).tolist()
+    engine.generate([(prompt, sampling)])
+    seconds = statistics.median(
+        timed(lambda: engine.generate([(prompt, sampling)])) for _ in range(NUM_PROMPTS)
+    )
+    # The output matrix has one row to multiply; causal attention does half of two square products.
+    products = 2 * PROMPT * (num_multiplied_weights(model.weights) - model.weights.lm_head.weight.numel())
+    attention = 2 * PROMPT * PROMPT * config.num_heads * config.head_dim * len(config.layers)
+    rate = (products + attention) / seconds / 1e12
+    print(f"prefill of {PROMPT}: {seconds * 1e3:.0f} ms, {rate:.0f} TFLOP/s, {PROMPT / seconds:.0f} tokens/s")
+    value = rate / limits.matrix_tflop_s
+    return Claim(name="prefill_of_matrix_rate", value=value, unit="", aim=0.6, better="higher")
+
+
+def num_multiplied_weights(weights: ModelWeights) -> int:
+    """Numbers in the matrices that a token is multiplied by."""
+    total: int = weights.lm_head.weight.numel()
+    for layer in weights.layers:
+        assert isinstance(layer.mlp, DenseMlp)
+        matrices = layer.qkv, layer.output, layer.mlp.gate_up, layer.mlp.down
+        total += sum(matrix.weight.numel() for matrix in matrices)
+    return total
+
+
+def timed(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start_s = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start_s

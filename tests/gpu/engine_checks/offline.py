@@ -1,0 +1,105 @@
+"""Whole answers with the kernels in Triton against the same engine with their formulas, computed on the CPU.
+
+That those formulas give what the CPU's own engine gives is proven in tests/workers/engine/test_offline.py, on a machine
+that has its kernels.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from inputs import DEVICE, IS_INTERPRETED
+from noise import FAMILIES, make_model
+
+from workers.engine.offline_engine import build_engine
+from workers.engine.offline_settings import OfflineSettings
+from workers.model.quantize import quantize_weights
+from workers.request import SamplingParams
+
+LENGTHS = (1, 21, 5) if IS_INTERPRETED else (1, 21, 5, 33, 16, 64, 2)
+MAX_TOKENS = 3 if IS_INTERPRETED else 40
+
+
+def answers(
+    family: str, *, device: str, attention: str, temperature: float = 0.0, **settings: Any
+) -> list[list[int]]:
+    given = OfflineSettings(
+        device=device, attention=attention, num_slots=3, max_step_tokens=30, num_pages=32, max_model_len=112,
+        **{"dtype": "float32", **settings},
+    )  # fmt: skip
+    model = make_model(family, device=device, dtype=given.weight_dtype)
+    if given.quantize is not None:
+        model = replace(model, weights=quantize_weights(model.weights, given.quantize))
+    engine = build_engine(model, given)
+    generator = torch.Generator().manual_seed(1)
+    generations = engine.generate(
+        (
+            torch.randint(3, 97, (length,), generator=generator).tolist(),
+            SamplingParams(
+                temperature=temperature, top_k=20, top_p=0.95, seed=number, max_tokens=MAX_TOKENS + number % 2
+            ),
+        )
+        for number, length in enumerate(LENGTHS)
+    )
+    engine.state.check()
+    return [generation.output_token_ids for generation in generations]
+
+
+def check_greedy_answers_of_every_family_are_the_formulas() -> None:
+    for family in ("llama_bias", "mistral_window", "qwen3_moe") if IS_INTERPRETED else FAMILIES:
+        expected = answers(family, device="cpu", attention="reference")
+        assert answers(family, device=DEVICE, attention="triton") == expected, family
+
+
+def check_drawn_answers_are_the_formulas() -> None:
+    expected = answers("qwen3", device="cpu", attention="reference", temperature=0.8)
+    assert expected != answers("qwen3", device="cpu", attention="reference")
+    assert answers("qwen3", device=DEVICE, attention="triton", temperature=0.8) == expected
+
+
+def check_captured_steps_and_late_results_change_nothing() -> None:
+    if IS_INTERPRETED:  # nothing is captured there, and being late is tested without kernels
+        return
+    for temperature in (0.0, 0.8):
+        plain = answers(
+            "llama_bias", device=DEVICE, attention="triton", temperature=temperature, captures=False,
+            overlaps=False,
+        )  # fmt: skip
+        assert answers("llama_bias", device=DEVICE, attention="triton", temperature=temperature) == plain
+
+
+def check_pages_of_int8_give_the_formulas_answers() -> None:
+    if IS_INTERPRETED:  # which takes its time: the kernels' own checks have such pages
+        return
+    expected = answers("qwen3", device="cpu", attention="reference", kv_dtype="int8")
+    got = answers("qwen3", device=DEVICE, attention="triton", kv_dtype="int8")
+    # A number at the edge between two steps may fall to either side, and an answer part there.
+    assert sum(ours == theirs for ours, theirs in zip(got, expected, strict=True)) >= len(LENGTHS) - 1
+
+
+def check_quantised_weights_give_the_formulas_answers() -> None:
+    for kind in ("int4",) if IS_INTERPRETED else ("int8", "int4", "fp8"):
+        expected = answers("llama_wide", device="cpu", attention="reference", quantize=kind)
+        assert answers("llama_wide", device=DEVICE, attention="triton", quantize=kind) == expected, kind
+
+
+def check_bfloat16_begins_its_answers_as_the_formulas_do() -> None:
+    if IS_INTERPRETED:  # a product of bfloat16 matrices is silently wrong there
+        return
+    for family in FAMILIES:
+        expected = answers(family, device=DEVICE, attention="reference", dtype="bfloat16")
+        got = answers(family, device=DEVICE, attention="triton", dtype="bfloat16")
+        # Rounding may turn a token that is nearly as likely as another, and all that follow it.
+        same = sum(ours[0] == theirs[0] for ours, theirs in zip(got, expected, strict=True))
+        assert same >= len(LENGTHS) - 1, (family, got, expected)
+
+
+def check_as_many_pages_are_taken_as_memory_leaves() -> None:
+    if IS_INTERPRETED:
+        return
+    torch.cuda.empty_cache()
+    settings = OfflineSettings(device=DEVICE, dtype="float32", num_slots=3, memory_share=0.5)
+    engine = build_engine(make_model("llama_bias", device=DEVICE), settings)
+    engine.generate([([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=20))])
+    free, total = torch.cuda.mem_get_info()
+    assert 0.45 <= (total - free) / total <= 0.52, (free, total)

@@ -1,0 +1,42 @@
+"""Small models of noise, one of each kind that the layers tell apart: what a checkpoint holds, without its files."""
+
+import zlib
+from typing import Any
+
+import torch
+
+from workers.engine.offline_engine import Model
+from workers.model.config import parse_config
+from workers.model.weights import load_weights
+
+SIZES: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80,
+    "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama_bias": {"attention_bias": True, "mlp_bias": True},
+    "llama_wide": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
+    "mistral_window": {"architectures": ["MistralForCausalLM"], "sliding_window": 20},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "moe_intermediate_size": 40, "num_experts": 6,
+        "num_experts_per_tok": 2, "norm_topk_prob": True,
+    },
+}  # fmt: skip
+
+
+class Noise:
+    """Tensors that depend on their name alone; strong enough that the likeliest token stands out."""
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def copy_into(self, target: torch.Tensor, name: str) -> None:
+        noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        target.copy_(1 + 0.1 * noise if "norm" in name else 0.4 * noise)
+
+
+def make_model(family: str, *, device: str, dtype: torch.dtype = torch.float32) -> Model:
+    config = parse_config(SIZES | FAMILIES[family])
+    weights = load_weights(Noise(), config, dtype=dtype, device=torch.device(device))
+    return Model(config=config, weights=weights, eos_token_ids=frozenset([2]))

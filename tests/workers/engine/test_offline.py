@@ -1,0 +1,201 @@
+"""The offline engine against the server's, with the CPU's kernels and with the formulas of the GPU's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+
+from kvstore.blocks import BLOCK_SIZE_TOKENS
+from workers.engine.backends import BACKENDS
+from workers.engine.device_runner import DeviceRunner
+from workers.engine.engine import load_engine
+from workers.engine.generations import OfflineLimits, OfflineState
+from workers.engine.offline_engine import OfflineEngine, build_engine, largest_steps, load_model
+from workers.engine.offline_settings import OfflineSettings
+from workers.model.kv_pages import allocate_pages, page_bytes
+from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
+from workers.step import ScheduledRequest, StepPlan
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.4, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_bias_tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral_window": ("Mistral", {"sliding_window": 20}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 40,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+LENGTHS = (1, 21, 5, 40, 16)
+
+
+def write_checkpoint(path: Path, family: str, changes: dict[str, Any]) -> Path:
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(path)
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path, *FAMILIES[request.param])
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path, "Llama", {})
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 97, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def sampling(number: int, *, temperature: float) -> SamplingParams:
+    return SamplingParams(temperature=temperature, top_k=20, top_p=0.95, seed=number, max_tokens=10 + number)
+
+
+def answers(engine: OfflineEngine, *, temperature: float = 0.0) -> list[list[int]]:
+    generations = engine.generate(
+        (prompt, sampling(number, temperature=temperature)) for number, prompt in enumerate(prompts())
+    )
+    engine.state.check()
+    return [generation.output_token_ids for generation in generations]
+
+
+def offline(path: Path, **settings: Any) -> OfflineEngine:
+    given = OfflineSettings(num_slots=3, max_step_tokens=23, num_pages=24, max_model_len=64, **settings)
+    return build_engine(load_model(path, given, on_progress=lambda share: None), given)
+
+
+def served(path: Path, *, temperature: float = 0.0) -> list[list[int]]:
+    """Each prompt by itself, by the engine of the workers."""
+    engine = load_engine(model_path=path, num_pages=8)
+    outputs = []
+    for number, prompt in enumerate(prompts()):
+        request = Request(
+            request_id=RequestId(str(number)), session_id=SessionId(0), prompt_token_ids=prompt,
+            sampling=sampling(number, temperature=temperature), arrival_s=0.0,
+        )  # fmt: skip
+        while (
+            len(request.output_token_ids) < request.sampling.max_tokens and 2 not in request.output_token_ids
+        ):
+            new = request.num_tokens - request.num_computed_tokens
+            row = ScheduledRequest(
+                request=request, num_computed_tokens=request.num_computed_tokens, num_new_tokens=new,
+                page_ids=tuple(PageId(page) for page in range(5)), samples=True,
+            )  # fmt: skip
+            token = engine.execute(StepPlan(rows=(row,))).sampled[request.request_id]
+            request.num_computed_tokens += new
+            request.output_token_ids.append(token.token_id)
+        outputs.append(request.output_token_ids)
+    return outputs
+
+
+def test_greedy_tokens_are_those_of_the_served_engine_with_either_kernels(path: Path) -> None:
+    expected = served(path)
+    assert answers(offline(path)) == expected
+    assert answers(offline(path, attention="reference")) == expected
+
+
+def test_drawn_tokens_are_those_of_the_served_engine(llama: Path) -> None:
+    expected = served(llama, temperature=0.8)
+    assert expected != served(llama)
+    assert answers(offline(llama), temperature=0.8) == expected
+    assert answers(offline(llama, attention="reference"), temperature=0.8) == expected
+
+
+def test_results_read_at_once_or_late_are_the_same_tokens(llama: Path) -> None:
+    assert answers(offline(llama, overlaps=False)) == answers(offline(llama, overlaps=True))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_steps_padded_to_the_size_that_was_captured_give_the_same_tokens(
+    llama: Path, temperature: float
+) -> None:
+    settings = OfflineSettings(attention="reference")
+    model = load_model(llama, settings, on_progress=lambda share: None)
+    limits = OfflineLimits(
+        num_slots=5, num_pages=24, block_size_tokens=BLOCK_SIZE_TOKENS, max_step_tokens=23, max_model_len=64,
+        vocab_size=97,
+    )  # fmt: skip
+    pages = allocate_pages(
+        model.config, num_pages=25, block=BLOCK_SIZE_TOKENS, dtype=torch.float32, device=torch.device("cpu")
+    )
+    pages.pages_LP2GBC.fill_(torch.nan)  # what padding reads must not show
+    backend = BACKENDS["reference"](model.config, model.weights, pages, 64)
+    captured = []
+    runner = DeviceRunner(
+        limits, forward=backend.transformer.forward, sample=backend.sample, device=torch.device("cpu"),
+        capture=lambda run: captured.append(run) or run,  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    engine = OfflineEngine(OfflineState(limits, eos_token_ids=model.eos_token_ids), runner, overlaps=True)
+    assert answers(engine, temperature=temperature) == answers(offline(llama), temperature=temperature)
+    assert 2 <= len(captured) <= 4  # of sizes 1, 2, 4, 5
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_pages_of_8_bits_take_the_memory_that_is_reckoned_and_give_answers(
+    llama: Path, kv_dtype: str
+) -> None:
+    settings = OfflineSettings(attention="reference", kv_dtype=kv_dtype)
+    config = load_model(llama, settings, on_progress=lambda share: None).config
+    pages = allocate_pages(
+        config, num_pages=3, block=16, dtype=settings.page_dtype, device=torch.device("cpu")
+    )
+    assert pages.scales_LP2GB is not None
+    assert 3 * page_bytes(config, block=16, dtype=settings.page_dtype) == sum(
+        x.numel() * x.element_size() for x in (pages.pages_LP2GBC, pages.scales_LP2GB)
+    )
+    exact = answers(offline(llama))
+    got = answers(offline(llama, attention="reference", kv_dtype=kv_dtype))
+    assert sum(ours[0] == theirs[0] for ours, theirs in zip(got, exact, strict=True)) >= 4
+
+
+def test_the_largest_steps_are_as_large_as_any_that_can_come_and_need_no_pages(llama: Path) -> None:
+    settings = OfflineSettings(attention="reference")
+    model = load_model(llama, settings, on_progress=lambda share: None)
+    limits = OfflineLimits(
+        num_slots=3, num_pages=0, block_size_tokens=16, max_step_tokens=90, max_model_len=32, vocab_size=97
+    )
+    decode, prompt = largest_steps(limits)
+    assert [generation.slot for generation in decode.decoding] == [0, 1, 2]
+    assert [chunk.stop for chunk in prompt.chunks] == [32, 32]
+    pages = allocate_pages(
+        model.config, num_pages=1, block=16, dtype=torch.float32, device=torch.device("cpu")
+    )
+    backend = BACKENDS["reference"](model.config, model.weights, pages, 32)
+    runner = DeviceRunner(
+        limits, forward=backend.transformer.forward, sample=backend.sample, device=torch.device("cpu")
+    )
+    assert [len(runner.launch(step).token_ids()) for step in (decode, prompt)] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
+        ({"attention": "flash"}, "attention must be one of numba, triton, reference, got 'flash'"),
+        ({"attention": "numba", "device": "cuda"}, "computes on the cpu, got device cuda"),
+        ({"kv_dtype": "int8"}, "numba has pages of float32, got int8"),
+        ({"attention": "triton"}, "needs TRITON_INTERPRET=1"),
+        ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_their_value(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OfflineSettings(**settings)

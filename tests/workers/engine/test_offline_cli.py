@@ -1,0 +1,90 @@
+"""`python3 -m workers.engine.offline` as it is called, and on a machine that has nothing but torch and Triton."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workers.engine.offline import main
+
+ROOT = Path(__file__).resolve().parents[3]
+PROMPTS = [[5, 9, 33, 20, 7], [4, 4, 8], list(range(3, 40))]
+BARE = """
+import sys
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {
+            "grpc", "google", "pydantic", "numba", "llvmlite", "numpy", "safetensors", "tokenizers", "transformers",
+            "fastapi", "xxhash", "zstandard", "prometheus_client", "psutil", "cryptography", "yaml", "uvloop", "redis",
+        }:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuses())
+from workers.engine.offline import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def prompt_ids() -> list[str]:
+    return [f"--prompt-ids={','.join(map(str, prompt))}" for prompt in PROMPTS]
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_it_runs_where_nothing_but_torch_and_triton_is_installed(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(checkpoint), *prompt_ids(), "--max-tokens", "6"]
+    run = subprocess.run(
+        [sys.executable, "-c", BARE, *arguments, "--attention", "reference"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert main(arguments) == 0
+    assert [json.loads(line) for line in run.stdout.splitlines()] == lines_of(capsys)
+
+
+def test_a_file_of_texts_and_of_token_ids_is_answered_line_by_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(checkpoint), *prompt_ids()[:1], "--max-tokens", "4"])
+    [by_ids] = lines_of(capsys)
+    (tmp_path / "prompts").write_text('"5"\n\n[5, 9, 33, 20, 7]\n')
+    assert main([str(checkpoint), "--prompts", str(tmp_path / "prompts"), "--max-tokens", "4"]) == 0
+    text, ids = lines_of(capsys)
+    assert ids["token_ids"] == by_ids["token_ids"]
+    assert text["text"] == "".join(chr(48 + int(token)) for token in text["token_ids"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-ids=5,x"], "'x'"),
+        (["--prompt-ids=5,64"], "in 0..63, got 64"),
+        (["--prompts=nowhere"], "nowhere"),
+        (["--prompt-ids=5", "--max-tokens=300"], "exceed max_model_len 256"),
+        (["--prompt-ids=5", "--max-model-len=999"], "the model's 256, got 999"),
+        (["--prompt-ids=5", "--temperature=-1"], "temperature must be between 0.0 and 100.0, got -1.0"),
+        (["--prompt-ids=5", "--kv-dtype=int4"], "kv_dtype must be one of"),
+    ],
+)
+def test_what_cannot_run_is_one_line_that_names_it(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([str(checkpoint), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_directory_without_a_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), "--prompt-ids=5"]) == 1
+    assert "config.json does not exist" in capsys.readouterr().err

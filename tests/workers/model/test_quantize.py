@@ -1,0 +1,95 @@
+"""Quantised weights against the whole ones that they stand for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.gpu.quantized_linear import QuantizedWeight
+from workers.engine.offline_engine import Model, build_engine
+from workers.engine.offline_settings import OfflineSettings
+from workers.model.config import parse_config
+from workers.model.quantize import QUANTIZERS, quantize_weights
+from workers.model.weights import DenseMlp, Linear, ModelWeights, load_weights
+from workers.request import SamplingParams
+
+CONFIG = parse_config(
+    {
+        "architectures": ["Qwen2ForCausalLM"], "vocab_size": 97, "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }
+)  # fmt: skip
+
+
+class Noise:
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(4)
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def copy_into(self, target: torch.Tensor, name: str) -> None:
+        target.copy_(0.2 * torch.randn(target.shape, generator=self.generator))
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("int8", 254), ("int4", 15)])
+def test_a_number_is_off_by_half_a_step_of_its_group_at_most(kind: str, steps: int) -> None:
+    weight_NK = torch.randn(5, 384, generator=torch.Generator().manual_seed(2)) * torch.rand(5, 1) * 3
+    quantized = QUANTIZERS[kind](weight_NK)
+    groups = weight_NK.unflatten(1, (3, 128))
+    extent = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
+    # int4's zero is rounded too, and may push the last number off its scale by half a step more.
+    allowed = extent / steps * (0.5001 if kind == "int8" else 1.0001)
+    assert ((quantized.whole() - weight_NK).abs().unflatten(1, (3, 128)).amax(-1) <= allowed).all()
+
+
+def test_fp8_is_off_by_a_sixteenth_of_the_number_or_less() -> None:
+    weight_NK = torch.randn(5, 256, generator=torch.Generator().manual_seed(2))
+    error = (QUANTIZERS["fp8"](weight_NK).whole() - weight_NK).abs()
+    assert (error <= weight_NK.abs() / 16 + weight_NK.abs().max() / 448 / 500).all()
+
+
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+def test_zeros_stay_zeros(kind: str) -> None:
+    assert not QUANTIZERS[kind](torch.zeros(2, 128)).whole().any()
+
+
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+def test_a_model_answers_as_one_with_the_weights_that_its_own_stand_for(kind: str) -> None:
+    quantized = quantize_weights(load_weights(Noise(), CONFIG, dtype=torch.float32), kind)
+    assert answer(quantized) == answer(whole(quantized))
+
+
+def test_inputs_that_are_not_whole_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="100 inputs is not whole groups of 128"):
+        QUANTIZERS["int8"](torch.zeros(2, 100))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [("int3", "one of int8, int4, fp8, got 'int3'"), ("int8", "numba has whole weights")],
+)
+def test_settings_say_what_cannot_be_quantised(quantize: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OfflineSettings(quantize=quantize)
+
+
+def answer(weights: ModelWeights) -> list[int]:
+    settings = OfflineSettings(attention="reference", num_slots=1, num_pages=4)
+    engine = build_engine(Model(config=CONFIG, weights=weights, eos_token_ids=frozenset()), settings)
+    [generation] = engine.generate([([5, 9, 60, 33], SamplingParams(temperature=0.0, max_tokens=20))])
+    return generation.output_token_ids
+
+
+def whole(weights: ModelWeights) -> ModelWeights:
+    def linear(quantized: Linear) -> Linear:
+        weight = quantized.weight
+        assert isinstance(weight, QuantizedWeight)
+        return Linear(weight.whole(), quantized.bias)
+
+    layers = []
+    for layer in weights.layers:
+        assert isinstance(layer.mlp, DenseMlp)
+        mlp = DenseMlp(gate_up=linear(layer.mlp.gate_up), down=linear(layer.mlp.down))
+        layers.append(replace(layer, qkv=linear(layer.qkv), output=linear(layer.output), mlp=mlp))
+    return replace(weights, layers=tuple(layers))

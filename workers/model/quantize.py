@@ -1,0 +1,76 @@
+"""Weights of 8 or 4 bits out of whole ones, rounded to the nearest: what `kernels.gpu.quantized_linear` multiplies.
+
+Groups of inputs have a scale each, and in int4 a zero. Embedding, output matrix, routers and experts stay whole: the
+first three are small or sensitive, and there is no grouped product of such weights.
+
+N outputs, K inputs, J groups.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kernels.gpu.quantized_linear import GROUP, QuantizedWeight
+from workers.model.weights import DenseMlp, LayerWeights, Linear, ModelWeights
+
+
+def quantize_weights(weights: ModelWeights, kind: str) -> ModelWeights:
+    """Raises `ValueError` for a layer whose inputs are not whole groups."""
+    return replace(weights, layers=tuple(_layer(layer, QUANTIZERS[kind]) for layer in weights.layers))
+
+
+def _layer(layer: LayerWeights, quantize: "Quantizer") -> LayerWeights:
+    mlp = layer.mlp
+    if isinstance(mlp, DenseMlp):
+        mlp = DenseMlp(gate_up=_linear(mlp.gate_up, quantize), down=_linear(mlp.down, quantize))
+    return replace(layer, qkv=_linear(layer.qkv, quantize), output=_linear(layer.output, quantize), mlp=mlp)
+
+
+def _linear(linear: Linear, quantize: "Quantizer") -> Linear:
+    return Linear(quantize(linear.weight), linear.bias)
+
+
+def _int8(weight_NK: torch.Tensor) -> QuantizedWeight:
+    weight_NJK = _groups(weight_NK)
+    scales_NJ1 = _divisors(weight_NJK.abs().amax(-1, keepdim=True) / 127)
+    numbers_NJK = (weight_NJK / scales_NJ1).round().to(torch.int8)
+    return QuantizedWeight(numbers_NK=numbers_NJK.flatten(1), scales_NJ=scales_NJ1.squeeze(-1), zeros_NJ=None)
+
+
+def _fp8(weight_NK: torch.Tensor) -> QuantizedWeight:
+    weight_NJK = _groups(weight_NK)
+    scales_NJ1 = _divisors(weight_NJK.abs().amax(-1, keepdim=True) / 448)
+    numbers_NJK = (weight_NJK / scales_NJ1).to(torch.float8_e4m3fn)
+    return QuantizedWeight(numbers_NK=numbers_NJK.flatten(1), scales_NJ=scales_NJ1.squeeze(-1), zeros_NJ=None)
+
+
+def _int4(weight_NK: torch.Tensor) -> QuantizedWeight:
+    weight_NJK = _groups(weight_NK)
+    low_NJ1 = weight_NJK.amin(-1, keepdim=True).clamp(max=0)
+    high_NJ1 = weight_NJK.amax(-1, keepdim=True).clamp(min=0)
+    scales_NJ1 = _divisors((high_NJ1 - low_NJ1) / 15)
+    zeros_NJ1 = (-low_NJ1 / scales_NJ1).round()
+    numbers_NJK = ((weight_NJK / scales_NJ1).round() + zeros_NJ1).clamp(0, 15).to(torch.uint8)
+    low_NJH, high_NJH = numbers_NJK.chunk(2, dim=-1)  # two numbers of a byte are half a group apart
+    return QuantizedWeight(
+        numbers_NK=(low_NJH | high_NJH << 4).flatten(1), scales_NJ=scales_NJ1.squeeze(-1),
+        zeros_NJ=zeros_NJ1.squeeze(-1),
+    )  # fmt: skip
+
+
+def _groups(weight_NK: torch.Tensor) -> torch.Tensor:
+    if weight_NK.shape[1] % GROUP:
+        raise ValueError(
+            f"a layer of {weight_NK.shape[1]} inputs is not whole groups of {GROUP}: not quantised"
+        )
+    return weight_NK.float().view(len(weight_NK), -1, GROUP)
+
+
+def _divisors(scales: torch.Tensor) -> torch.Tensor:
+    """A group of zeros may have any scale but zero."""
+    return torch.where(scales == 0, 1.0, scales)
+
+
+Quantizer = Callable[[torch.Tensor], QuantizedWeight]
+QUANTIZERS: dict[str, Quantizer] = {"int8": _int8, "int4": _int4, "fp8": _fp8}
