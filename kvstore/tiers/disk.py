@@ -201,13 +201,11 @@ class DiskTier:
 
     def _recover(self) -> None:
         records: list[Record] = []
-        may_be_clear = False
         for found in find_segments(self._directory, self._settings):
             self._files.add_found(found)
             if isinstance(found, FoundOther):
                 self._num_found[found.origin] += 1
                 logger.warning("%s is %s: its space is taken first", found.path, found.origin.value)
-                may_be_clear |= self._settings.key is not None and found.origin is not Origin.FOREIGN
                 continue
             if found.scan.num_gaps or found.scan.tail_bytes:
                 self._num_found[Origin.CORRUPTED] += 1
@@ -224,15 +222,19 @@ class DiskTier:
                 # A clock that was ahead once must not keep what it dated.
                 self._index.restore(record, used_s=min(record.header.used_s, now_s))
             self._index.begin()
-        if may_be_clear:
-            self._remove_others()
+        if self._settings.key is not None:
+            self._remove_clear()
         with contextlib.suppress(DiskFailed), self._write_access():
             self._writer.make_room(0)
 
-    def _remove_others(self) -> None:
+    def _remove_clear(self) -> None:
         """What was written before a key was given must not stay in the clear. Raises TierUnusable if it does."""
         try:
-            self._files.remove_others()
+            num_removed = self._files.remove_others(
+                [origin for origin in Origin if origin is not Origin.FOREIGN]
+            )
+            if num_removed:
+                logger.warning("removed %d files that are or may be not encrypted", num_removed)
         except OSError as error:
             raise TierUnusable(
                 f"cannot remove what is not encrypted in {self._directory}: {error}"
@@ -257,13 +259,17 @@ class DiskTier:
     def _erase(self) -> None:
         with self._changing:
             segments, erases_others = set(self._to_erase), self._erases_others
-        if erases_others:
-            self._files.remove_others()
-            self._erases_others = False
         if segments:
             self._writer.erase(segments)
             with self._changing:
                 self._to_erase -= segments
+        if erases_others:
+            try:
+                self._files.remove_others()
+            except OSError as error:
+                logger.warning("what is not ours in %s stays there: %s", self._directory, error)
+            with self._changing:
+                self._erases_others = False
 
     def _lose(self, blocks: Sequence[Placed], failure: DiskFailed) -> None:
         logger.warning("blocks on disk that are lost: %d; the first one: %s", len(blocks), failure)

@@ -45,7 +45,10 @@ class DiskIndex:
         """Where the longest run of blocks from the first key on lies; they count as used."""
         used = keys[: self.longest_prefix(keys)]
         self._residency.touch(used, now_s=now_s)
-        return [self._records[key].block(key) for key in used]
+        placed: list[Placed] = []
+        for key in used:
+            placed.append(self._records[key].block(key, after=placed[-1] if placed else None))
+        return placed
 
     def missing(self, run: BlockRun) -> list[tuple[int, int]]:
         """The (start, stop) of those stretches of the run that are not held."""
@@ -122,7 +125,13 @@ class DiskIndex:
 
     def live_in(self, segment: Segment) -> list[Placed]:
         """Its blocks that are still wanted, in the order of the file."""
-        blocks = [self._records[key].block(key) for key in self._live.get(segment, ())]
+        records = {self._records[key] for key in self._live.get(segment, ())}
+        blocks = [
+            record.nth_block(nth)
+            for record in records
+            for nth, key in enumerate(record.header.run.keys)
+            if self._records.get(key) is record
+        ]
         return sorted(blocks, key=lambda block: block.offset)
 
     def emptiest(self, segments: Sequence[Segment]) -> Segment | None:
@@ -154,7 +163,7 @@ class DiskIndex:
             assert key in record.header.run.keys, "a block lies under another key"
 
     def _live_share(self, segment: Segment) -> float:
-        return len(self._live.get(segment, ())) * segment.stored_bytes / segment.size_bytes
+        return len(self._live.get(segment, ())) * segment.stored_bytes / max(1, segment.blocks_bytes)
 
     def _take_out(self, key: BlockKey) -> None:
         self._unlist(key, self._records.pop(key).segment)

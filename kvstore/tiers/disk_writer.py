@@ -65,7 +65,7 @@ class DiskWriter:
         with self._changing:
             live = self._index.live_in(segment)
         has_room = self._files.has_room(self._layout.moved_bytes(segment.blocks_bytes))
-        if has_room and len(live) * segment.stored_bytes <= max_live_share * segment.size_bytes:
+        if has_room and len(live) * segment.stored_bytes <= max_live_share * segment.blocks_bytes:
             for start, stop in _records(live, self._max_record_blocks):
                 self._move(live[start:stop])
         with self._changing:
@@ -113,7 +113,8 @@ class DiskWriter:
         return Record(segment, header)
 
     def _move(self, live: Sequence[Placed]) -> None:
-        """Blocks of one record that follow each other. Those that cannot be read are lost."""
+        """Blocks of one record that follow each other. Those that are not what was written are lost, and what is behind
+        one that cannot be read is left where it is."""
         parts = [live]
         while parts:
             part = parts.pop()
@@ -124,6 +125,7 @@ class DiskWriter:
             if found.lost:
                 with self._changing:
                     self.num_lost += self._index.forget(found.lost)
+            if found.lost and found.did_come:
                 left = [block for block in part[found.num_blocks :] if block not in found.lost]
                 parts += reversed(
                     [left[start:stop] for start, stop in _records(left, self._max_record_blocks)]

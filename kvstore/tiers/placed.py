@@ -12,7 +12,7 @@ from kvstore.tiers.record import RecordHeader, block_checksum
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.tier import BlockRun
 
-# One read spans the header between two records rather than being two.
+# One read spans what lies between two blocks (the end of a page, or a block that is not wanted) rather than being two.
 MAX_GAP_BYTES = 4096
 # What one read brings is checked while it is in the processor's cache.
 MAX_EXTENT_BYTES = 4 * 2**20
@@ -28,13 +28,12 @@ class Record:
     segment: Segment
     header: RecordHeader
 
-    def block(self, key: BlockKey) -> "Placed":
-        """One of its blocks."""
-        return self.nth_block(self.header.run.keys.index(key))
-
-    def blocks(self) -> "list[Placed]":
-        """All of them."""
-        return [self.nth_block(nth) for nth in range(len(self.header.checksums))]
+    def block(self, key: BlockKey, *, after: "Placed | None" = None) -> "Placed":
+        """One of its blocks, which is looked for behind another one first."""
+        keys = self.header.run.keys
+        if after is not None and after.record is self and keys[after.nth + 1 : after.nth + 2] == (key,):
+            return self.nth_block(after.nth + 1)
+        return self.nth_block(keys.index(key))
 
     def nth_block(self, nth: int) -> "Placed":
         offset = self.header.first_block + nth * self.segment.stored_bytes
@@ -69,12 +68,14 @@ class Placed(NamedTuple):
 class ReadBlocks(NamedTuple):
     """So many leading blocks are there and right; `failure` says what is wrong with the next one, if it is.
 
-    `lost` are that one and, as damage comes in runs, whatever else of the same read is not what was written.
+    `lost` are that one and, as damage comes in runs, whatever else of the same read is not what was written. It
+    `did_come` unless the disk did not give the bytes, and should not be asked for what is behind.
     """
 
     num_blocks: int
     failure: DiskFailed | None
     lost: Sequence[Placed]
+    did_come: bool = True
 
 
 def read_blocks(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
@@ -122,7 +123,7 @@ def _read_singly(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBl
         try:
             found = _read_at_once([block], [target])
         except DiskFailed as error:
-            return ReadBlocks(index, error, [block])
+            return ReadBlocks(index, error, [block], did_come=False)
         if found.failure is not None:
             return found._replace(num_blocks=index)
     return ReadBlocks(len(extent), None, ())

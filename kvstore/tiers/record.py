@@ -94,5 +94,5 @@ def unpack_record_header(data: bytes, *, seed: int) -> RecordHeader | None:
     return RecordHeader(run=run, first_block=first_block, used_s=used_s, checksums=checksums)
 
 
-def _digest(data: bytes | bytearray | memoryview, seed: int) -> int:
+def _digest(data: bytes, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(data, seed=seed & _SEED_MASK)

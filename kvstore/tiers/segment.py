@@ -109,6 +109,8 @@ class Segment:
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size_bytes)
+                # The next header may be shorter than what there is of this one.
+                os.pwrite(self._fd, bytes(len(head)), self._headers_end)
             raise
         self.size_bytes, self._headers_end = end, headers_end
         self.roots.add(header.run.root)
@@ -125,7 +127,7 @@ class Segment:
         if num_read != missing:
             raise DiskFailed(f"{self.path} has {num_read} bytes at {offset}, must have {missing}")
 
-    def scan(self) -> "Scan":
+    def scan(self) -> Scan:
         """The records of a file that was there; what follows the last one is erased. Raises OSError."""
         data = os.pread(self._fd, min(self._blocks_start, self.size_bytes), 0)
         headers: list[RecordHeader] = []

@@ -13,7 +13,7 @@ from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.record import RecordHeader
 from kvstore.tiers.recovery import FoundOther, FoundSegment, segment_path
 from kvstore.tiers.segment import Segment
-from kvstore.tiers.segment_header import new_segment_header
+from kvstore.tiers.segment_header import Origin, new_segment_header
 from kvstore.tiers.segment_layout import occupied_bytes
 
 
@@ -45,7 +45,7 @@ class SegmentFiles:
         else:
             self._add(found.segment)
             # What is not full goes on growing: otherwise every start would leave one more small file.
-            self._growing = found.segment
+            self._growing = found.segment if found.segment.has_place(1) else None
 
     def use(self, segments: Collection[Segment]) -> bool:
         """They stay open until they are released; False, and they are not used, if all is closed."""
@@ -82,8 +82,10 @@ class SegmentFiles:
             return [segment for segment in self.segments if root is None or root in segment.roots]
 
     def stop_growing(self) -> None:
-        """The next record begins a new segment."""
-        self._growing = None
+        """The next record begins a new segment. Raises OSError."""
+        segment, self._growing = self._growing, None
+        if segment is not None:
+            segment.finish()
 
     def growing(self, num_blocks: int) -> Segment:
         """The segment that takes a record of so many blocks next. Raises OSError, TierUnusable or DiskFailed."""
@@ -91,8 +93,7 @@ class SegmentFiles:
         if segment is not None:
             if segment.has_place(num_blocks) and not segment.is_removed:
                 return segment
-            segment.finish()
-            self._growing = None
+            self.stop_growing()
         self._growing = segment = self._create()
         return segment
 
@@ -107,7 +108,8 @@ class SegmentFiles:
             segment.append(header, stored)
         except OSError:
             if segment.has_torn_end:
-                self._growing = None
+                with contextlib.suppress(OSError):
+                    self.stop_growing()
             else:
                 with self._changed:
                     segment.taken_bytes -= growth
@@ -132,10 +134,15 @@ class SegmentFiles:
             self.used_bytes -= self._others.pop().size_bytes
         return True
 
-    def remove_others(self) -> None:
-        """Deletes all files that are not ours. Raises OSError."""
-        while self.remove_other():
-            pass
+    def remove_others(self, origins: Collection[Origin] = tuple(Origin)) -> int:
+        """Deletes the files that are not ours, or some of them; how many. Raises OSError."""
+        removed = [other for other in self._others if other.origin in origins]
+        for other in removed:
+            other.path.unlink(missing_ok=True)
+            with self._changed:
+                self._others.remove(other)
+                self.used_bytes -= other.size_bytes
+        return len(removed)
 
     def wait_for_users(self, timeout_s: float) -> None:
         """Until what was retired has given its space back."""

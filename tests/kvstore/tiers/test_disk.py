@@ -1,6 +1,7 @@
 """The disk tier on a healthy disk: what it keeps, drops, moves, finds again and hides."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -165,16 +166,30 @@ def test_restarts_leave_no_trail_of_small_files(disk: "Disk") -> None:
     assert len(disk.segments()) == -(-5 // 3)
 
 
-def test_a_smaller_tier_keeps_what_fits(disk: "Disk") -> None:
+@pytest.mark.parametrize("share", [2, 3])
+def test_a_smaller_tier_keeps_what_fits(disk: "Disk", share: int) -> None:
     tier, chains = disk.open(policy="lru"), [disk.chain(4) for _ in range(10)]
     for chain in chains:
         disk.write(tier, chain)
     tier.close()
-    tier = disk.open(policy="lru", capacity_bytes=disk.settings.capacity_bytes // 2)
+    tier = disk.open(policy="lru", capacity_bytes=disk.settings.capacity_bytes // share)
     tier.check()
     disk.check_size(tier)
     assert 0 < tier.stats().num_blocks <= tier.stats().capacity_blocks
     assert disk.read(tier, chains[0]) == 0
+
+
+def test_a_segment_larger_than_the_tier_has_become_gives_its_room(disk: "Disk") -> None:
+    tier = disk.open(capacity_bytes=64 * disk.settings.capacity_bytes)
+    for _ in range(30):
+        disk.write(tier, disk.chain(4))
+    assert len(disk.segments()) == 1
+    tier.close()
+    tier, chain = disk.open(), disk.chain(4)
+    tier.check()
+    disk.check_size(tier)
+    disk.write(tier, chain)
+    assert disk.read(tier, chain) == 4
 
 
 def test_a_dropped_chain_is_gone_for_good(disk: "Disk") -> None:
@@ -228,6 +243,32 @@ def test_dropping_all_frees_what_another_model_left(disk: "Disk") -> None:
     tier.erase_dropped()
     assert disk.segments() == []
     disk.check_size(tier)
+
+
+def test_what_another_model_left_and_cannot_be_removed_stops_nothing(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = disk.open(namespace=b"another model")
+    disk.write(other, disk.chain(2))
+    other.close()
+    (foreign,) = disk.segments()
+    tier = disk.open()
+    disk.write(tier, disk.chain(2))
+    tier.drop(None)
+    unlink = Path.unlink
+
+    def refuse(path: Path, **fields: bool) -> None:
+        if path == foreign:
+            raise PermissionError("Operation not permitted")
+        unlink(path, **fields)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "unlink", refuse)
+        tier.erase_dropped()
+    assert disk.segments() == [foreign]
+    chain = disk.chain(2)
+    disk.write(tier, chain)
+    assert disk.read(tier, chain) == 2
 
 
 def test_blocks_of_another_shape_are_foreign(disk: "Disk") -> None:
@@ -324,6 +365,17 @@ def test_what_may_be_in_the_clear_is_gone_once_a_key_is_given(disk: "Disk") -> N
     assert disk.segments() == []
 
 
+def test_an_empty_file_does_not_cost_what_is_sealed_of_another_model(disk: "Disk") -> None:
+    other, chain = disk.open(key=KEY, namespace=b"another model"), disk.chain(2)
+    disk.write(other, chain)
+    other.close()
+    empty = disk.directory / f"segment-{77:016x}.kv"
+    empty.touch()
+    disk.open(key=KEY).close()
+    assert not empty.exists()
+    assert disk.read(disk.open(key=KEY, namespace=b"another model"), chain) == 2
+
+
 def test_sealed_blocks_of_another_model_stay_until_their_room_is_needed(disk: "Disk") -> None:
     tier, chain = disk.open(key=KEY, namespace=b"another model"), disk.chain(2)
     disk.write(tier, chain)
@@ -369,6 +421,22 @@ def test_prefixes_tell_what_is_held(disk: "Disk") -> None:
     assert (prefix.last_key, prefix.num_blocks, prefix.num_hits) == (chain.run.keys[3], 4, 1)
     assert prefix.age_s == pytest.approx(15)
     assert prefix.idle_s == pytest.approx(5)
+
+
+def test_small_blocks_and_small_tiers_always_find_room(disk: "Disk") -> None:
+    for block_bytes in (64, 512, 2048):
+        for capacity_bytes in (2**16, 3 * 2**15, 2**18):
+            shutil.rmtree(disk.directory, ignore_errors=True)
+            tier = disk.open(block_bytes=block_bytes, capacity_bytes=capacity_bytes)
+            num_slots = tier.stats().capacity_blocks
+            for _ in range(4):
+                chain = disk.chain(num_slots)
+                for start in range(0, num_slots, 5):
+                    part = chain.part(start, min(num_slots, start + 5))
+                    tier.write(part.run, list(np.ascontiguousarray(part.blocks[:, :block_bytes])))
+            tier.check()
+            assert tier.stats().num_blocks > 0
+            tier.close()
 
 
 @pytest.mark.parametrize(

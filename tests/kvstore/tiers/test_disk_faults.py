@@ -306,6 +306,28 @@ def test_however_many_blocks_are_damaged_the_others_move_after_few_reads(
     assert num_reads == 1 + sum(number + 1 not in whole for number in whole)
 
 
+def test_a_disk_that_cannot_be_read_is_not_asked_again_and_again_for_what_should_move(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, chain = disk.open(capacity_bytes=16 * 128 * disk.settings.block_bytes), disk.chain(24)
+    disk.write(tier, disk.chain(1, salt="a"))
+    disk.write(tier, chain)
+    num_reads = 0
+
+    def failing(*_arguments: object) -> int:
+        nonlocal num_reads
+        num_reads += 1
+        raise OSError(errno.EIO, "Input/output error")
+
+    tier.drop(root_key(model_fingerprint=b"model", cache_salt="a"))
+    with monkeypatch.context() as failure:
+        failure.setattr(os, "preadv", failing)
+        tier.erase_dropped()
+    tier.check()
+    assert num_reads == 2  # all at once, and the first one
+    assert tier.stats().num_blocks == 0
+
+
 @pytest.mark.parametrize("lost_bytes", [1, 4096, 5000, 8400])
 def test_a_torn_tail_is_cut_off(disk: "Disk", lost_bytes: int) -> None:
     tier, chain = disk.open(), disk.chain(2)
@@ -336,22 +358,106 @@ def test_a_corrupted_record_costs_only_itself(disk: "Disk") -> None:
 
 
 def test_a_header_whose_blocks_are_gone_is_not_one_of_those_that_take_their_place(disk: "Disk") -> None:
-    tier, lost, chain = disk.open(), disk.chain(2), disk.chain(2)
-    disk.write(tier, lost.part(0, 1))
-    disk.write(tier, lost.part(1, 2))
+    # Records of many blocks, whose headers do not end where those of the lost ones did.
+    capacity_bytes = 1024 * disk.settings.block_bytes
+    tier, lost, chain = disk.open(capacity_bytes=capacity_bytes), disk.chain(4), disk.chain(4)
+    for start in range(4):
+        disk.write(tier, lost.part(start, start + 1))
     tier.close()
     (path,) = disk.segments()
     whole_bytes = path.stat().st_size
-    os.truncate(path, whole_bytes - 2 * disk.settings.block_bytes)
-    for _ in range(2):
-        tier = disk.open()
-        assert not any(key in tier for key in lost.run.keys)
-        disk.write(tier, chain)
-        tier.close()
+    os.truncate(path, whole_bytes - 4 * disk.settings.block_bytes)
+    tier = disk.open(capacity_bytes=capacity_bytes)
+    assert tier.stats().num_damaged == 1
+    disk.write(tier, chain)
+    tier.close()
     assert path.stat().st_size == whole_bytes
+    tier = disk.open(capacity_bytes=capacity_bytes)
+    assert (tier.stats().num_blocks, tier.stats().num_damaged) == (4, 0)
+    assert disk.read(tier, chain) == 4
+
+
+@pytest.mark.parametrize("size_bytes", [SEGMENT_HEADER_BYTES, 1000])
+def test_a_file_that_ends_before_its_first_block_goes_on_behind_its_headers(
+    disk: "Disk", size_bytes: int
+) -> None:
+    tier, chain = disk.open(), disk.chain(2)
+    disk.write(tier, chain)
+    tier.close()
+    (path,) = disk.segments()
+    os.truncate(path, size_bytes)
     tier = disk.open()
-    assert (tier.stats().num_blocks, tier.stats().num_damaged) == (2, 0)
+    assert tier.stats().num_blocks == 0
+    disk.write(tier, chain)
     assert disk.read(tier, chain) == 2
+    tier.close()
+    assert disk.read(disk.open(), chain) == 2
+
+
+def test_a_header_that_does_not_fit_the_disk_is_no_damage_later(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacity_bytes = 1024 * disk.settings.block_bytes
+    tier, chain = disk.open(capacity_bytes=capacity_bytes), disk.chain(6)
+    disk.write(tier, chain.part(0, 1))
+    (path,) = disk.segments()
+    pwritev = os.pwritev
+
+    def full(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset < disk.settings.block_bytes:  # a header: half of it is written, then there is no more room
+            pwritev(fd, [buffers[0][: len(buffers[0]) // 2]], offset)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwritev(fd, buffers, offset)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "pwritev", full)
+        with pytest.raises(DiskFailed, match="No space left"):
+            tier.write(chain.run, list(chain.blocks))
+    disk.now_s += 10
+    disk.write(tier, chain.part(0, 2))
+    tier.close()
+    assert disk.segments() == [path]
+    tier = disk.open(capacity_bytes=capacity_bytes)
+    assert tier.stats().num_damaged == 0
+    assert disk.read(tier, chain) == 2
+
+
+def test_a_tail_of_blocks_and_a_tail_of_headers_are_damage_each(disk: "Disk") -> None:
+    tier, chain = disk.open(), disk.chain(1)
+    disk.write(tier, chain)
+    tier.close()
+    (path,) = disk.segments()
+    with path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(b"torn")
+    tier = disk.open()
+    assert tier.stats().num_damaged == 1
+    tier.close()
+    with path.open("r+b") as file:
+        file.seek(SEGMENT_HEADER_BYTES + header_bytes(1) + 10)
+        file.write(b"torn")
+    tier = disk.open()
+    assert tier.stats().num_damaged == 1
+    tier.close()
+    tier = disk.open()
+    assert (tier.stats().num_damaged, disk.read(tier, chain)) == (0, 1)
+
+
+def test_a_segment_of_a_smaller_tier_ends_where_its_headers_do(disk: "Disk") -> None:
+    """It may grow larger in the larger tier, but has no room for so many headers."""
+    small, chain = 2**18, disk.chain(400)
+    tier = disk.open(capacity_bytes=small)
+    disk.write(tier, chain.part(0, 1))
+    tier.close()
+    tier = disk.open(capacity_bytes=64 * small)
+    for start in range(400):
+        disk.write(tier, chain.part(start, start + 1))
+    assert len(disk.segments()) > 1
+    assert disk.read(tier, chain) == 400
+    tier.close()
+    tier = disk.open(capacity_bytes=64 * small)
+    assert tier.stats().num_damaged == 0
+    assert disk.read(tier, chain) == 400
 
 
 def test_a_segment_whose_header_is_corrupted_is_dropped_and_counted(disk: "Disk") -> None:

@@ -4,7 +4,12 @@ from hypothesis import strategies as st
 
 from kvstore.tiers.record import MAX_RECORD_BLOCKS, header_bytes
 from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES
-from kvstore.tiers.segment_layout import LARGE_PAGE_BYTES, PAGE_BYTES, SegmentLayout
+from kvstore.tiers.segment_layout import (
+    LARGE_PAGE_BYTES,
+    PAGE_BYTES,
+    SegmentLayout,
+    occupied_bytes,
+)
 
 layouts = st.builds(
     SegmentLayout.of, stored_bytes=st.integers(1, 2**24), capacity_bytes=st.integers(0, 2**45)
@@ -39,21 +44,31 @@ def test_blocks_begin_at_a_page_and_those_made_of_large_pages_at_a_large_one(
     assert layout.blocks_start < layout.segment_bytes / 40
 
 
-@given(stored_bytes=st.integers(1, 2**20), capacity_bytes=st.integers(0, 2**36), share=st.floats(0, 1))
+@given(
+    stored_bytes=st.integers(1, 2**20),
+    capacity_bytes=st.integers(0, 2**36),
+    share=st.floats(0, 1),
+    lengths=st.lists(st.integers(1, MAX_RECORD_BLOCKS), min_size=1, max_size=60),
+)
 def test_moved_blocks_never_take_more_than_is_kept_free_for_them(
-    stored_bytes: int, capacity_bytes: int, share: float
+    stored_bytes: int, capacity_bytes: int, share: float, lengths: list[int]
 ) -> None:
     layout = SegmentLayout.of(stored_bytes=stored_bytes, capacity_bytes=capacity_bytes)
-    num_blocks = min(layout.num_blocks, 2000)
-    record_blocks = max(1, min(MAX_RECORD_BLOCKS, layout.num_blocks // 4))
-    # The file that grows has so much left.
+    longest, num_left = max(1, min(MAX_RECORD_BLOCKS, layout.num_blocks // 4)), layout.num_blocks
+    # What grows has so much left, and headers for it.
     end = int(layout.blocks_start + share * (layout.segment_bytes - layout.blocks_start))
-    taken_bytes = 0
-    for first in range(0, num_blocks, record_blocks):
-        part = min(record_blocks, num_blocks - first)
-        if layout.record_start(end, part) + part * stored_bytes > layout.segment_bytes:
-            taken_bytes += layout.blocks_start + PAGE_BYTES
-            end = layout.blocks_start
-        taken_bytes += layout.record_start(end, part) + part * stored_bytes - end
-        end = layout.record_start(end, part) + part * stored_bytes
-    assert taken_bytes <= layout.moved_bytes(num_blocks * stored_bytes)
+    headers_end = SEGMENT_HEADER_BYTES
+    num_moved, taken_bytes = 0, -occupied_bytes(end)
+    for length in lengths:
+        num_blocks = min(length, longest, num_left)
+        if not num_blocks:
+            break
+        record_end = layout.record_start(end, num_blocks) + num_blocks * stored_bytes
+        if record_end > layout.segment_bytes or headers_end + header_bytes(num_blocks) > layout.blocks_start:
+            taken_bytes += occupied_bytes(end)
+            headers_end, end = SEGMENT_HEADER_BYTES, layout.blocks_start
+            record_end = layout.record_start(end, num_blocks) + num_blocks * stored_bytes
+        headers_end, end = headers_end + header_bytes(num_blocks), record_end
+        num_left, num_moved = num_left - num_blocks, num_moved + num_blocks
+    taken_bytes += occupied_bytes(end)
+    assert taken_bytes <= layout.moved_bytes(num_moved * stored_bytes)
