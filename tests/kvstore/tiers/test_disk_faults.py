@@ -398,7 +398,7 @@ def test_a_header_that_does_not_fit_the_disk_is_no_damage_later(
     disk: "Disk", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capacity_bytes = 1024 * disk.settings.block_bytes
-    tier, chain = disk.open(capacity_bytes=capacity_bytes), disk.chain(6)
+    tier, chain = disk.open(capacity_bytes=capacity_bytes), disk.chain(16)
     disk.write(tier, chain.part(0, 1))
     (path,) = disk.segments()
     pwritev = os.pwritev
