@@ -140,5 +140,6 @@ def _profile(model_path: Path, model: ModelInfo, metrics: KvMetrics) -> KvProfil
         return load_profile(path, fingerprint=model.fingerprint, layout=model.layout)
     except ProfileMismatch as error:
         metrics.mismatch("profile")
-        log_event(_logger, "profile_of_another_model", level=logging.WARNING, path=path, detail=str(error))
+        detail = f"{error}; until penstock profile-kv has made one, coded chunks bring their own tables and are larger"
+        log_event(_logger, "profile_of_another_model", level=logging.WARNING, path=path, detail=detail)
         return None

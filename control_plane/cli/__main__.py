@@ -8,6 +8,7 @@ import typer
 
 from control_plane.cli import cache, chat, down, drain, migrate, profile_kv, status, top, up
 from control_plane.cli.failures import FAILED, say_error
+from control_plane.version import penstock_version
 
 app = typer.Typer(
     name="penstock",
@@ -19,11 +20,20 @@ app = typer.Typer(
 )
 
 
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"penstock {penstock_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def penstock(
     context: typer.Context,
     show_traceback: Annotated[
         bool, typer.Option("--traceback", help="With an internal error, show where it happened.")
+    ] = False,
+    _is_version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     context.obj = show_traceback

@@ -13,7 +13,9 @@ from protos import kv_pb2
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _TIMES = (("d", 86_400), ("h", 3600), ("min", 60))
 _HIT_RATE = "hit rate: of the full blocks that were looked up on this worker, the part that this tier gave"
-_NOTHING_FETCHED = "Nothing has been fetched from other workers yet."
+_NOTHING_FETCHED = (
+    "Nothing has been fetched from other workers yet (hand-over with a request is not counted)."
+)
 
 Report = dict[str, Any]
 

@@ -53,7 +53,7 @@ def _url_here(config: Path | None, run_dir: Path | None) -> str:
     state = read_state(directory)
     if state is None or not state.launcher.is_alive():
         raise CommandFailed(
-            f"nothing runs in {directory}: start it with penstock up, or name a gateway with --url"
+            f"nothing runs in {directory}: start it with penstock up, or name its --run-dir or a gateway's --url"
         )
     return state.http_url
 
@@ -68,6 +68,8 @@ def _answer_once(client: "ChatClient", history: "list[Message]", prompt: str) ->
         raise typer.Exit(INTERRUPTED) from e
     finally:
         print(flush=True)
+    if client.last_finish_reason == "length":
+        print("(cut at the longest length; --max-tokens sets another one)", file=sys.stderr)
 
 
 def _converse(client: "ChatClient", history: "list[Message]") -> None:

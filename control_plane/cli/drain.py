@@ -1,5 +1,7 @@
 """`penstock drain` takes a worker out of service when it has finished what it has; `penstock resume` brings it back."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,7 +70,10 @@ def resume(
     """Start a worker again that penstock drain took out of service."""
     with clean_errors():
         loaded = options.load(config, run_dir)
-        _running(read_state(loaded.run_dir), loaded.run_dir)
+        state = _running(read_state(loaded.run_dir), loaded.run_dir)
+        known = [process.name for process in state.processes if process.pool]
+        if worker not in known:
+            raise _unknown(worker, known)
         if not service.is_out(loaded.run_dir, worker):
             raise CommandFailed(f"{worker!r} is not out of service")
         service.put_back(loaded.run_dir, worker)
@@ -90,7 +95,11 @@ def _member(state: RunState, worker: str) -> "worker_pb2.WorkerDescription":
             raise CommandFailed(
                 f"{worker} is {process.status.value} and not in the directory: it cannot be asked to drain"
             )
-    raise CommandFailed(f"there is no worker {worker!r}; known here: {', '.join(known) or 'none'}")
+    raise _unknown(worker, known)
+
+
+def _unknown(worker: str, known: Iterable[str]) -> CommandFailed:
+    return CommandFailed(f"there is no worker {worker!r}; known here: {', '.join(known) or 'none'}")
 
 
 def _conclude(worker: str, left: "worker_pb2.DrainReply | None", *, stays_away: bool) -> None:
@@ -107,7 +116,7 @@ def _conclude(worker: str, left: "worker_pb2.DrainReply | None", *, stays_away: 
     raise typer.Exit(LEFT)
 
 
-def _running(state: RunState | None, run_dir: object) -> RunState:
+def _running(state: RunState | None, run_dir: Path) -> RunState:
     if state is None or not state.launcher.is_alive():
-        raise CommandFailed(f"nothing runs in {run_dir}; penstock up starts a cluster")
+        raise options.nothing_runs(run_dir)
     return state

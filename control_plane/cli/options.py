@@ -39,5 +39,9 @@ def running_cluster(config: Path | None, run_dir: Path | None) -> RunState:
     directory = load(config, run_dir).run_dir
     state = read_state(directory)
     if state is None or not state.launcher.is_alive():
-        raise CommandFailed(f"nothing runs in {directory}; penstock up starts a cluster")
+        raise nothing_runs(directory)
     return state
+
+
+def nothing_runs(directory: Path) -> CommandFailed:
+    return CommandFailed(f"nothing runs in {directory}; penstock up starts one, --run-dir names another")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from control_plane.cli import options
-from control_plane.cli.failures import FAILED, CommandFailed, clean_errors
+from control_plane.cli.failures import FAILED, clean_errors
 from control_plane.runtimes.state import ProcessState, RunState, read_state
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def status(
         directory = options.load(config, run_dir).run_dir
         state = read_state(directory)
         if state is None:
-            raise CommandFailed(f"nothing runs in {directory}; penstock up starts a cluster")
+            raise options.nothing_runs(directory)
         rows, gateways = inspect(state)
         if as_json:
             print(json.dumps(_as_json(state, rows, gateways), indent=1))
@@ -114,6 +114,10 @@ def _print(state: RunState, rows: list[Row], gateways: list[str]) -> None:
         print(f"{state.model} at {gateway.http_url}/v1 (gRPC {gateway.grpc_address}): {health}")
     print()
     Console().print(_table(rows))
+    # Not in the table, whose columns are narrow: there are commands in it, to be copied.
+    for row in rows:
+        if remark := _remark(row.process):
+            print(f"{row.process.name}: {remark}")
 
 
 def _table(rows: list[Row]) -> "Table":
@@ -126,7 +130,6 @@ def _table(rows: list[Row]) -> "Table":
         table.add_column(title, no_wrap=True)
     for title in ("running", "waiting", "pages used", "leases"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("")
     for row in rows:
         process_id, member = row.process.process_id, row.member
         load = ["", "", "", ""]
@@ -143,7 +146,6 @@ def _table(rows: list[Row]) -> "Table":
             str(process_id.pid) if process_id else "",
             format_cores(row.process.cores),
             *load,
-            _remark(row.process),
         )
     return table
 

@@ -2,7 +2,6 @@
 
 import secrets
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -48,13 +47,16 @@ from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.stream import AnswerResponse
 from control_plane.gateway.timeline import RequestTimeline
 from control_plane.gateway.tokenizer import TextTokenizer
+from control_plane.version import penstock_version
 
 
 def create_app(
     *, dispatcher: Dispatcher, tokenizer: TextTokenizer, settings: GatewaySettings, metrics: GatewayMetrics
 ) -> FastAPI:
     """`ValueError` if the model's chat template is no valid Jinja."""
-    app = FastAPI(title="Penstock", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="Penstock", version=penstock_version(), docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     intake = Intake(
         dispatcher=dispatcher,
         tokenizer=tokenizer,
@@ -69,13 +71,6 @@ def create_app(
     app.add_exception_handler(Exception, _apologise)
     describe_request_bodies(app)
     return app
-
-
-def _version() -> str:
-    try:
-        return version("penstock")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+source"
 
 
 class _Endpoints:
@@ -158,7 +153,7 @@ class _Endpoints:
         )
 
     async def version(self) -> Response:
-        return JSONResponse({"version": _version()})
+        return JSONResponse({"version": penstock_version()})
 
     async def metrics(self) -> Response:
         return Response(self._metrics.render(), media_type=METRICS_MEDIA_TYPE)

@@ -11,7 +11,12 @@ from pathlib import Path
 from kvstore.errors import TierUnusable
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.segment import Scan, Segment
-from kvstore.tiers.segment_header import SEGMENT_HEADER_BYTES, Origin, read_segment_header
+from kvstore.tiers.segment_header import (
+    SEGMENT_HEADER_BYTES,
+    Origin,
+    SegmentHeader,
+    read_segment_header,
+)
 from kvstore.tiers.segment_layout import occupied_bytes
 
 # Each reads its own segment: a disk serves many at a time.
@@ -77,7 +82,7 @@ def _inspect(directory: Path, number: int, settings: DiskSettings) -> FoundSegme
 def _inspect_open(fd: int, path: Path, number: int, settings: DiskSettings) -> FoundSegment | FoundOther:
     size_bytes = os.fstat(fd).st_size
     try:
-        header = read_segment_header(os.pread(fd, SEGMENT_HEADER_BYTES, 0), settings.form)
+        header = _read_header(fd, path, settings)
         if not isinstance(header, Origin) and header.number == number:
             segment = Segment(fd, path=path, header=header, layout=settings.layout)
             return FoundSegment(segment=segment, scan=segment.scan())
@@ -86,3 +91,12 @@ def _inspect_open(fd: int, path: Path, number: int, settings: DiskSettings) -> F
         logger.error("cannot read %s: %s", path, error)
         origin = Origin.CORRUPTED
     return FoundOther(path=path, number=number, size_bytes=occupied_bytes(size_bytes), origin=origin)
+
+
+def _read_header(fd: int, path: Path, settings: DiskSettings) -> SegmentHeader | Origin:
+    try:
+        return read_segment_header(os.pread(fd, SEGMENT_HEADER_BYTES, 0), settings.form)
+    except TierUnusable as error:
+        raise TierUnusable(
+            f"{error}: give it the key that they were written with, or remove {path.parent}"
+        ) from error

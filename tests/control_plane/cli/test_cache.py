@@ -144,7 +144,7 @@ def test_shows_every_tier_with_its_hit_rate_the_compression_and_the_prefixes(
 def test_before_anything_travelled_it_says_so(run_dir: Path, serve: Serve) -> None:
     serve(FakeTiers("decode-0", is_fresh=True))
     result = run(run_dir)
-    assert "Nothing has been fetched from other workers yet.\n" in result.stdout
+    assert "Nothing has been fetched from other workers yet (" in result.stdout
     assert "coded" not in result.stdout
 
 
@@ -262,7 +262,10 @@ def test_where_nothing_runs_it_says_so(run_dir: Path) -> None:
     for arguments in ([], ["drop", "--all", "-y"]):
         result = run(run_dir, *arguments)
         assert result.exit_code == 1
-        assert result.stderr == f"penstock: nothing runs in {run_dir}; penstock up starts a cluster\n"
+        assert (
+            result.stderr
+            == f"penstock: nothing runs in {run_dir}; penstock up starts one, --run-dir names another\n"
+        )
 
 
 def test_a_cluster_without_a_directory_is_a_failure(run_dir: Path) -> None:

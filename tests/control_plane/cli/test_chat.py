@@ -63,7 +63,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if text == "wait":
             self.wait_for_the_client_to_leave()
             return
-        self.say({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        reason = "length" if "cut" in words else "stop"
+        self.say({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
         usage = {
             "prompt_tokens": 32,
             "completion_tokens": len(words),
@@ -114,6 +115,12 @@ def test_a_piped_prompt_is_answered_once(gateway: Gateway) -> None:
     assert result.stdout == "from a pipe\n"
 
 
+def test_an_answer_that_was_cut_says_so_beside_it(gateway: Gateway) -> None:
+    result = chat("cut here", "--url", gateway.url)
+    assert result.stdout == "cut here\n"
+    assert result.stderr == "(cut at the longest length; --max-tokens sets another one)\n"
+
+
 def test_flags_become_fields_of_the_request(gateway: Gateway) -> None:
     flags = ["--model", "mine", "--system", "be brief", "--max-tokens", "7", "--temperature", "0"]
     assert chat("--url", gateway.url, *flags, "hi").exit_code == 0
@@ -159,7 +166,7 @@ def test_without_a_cluster_and_a_url_it_says_what_to_do(run_dir: Path) -> None:
     result = chat("--run-dir", str(run_dir), "hi")
     assert result.exit_code == 1
     assert result.stderr == (
-        f"penstock: nothing runs in {run_dir}: start it with penstock up, or name a gateway with --url\n"
+        f"penstock: nothing runs in {run_dir}: start it with penstock up, or name its --run-dir or a gateway's --url\n"
     )
 
 

@@ -77,7 +77,7 @@ def serve(run_dir: Path) -> Iterator[Serve]:
     server = grpc.server(futures.ThreadPoolExecutor(4))
     started: list[FakeWorker] = []
 
-    def start(*, status: Status = Status.READY, **behaviour: Any) -> FakeWorker:
+    def start(*, status: Status = Status.READY, detail: str = "", **behaviour: Any) -> FakeWorker:
         worker = FakeWorker(address=f"unix:{run_dir}/worker.sock", **behaviour)
         worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
         directory_pb2_grpc.add_DirectoryServicer_to_server(worker, server)
@@ -86,7 +86,7 @@ def serve(run_dir: Path) -> Iterator[Serve]:
         gateway = GatewayState(
             name="control", http_url="http://127.0.0.1:9", grpc_address="", directory_address=worker.address
         )
-        process = ProcessState(name=WORKER, pool="decode", status=status)
+        process = ProcessState(name=WORKER, pool="decode", status=status, detail=detail)
         RunState(
             launcher=own_process_id(), ready=True, gateways=(gateway,), model="fake", processes=(process,)
         ).write(run_dir)
@@ -187,6 +187,25 @@ def test_a_worker_that_nobody_knows_is_a_failure(run_dir: Path, serve: Serve) ->
     result = CliRunner().invoke(app, ["drain", "decode-9", "--run-dir", str(run_dir)])
     assert result.exit_code == 1
     assert result.stderr == "penstock: there is no worker 'decode-9'; known here: decode-0\n"
+
+
+def test_only_a_worker_that_is_known_and_out_of_service_is_resumed(run_dir: Path, serve: Serve) -> None:
+    serve()
+    unknown = CliRunner().invoke(app, ["resume", "decode-9", "--run-dir", str(run_dir)])
+    assert unknown.exit_code == 1
+    assert unknown.stderr == "penstock: there is no worker 'decode-9'; known here: decode-0\n"
+    serving = CliRunner().invoke(app, ["resume", "decode-0", "--run-dir", str(run_dir)])
+    assert serving.exit_code == 1
+    assert serving.stderr == "penstock: 'decode-0' is not out of service\n"
+
+
+def test_status_shows_how_to_resume_in_a_line_of_its_own_however_narrow_the_terminal(
+    run_dir: Path, serve: Serve
+) -> None:
+    hint = f"penstock resume {WORKER} starts it again"
+    serve(status=Status.DRAINED, detail=hint)
+    result = CliRunner().invoke(app, ["status", "--run-dir", str(run_dir)], env={"COLUMNS": "40"})
+    assert result.stdout.splitlines()[-1] == f"{WORKER}: {hint}"
 
 
 def test_a_worker_that_does_not_drain_stays_in_service(run_dir: Path, serve: Serve) -> None:

@@ -295,4 +295,7 @@ def test_where_nothing_runs_both_say_so(run_dir: Path) -> None:
     for arguments in (["top", "--once"], ["migrate", "r", "--to", "w"]):
         result = run(run_dir, *arguments)
         assert result.exit_code == 1
-        assert result.stderr == f"penstock: nothing runs in {run_dir}; penstock up starts a cluster\n"
+        assert (
+            result.stderr
+            == f"penstock: nothing runs in {run_dir}; penstock up starts one, --run-dir names another\n"
+        )

@@ -179,4 +179,7 @@ def test_a_gateway_that_does_not_reach_redis_serves_and_is_named(
 def test_where_nothing_runs_it_says_so(run_dir: Path) -> None:
     result = status(run_dir)
     assert result.exit_code == 1
-    assert result.stderr == f"penstock: nothing runs in {run_dir}; penstock up starts a cluster\n"
+    assert (
+        result.stderr
+        == f"penstock: nothing runs in {run_dir}; penstock up starts one, --run-dir names another\n"
+    )
