@@ -1,6 +1,7 @@
 """KV in the tiers of a prefill worker, a decode worker and a store, on encrypted disks, for several tenants."""
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,14 @@ def cluster(disk: Path) -> Iterator[RunningCluster]:
         },
     }
     with running_cluster(settings) as running:
+        # What is computed before a worker has heard of the store is not offered to it.
+        with OpenAI(base_url=running.url, api_key="unused", max_retries=0, timeout=60) as client:
+            seeds = itertools.count(9000)
+            wait_until(
+                lambda: ask(client, prompt(next(seeds))) and num_held(running, "store-0", "memory") > 0
+            )
+        wait_until(lambda: all(map(is_idle, workers(running))))
+        forget(running, "prefill-0", "decode-0", "store-0")
         yield running
 
 

@@ -329,10 +329,16 @@ async def test_requests_aborted_at_any_moment_of_a_load_leave_nothing(
         await running.settled()
         assert running.worker.state.num_pinned_pages == 0
         store = _store(running)
-        num_slots = store.arena_SX.shape[0]
-        reservation = store.reserve(num_slots)
-        assert reservation is not None, "slots are still pinned or reserved"
-        reservation.close()
+
+        def are_all_free(store: BlockStore = store) -> bool:
+            reservation = store.reserve(store.arena_SX.shape[0])
+            if reservation is None:
+                return False
+            reservation.close()
+            return True
+
+        # What is being written to disk is pinned until it is there.
+        await wait_until(are_all_free)
 
 
 async def test_without_tiers_nothing_of_them_is_there(
