@@ -17,7 +17,7 @@ from workers.model.quantize import quantize_weights
 from workers.request import SamplingParams
 
 LENGTHS = (1, 21, 5) if IS_INTERPRETED else (1, 21, 5, 33, 16, 64, 2)
-MAX_TOKENS = 3 if IS_INTERPRETED else 40
+MAX_TOKENS = 2 if IS_INTERPRETED else 40
 
 
 def answers(
@@ -78,7 +78,9 @@ def check_pages_of_int8_give_the_formulas_answers() -> None:
 
 
 def check_quantised_weights_give_the_formulas_answers() -> None:
-    for kind in ("int4",) if IS_INTERPRETED else ("int8", "int4", "fp8"):
+    if IS_INTERPRETED:  # as above
+        return
+    for kind in ("int8", "int4", "fp8"):
         expected = answers("llama_wide", device="cpu", attention="reference", quantize=kind)
         assert answers("llama_wide", device=DEVICE, attention="triton", quantize=kind) == expected, kind
 
