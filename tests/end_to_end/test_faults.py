@@ -38,11 +38,13 @@ def num_fds(process: psutil.Process) -> int:
     return process.num_fds() - sum("/segment-" in file.path for file in process.open_files())
 
 
-async def wait_until_idle(cluster: RunningCluster) -> list[worker_pb2.WorkerDescription]:
+async def wait_until_idle(
+    cluster: RunningCluster, *, num_workers: int = 2
+) -> list[worker_pb2.WorkerDescription]:
     """Follows the directory until every worker has all its pages free and no request or lease."""
     async with asyncio.timeout(20):
         async for workers in watch_workers(cluster.run_dir):
-            if len(workers) == 2 and all(is_idle(worker) for worker in workers):
+            if len(workers) == num_workers and all(is_idle(worker) for worker in workers):
                 return workers
     raise AssertionError("unreachable")
 
@@ -165,6 +167,9 @@ async def test_a_decode_worker_killed_while_it_pulls_costs_its_clients_nothing(m
     prompts = [long_prompt(seed, 500) for seed in range(70, 74)]
     expected = await complete_all(mixed, prompts)
     with running_cluster(settings) as cluster:
+        # Whoever has no connection to it yet finds out at once that it does not answer.
+        await complete_all(cluster, [long_prompt(seed, 100) for seed in range(60, 64)])
+        await wait_until_idle(cluster, num_workers=3)
         prefill = cluster.process("prefill")
         async with asyncio.TaskGroup() as tasks:
             prefill.suspend()  # so that whoever pulls from it still pulls when it dies
