@@ -1,10 +1,12 @@
 """Which held block continues which. Pure bookkeeping over slots, each operation O(blocks it is about)."""
 
+import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kvstore.blocks import BlockKey
+from kvstore.tiers.tier import BlockRun
 
 _NONE = -1
 
@@ -15,6 +17,11 @@ class Place(NamedTuple):
 
     key: BlockKey
     position: int
+
+
+def continued_by(run: BlockRun) -> Place | None:
+    """The block before a run; None if a chain begins with it."""
+    return Place(run.parent, run.first_position - 1) if run.first_position else None
 
 
 class Chains:
@@ -46,16 +53,24 @@ class Chains:
         """The block that this one continues, if that is not held."""
         return self._awaited.get(slot)
 
-    def add(self, slot: int, block: Place, *, continued: Place | None, parent: int | None) -> None:
-        """`continued` is None for the first block of a chain; `parent` is its slot if it is held."""
+    def add(self, slots: Sequence[int], run: BlockRun, *, parent: int | None) -> None:
+        """The slots, until now without links, hold the blocks of `run`; `parent` is the slot of the block before it,
+        if that is held."""
+        before = continued_by(run)
         if parent is not None:
-            self._link(slot, parent)
-        elif continued is not None:
-            self._wait(slot, continued)
+            self._link(slots[0], parent)
+        elif before is not None:
+            self._wait(slots[0], before)
+        parents, first_children = self._parents, self._first_children
+        for above, slot in itertools.pairwise(slots):
+            parents[slot] = above
+            first_children[above] = slot
         if self._waiting:
-            for child in self._waiting.pop(block, ()):
-                del self._awaited[child]
-                self._link(child, slot)
+            blocks = map(Place, run.keys, itertools.count(run.first_position))
+            for slot, block in zip(slots, blocks, strict=True):
+                for child in self._waiting.pop(block, ()):
+                    del self._awaited[child]
+                    self._link(child, slot)
 
     def remove(self, slot: int, block: Place) -> int | None:
         """Takes a block out and says which one it continued; those that continue it wait for it to come back."""

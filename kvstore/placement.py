@@ -24,6 +24,7 @@ BUSY_S = 5.0
 GRACE_S = 10.0
 _LEAST_IDLE_S = 1e-3
 
+# The cost of a block by its first token. It never falls along a chain.
 Policy = Callable[[int], float]
 
 
@@ -51,6 +52,8 @@ def retention_value(of_class: int, *, idle_s: float) -> float:
 
 def stretches(wanted: Sequence[bool]) -> list[tuple[int, int]]:
     """The (start, stop) of every run of wanted blocks: each is one read or one write."""
+    if all(wanted):
+        return [(0, len(wanted))] if wanted else []
     found: list[tuple[int, int]] = []
     for position, is_wanted in enumerate(wanted):
         if not is_wanted:

@@ -33,6 +33,14 @@ class PrefixIndex(Generic[Slot]):
         self._slot_of_key[key] = slot
         return True
 
+    def put_each(self, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> list[bool]:
+        """As `put` one after the other."""
+        added = dict(zip(keys, slots, strict=True))
+        if len(added) == len(keys) and self._slot_of_key.keys().isdisjoint(added):
+            self._slot_of_key.update(added)
+            return [True] * len(keys)
+        return [self.put(key, slot) for key, slot in zip(keys, slots, strict=True)]
+
     def remove(self, key: BlockKey) -> Slot:
         """Forgets a block; KeyError if it is not here."""
         return self._slot_of_key.pop(key)

@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
-from kvstore.chains import Chains, Place
+from kvstore.chains import Chains, Place, continued_by
 from kvstore.eviction import EvictionOrder
-from kvstore.placement import POLICIES
+from kvstore.placement import POLICIES, stretches
 from kvstore.prefix_index import PrefixIndex
 from kvstore.tiers.tier import BlockRun, HeldPrefix
 
@@ -30,7 +30,6 @@ class Residency:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self._num_slots = num_slots
-        self._block_size_tokens = block_size_tokens
         self._index: PrefixIndex[int] = PrefixIndex()
         self._free = list(range(num_slots - 1, -1, -1))
         self._reserved: set[int] = set()
@@ -40,7 +39,7 @@ class Residency:
         self._num_hits = array("L", [0]) * num_slots
         self._pins: dict[int, int] = {}
         self._chains = Chains(num_slots)
-        self._order = EvictionOrder(num_slots, policy=POLICIES[policy])
+        self._order = EvictionOrder(num_slots, policy=POLICIES[policy], block_size_tokens=block_size_tokens)
         self._now_s = 0.0
 
     def __len__(self) -> int:
@@ -86,44 +85,35 @@ class Residency:
     def reserve(self, num_slots: int, *, now_s: float) -> tuple[list[int], list[BlockKey]]:
         """Slots, and the keys that were dropped for them; fewer slots than wanted if the rest is in use."""
         at_s = self._tick(now_s)
-        slots: list[int] = []
+        num_left = max(0, len(self._free) - num_slots)
+        slots = self._free[num_left:][::-1]
+        del self._free[num_left:]
         dropped: list[BlockKey] = []
         while len(slots) < num_slots:
-            if not self._free:
-                slot = self._order.next(now_s=at_s, may_leave=self._may_leave)
-                if slot is None:
-                    break
-                key = self._keys[slot]
-                assert key is not None
-                self._take_out(slot, key)
-                dropped.append(key)
+            slot = self._order.next(now_s=at_s, may_leave=self._may_leave)
+            if slot is None:
+                break
+            key = self._keys[slot]
+            assert key is not None
+            self._take_out(slot, key)
+            dropped.append(key)
             slots.append(self._free.pop())
         self._reserved.update(slots)
         return slots, dropped
 
     def commit(self, slots: Sequence[int], *, run: BlockRun, now_s: float) -> list[bool]:
-        """The reserved slots hold the leading blocks of `run` from now on. False where another does already: this
-        one is free then."""
+        """The reserved slots hold the blocks of `run` from now on. False where another does already: this one is free
+        then."""
         at_s = self._tick(now_s)
-        before = Place(run.parent, run.first_position - 1) if run.first_position else None
-        parent = self._slot_of(before)
-        is_new = []
-        for slot, block in zip(
-            slots, map(Place, run.keys, itertools.count(run.first_position)), strict=False
-        ):
-            self._reserved.remove(slot)
-            is_held = self._index.put(block.key, slot)
-            if is_held:
-                self._fill(slot, block, root=run.root, at_s=at_s)
-                self._chains.add(slot, block, continued=before, parent=parent)
-            else:
-                self._free.append(slot)
-            before, parent = block, slot if is_held else self._slot_of(block)
-            is_new.append(is_held)
-        # Only now that all are linked: inner blocks would be queued for nothing.
-        for slot in slots:
-            if self._chains.is_leaf(slot):
-                self._queue_if_idle(slot)
+        # Before the index knows of slots that nothing is known of yet.
+        parent = self._slot_of(continued_by(run))
+        self._reserved.difference_update(slots)
+        is_new = self._index.put_each(run.keys, slots)
+        for start, stop in stretches(is_new):
+            if start:
+                parent = self._slot_of(Place(run.keys[start - 1], run.first_position + start - 1))
+            self._fill(slots[start:stop], run.part(start, stop), parent=parent, at_s=at_s)
+        self._free.extend(slot for slot, is_held in zip(slots, is_new, strict=True) if not is_held)
         return is_new
 
     def free(self, slots: Iterable[int]) -> None:
@@ -250,11 +240,14 @@ class Residency:
         self._now_s = max(now_s, math.nextafter(self._now_s, math.inf))
         return self._now_s
 
-    def _fill(self, slot: int, block: Place, *, root: BlockKey, at_s: float) -> None:
-        self._keys[slot], self._roots[slot] = block.key, root
-        self._since_s[slot], self._num_hits[slot] = at_s, 0
-        first_token = block.position * self._block_size_tokens
-        self._order.place(slot, position=block.position, first_token=first_token, at_s=at_s)
+    def _fill(self, slots: Sequence[int], run: BlockRun, *, parent: int | None, at_s: float) -> None:
+        for slot, key in zip(slots, run.keys, strict=True):
+            self._keys[slot], self._roots[slot] = key, run.root
+            self._since_s[slot], self._num_hits[slot] = at_s, 0
+        self._order.place(slots, first_position=run.first_position, at_s=at_s)
+        self._chains.add(slots, run, parent=parent)
+        # Those before it are continued by it.
+        self._queue_if_idle(slots[-1])
 
     def _slot_of(self, block: Place | None) -> int | None:
         if block is None or (slot := self._index.get(block.key)) is None:

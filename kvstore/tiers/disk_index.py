@@ -52,6 +52,8 @@ class DiskIndex:
 
     def missing(self, run: BlockRun) -> list[tuple[int, int]]:
         """The (start, stop) of those stretches of the run that are not held."""
+        if self._records.keys().isdisjoint(run.keys):
+            return [(0, len(run.keys))]
         return stretches([key not in self._records for key in run.keys])
 
     def reserve(self, run: BlockRun, *, now_s: float) -> list[int]:

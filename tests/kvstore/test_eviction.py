@@ -4,9 +4,9 @@ from kvstore.placement import ATTENTION_EQUALS_LINEAR_TOKENS, POLICIES
 
 def order(policy: str, *first_tokens: int) -> EvictionOrder:
     """Blocks in slots 0, 1, ... last used at 0, 1, ... s."""
-    evictions = EvictionOrder(len(first_tokens), policy=POLICIES[policy])
+    evictions = EvictionOrder(len(first_tokens), policy=POLICIES[policy], block_size_tokens=16)
     for slot, first_token in enumerate(first_tokens):
-        evictions.place(slot, position=first_token // 16, first_token=first_token, at_s=float(slot))
+        evictions.place([slot], first_position=first_token // 16, at_s=float(slot))
         evictions.queue(slot)
     return evictions
 
@@ -54,7 +54,20 @@ def test_what_may_not_leave_is_passed_over_until_it_is_queued_again() -> None:
 
 def test_a_slot_that_holds_another_block_by_now_leaves_in_its_new_turn() -> None:
     evictions = order("cost", 0, 0)
-    evictions.place(0, position=5000, first_token=80_000, at_s=900.0)
+    evictions.place([0], first_position=5000, at_s=900.0)
     evictions.queue(0)
     evictions.check()
     assert drain(evictions) == [1, 0]
+
+
+def test_blocks_of_a_long_run_have_the_cost_of_their_own_places() -> None:
+    num_blocks = 2 * ATTENTION_EQUALS_LINEAR_TOKENS // 16
+    at_once, singly = (
+        EvictionOrder(num_blocks, policy=POLICIES["cost"], block_size_tokens=16) for _ in range(2)
+    )
+    at_once.place(range(num_blocks), first_position=0, at_s=1.0)
+    for slot in range(num_blocks):
+        singly.place([slot], first_position=slot, at_s=1.0)
+    values = [[order.value(slot, now_s=9.0) for slot in range(num_blocks)] for order in (at_once, singly)]
+    assert values[0] == values[1]
+    assert len(set(values[0])) > 2

@@ -38,3 +38,13 @@ def test_a_key_keeps_its_first_slot_until_it_is_removed() -> None:
     assert len(index) == 0
     assert index.put(key, 2)
     assert list(index) == [key]
+
+
+@given(held=st.lists(KEYS.filter(bool).map(lambda keys: keys[0]), unique=True), keys=KEYS)
+def test_many_keys_are_put_as_if_one_after_the_other(held: list[BlockKey], keys: list[BlockKey]) -> None:
+    at_once, singly = PrefixIndex[int](), PrefixIndex[int]()
+    for index in (at_once, singly):
+        index.put_each(held, [-1] * len(held))
+    added = at_once.put_each(keys, range(len(keys)))
+    assert added == [singly.put(key, slot) for slot, key in enumerate(keys)]
+    assert {key: at_once.get(key) for key in at_once} == {key: singly.get(key) for key in singly}

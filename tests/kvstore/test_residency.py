@@ -204,6 +204,26 @@ def test_a_peer_that_lies_about_what_continues_what_makes_no_block_stay_for_ever
     assert len(tier.reserve(4, now_s=1.0)[0]) == 4
 
 
+@pytest.mark.parametrize("first_position", [3, 4])
+def test_a_run_that_claims_to_continue_its_own_end_can_leave_whatever_its_slots_held_before(
+    first_position: int,
+) -> None:
+    tier = Residency(2, policy="lru")
+    keep(tier, run_of("x", "y", after="away", first_position=2), now_s=0.0)
+    tier.remove(run_of("x", "y").keys)
+    keep(tier, run_of("a", "b", after="b", first_position=first_position), now_s=1.0)
+    assert len(keep(tier, run_of("new", "er"), now_s=2.0)) == 2
+
+
+def test_a_run_that_names_a_block_twice_holds_it_once() -> None:
+    tier = Residency(3, policy="lru")
+    slots, _ = tier.reserve(3, now_s=0.0)
+    assert tier.commit(slots, run=run_of("a", "b", "a"), now_s=0.0) == [True, True, False]
+    tier.check()
+    assert len(tier) == 2
+    assert len(tier.reserve(3, now_s=1.0)[0]) == 3
+
+
 def test_a_run_goes_as_far_as_blocks_continue_each_other() -> None:
     tier = Residency(8, policy="lru")
     keep(tier, run_of("a", "b", "c"), now_s=0.0)
@@ -287,9 +307,10 @@ class Books(RuleBasedStateMachine):
     def commit(self, name: str, root: BlockKey, data: st.DataObject) -> None:
         run = self.chain(name, root)
         part = run.part(data.draw(st.integers(0, len(name) - 1)), len(name))
-        slots = [self.reserved.pop() for _ in part.keys[: len(self.reserved)]]
+        part = part.part(0, min(len(part.keys), len(self.reserved)))
+        slots = [self.reserved.pop() for _ in part.keys]
         is_new = self.tier.commit(slots, run=part, now_s=self.now_s)
-        for slot, key, is_held in zip(slots, part.keys, is_new, strict=False):
+        for slot, key, is_held in zip(slots, part.keys, is_new, strict=True):
             assert is_held == (key not in self.held.values())
             if is_held:
                 self.held[slot] = key
