@@ -1,6 +1,5 @@
 """In which order blocks leave: one queue for each class of recompute cost, compared by their heads."""
 
-import itertools
 from array import array
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
@@ -27,7 +26,6 @@ class EvictionOrder:
         self._last_used_s = array("d", [0.0]) * num_slots
         self._last_used_bits = memoryview(self._last_used_s).cast("B").cast("q")
         self._positions = array("I", [0]) * num_slots
-        self._classes = array("b", [0]) * num_slots
         self._is_queued = bytearray(num_slots)
 
     def last_used_s(self, slot: int) -> float:
@@ -38,14 +36,10 @@ class EvictionOrder:
 
     def place(self, slots: Sequence[int], *, first_position: int, at_s: float) -> None:
         """The slots hold other blocks now, which follow each other."""
-        positions = range(first_position, first_position + len(slots))
-        least, greatest = (self._class_at(position) for position in (positions[0], positions[-1]))
-        # No cost falls along a chain, so mostly all of a run are of one class: that saves 0.5 us a block.
-        classes = itertools.repeat(least) if least == greatest else map(self._class_at, positions)
-        for slot, position, of_class in zip(slots, positions, classes, strict=False):
-            self._last_used_s[slot] = at_s
-            self._positions[slot] = position
-            self._classes[slot] = of_class
+        last_used_s, positions = self._last_used_s, self._positions
+        for position, slot in enumerate(slots, first_position):
+            last_used_s[slot] = at_s
+            positions[slot] = position
 
     def position(self, slot: int) -> int:
         return self._positions[slot]
@@ -53,18 +47,18 @@ class EvictionOrder:
     def value(self, slot: int, *, now_s: float) -> tuple[float, float]:
         """Of the blocks that may leave, that with the lowest one leaves first; of equals the one unused for longest."""
         last_used_s = self._last_used_s[slot]
-        return retention_value(self._classes[slot], idle_s=max(0.0, now_s - last_used_s)), last_used_s
+        return retention_value(self._class_of(slot), idle_s=max(0.0, now_s - last_used_s)), last_used_s
 
     def queue(self, slot: int) -> None:
         """The block may leave, as far as is known; no effect if it is queued already."""
         if not self._is_queued[slot]:
             self._is_queued[slot] = True
-            heappush(self._queues.setdefault(self._classes[slot], []), self._entry(slot))
+            heappush(self._queues.setdefault(self._class_of(slot), []), self._entry(slot))
 
     def next(self, *, now_s: float, may_leave: Callable[[int], bool]) -> int | None:
         """The slot of the least valuable block of those queued that may leave, which is queued no more."""
-        for of_class in tuple(self._queues):
-            self._settle_head(of_class, may_leave)
+        for queue in tuple(self._queues.values()):
+            self._settle_head(queue, may_leave)
         least, least_value = None, (float("inf"), 0)
         for of_class, queue in self._queues.items():
             if queue:
@@ -89,20 +83,20 @@ class EvictionOrder:
         ]
         assert all(entry >> _TIME_SHIFT <= self._last_used_bits[_slot_of(entry)] for entry in entries)
 
-    def _class_at(self, position: int) -> int:
-        return cost_class(self._policy(position * self._block_size_tokens))
-
-    def _settle_head(self, of_class: int, may_leave: Callable[[int], bool]) -> None:
-        queue = self._queues[of_class]
+    def _settle_head(self, queue: list[int], may_leave: Callable[[int], bool]) -> None:
         while queue:
             slot = _slot_of(queue[0])
             is_idle = may_leave(slot)
-            if is_idle and queue[0] == self._entry(slot) and of_class == self._classes[slot]:
+            if is_idle and queue[0] == self._entry(slot):
                 return
             heappop(queue)
             self._is_queued[slot] = False
             if is_idle:  # used since, or holding another block
                 self.queue(slot)
+
+    def _class_of(self, slot: int) -> int:
+        """Found when it is wanted: most blocks are continued by others and are not queued for long."""
+        return cost_class(self._policy(self._positions[slot] * self._block_size_tokens))
 
     def _entry(self, slot: int) -> int:
         after_position = _LAST_POSITION - self._positions[slot]

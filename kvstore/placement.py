@@ -24,7 +24,7 @@ BUSY_S = 5.0
 GRACE_S = 10.0
 _LEAST_IDLE_S = 1e-3
 
-# The cost of a block by its first token. It never falls along a chain.
+# The cost of a block by its first token.
 Policy = Callable[[int], float]
 
 

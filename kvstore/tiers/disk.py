@@ -110,7 +110,7 @@ class DiskTier:
         are held now; while the tier pauses after a failure, that comes without touching the disk."""
         if len(blocks) != len(run.keys):
             raise ValueError(f"a run of {len(run.keys)} blocks comes with as many, got {len(blocks)}")
-        views = [self._view(block) for block in blocks]
+        views = self._views(blocks)
         with self._write_access():
             self._writer.write(run, views, now_s=self._now_s())
 
@@ -120,7 +120,7 @@ class DiskTier:
         The next one, if it cannot be read or is not what was written, is forgotten, and so is all else of the same
         read that is not what was written.
         """
-        buffers = [self._view(block) for block in into]
+        buffers = self._views(into)
         with self._changing:
             placed = self._index.use(keys[: len(buffers)], now_s=self._now_s())
             segments = {block.segment for block in placed}
@@ -281,10 +281,12 @@ class DiskTier:
         with self._changing:
             self._num_errors += 1
 
-    def _view(self, block: Block) -> memoryview:
-        view = block.data
-        if view.nbytes != self._block_bytes or view.ndim != 1 or not view.c_contiguous:
-            raise ValueError(
-                f"a block is one row of {self._block_bytes} bytes, got {view.shape} of {view.format}"
-            )
-        return view
+    def _views(self, blocks: Sequence[Block]) -> list[memoryview]:
+        views = [block.data for block in blocks]
+        shape = (self._block_bytes,)
+        for view in views:
+            if view.shape != shape or not view.c_contiguous:
+                raise ValueError(
+                    f"a block is one row of {self._block_bytes} bytes, got {view.shape} of {view.format}"
+                )
+        return views

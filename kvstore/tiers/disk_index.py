@@ -1,6 +1,7 @@
 """Which block lies where on disk, and what of each segment is still wanted. Pure bookkeeping, changed under a lock."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from kvstore.blocks import BlockKey
@@ -11,6 +12,14 @@ from kvstore.tiers.segment import Segment
 from kvstore.tiers.tier import BlockRun, HeldPrefix
 
 
+class _Live:
+    """Of one segment: the records of which blocks are still wanted, and how many of each and of all."""
+
+    def __init__(self) -> None:
+        self.num_of: dict[Record, int] = {}
+        self.num_blocks = 0
+
+
 class DiskIndex:
     """What it holds and drops is decided by a `Residency`, whose slots stand for room on the disk."""
 
@@ -18,7 +27,7 @@ class DiskIndex:
         self.num_evicted = 0
         self._residency = Residency(num_slots, policy=policy)
         self._records: dict[BlockKey, Record] = {}
-        self._live: dict[Segment, dict[BlockKey, None]] = {}
+        self._live: dict[Segment, _Live] = {}
         self._changes: dict[BlockKey, bool] = {}
 
     def __len__(self) -> int:
@@ -77,10 +86,10 @@ class DiskIndex:
             return
         run = record.header.run.part(start, start + len(slots))
         is_new = self._residency.commit(slots, run=run, now_s=now_s)
-        keys = dict.fromkeys(itertools.compress(run.keys, is_new))
+        keys = run.keys if all(is_new) else tuple(itertools.compress(run.keys, is_new))
         if keys:
             self._records.update(dict.fromkeys(keys, record))
-            self._live.setdefault(record.segment, {}).update(keys)
+            self._list(record, len(keys))
             self._changes.update(dict.fromkeys(keys, True))
 
     def restore(self, record: Record, *, used_s: float) -> None:
@@ -102,9 +111,9 @@ class DiskIndex:
     def move(self, old: Placed, new: Record) -> None:
         """The block lies in another record now, unless it was dropped or moved meanwhile."""
         if self._is_there(old):
-            self._unlist(old.key, old.segment)
+            self._unlist(old.record)
             self._records[old.key] = new
-            self._live.setdefault(new.segment, {})[old.key] = None
+            self._list(new, 1)
 
     def forget(self, blocks: Sequence[Placed]) -> int:
         """Takes out those that still lie there (and what the residency drops with them); how many that were."""
@@ -127,10 +136,10 @@ class DiskIndex:
 
     def live_in(self, segment: Segment) -> list[Placed]:
         """Its blocks that are still wanted, in the order of the file."""
-        records = {self._records[key] for key in self._live.get(segment, ())}
+        live = self._live.get(segment)
         blocks = [
             record.nth_block(nth)
-            for record in records
+            for record in (live.num_of if live is not None else ())
             for nth, key in enumerate(record.header.run.keys)
             if self._records.get(key) is record
         ]
@@ -157,25 +166,39 @@ class DiskIndex:
         """That residency, places and segments tell the same."""
         self._residency.check()
         assert set(self._residency) == self._records.keys(), "residency and places differ"
-        live = {key: segment for segment, keys in self._live.items() for key in keys}
-        assert live == {key: record.segment for key, record in self._records.items()}, (
-            "a segment's blocks differ"
-        )
+        num_of = Counter(self._records.values())
+        live = {segment: Counter(live.num_of) for segment, live in self._live.items()}
+        assert sum(live.values(), Counter()) == num_of, "a record's live blocks differ"
+        for segment, of_segment in live.items():
+            assert all(record.segment is segment for record in of_segment), "a record is of another segment"
+            assert self._live[segment].num_blocks == of_segment.total() > 0, "a segment's live blocks differ"
         for key, record in self._records.items():
             assert key in record.header.run.keys, "a block lies under another key"
 
     def _live_share(self, segment: Segment) -> float:
-        return len(self._live.get(segment, ())) * segment.stored_bytes / max(1, segment.blocks_bytes)
+        live = self._live.get(segment)
+        return 0.0 if live is None else live.num_blocks * segment.stored_bytes / segment.blocks_bytes
 
     def _take_out(self, key: BlockKey) -> None:
-        self._unlist(key, self._records.pop(key).segment)
+        self._unlist(self._records.pop(key))
         self._changes[key] = False
 
-    def _unlist(self, key: BlockKey, segment: Segment) -> None:
-        of_segment = self._live[segment]
-        del of_segment[key]
-        if not of_segment:
-            del self._live[segment]
+    def _list(self, record: Record, num_blocks: int) -> None:
+        live = self._live.get(record.segment)
+        if live is None:
+            live = self._live[record.segment] = _Live()
+        live.num_of[record] = live.num_of.get(record, 0) + num_blocks
+        live.num_blocks += num_blocks
+
+    def _unlist(self, record: Record) -> None:
+        """One block less."""
+        live = self._live[record.segment]
+        live.num_blocks -= 1
+        live.num_of[record] -= 1
+        if not live.num_of[record]:
+            del live.num_of[record]
+            if not live.num_blocks:
+                del self._live[record.segment]
 
     def _is_there(self, block: Placed) -> bool:
         return self._records.get(block.key) is block.record

@@ -7,7 +7,7 @@ from kvstore.errors import DiskFailed
 from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.placed import Placed, Record, read_blocks, scratch
-from kvstore.tiers.record import RecordHeader, block_checksum
+from kvstore.tiers.record import RecordHeader, block_checksums
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.segment_files import SegmentFiles
 from kvstore.tiers.tier import BlockRun
@@ -106,7 +106,7 @@ class DiskWriter:
             stored = scratch(len(blocks), segment.stored_bytes)
             for index, (key, block) in enumerate(zip(run.keys, blocks, strict=True)):
                 segment.seal.seal(block, key=key, position=run.first_position + index, into=stored[index])
-        checksums = tuple(block_checksum(key, block) for key, block in zip(run.keys, stored, strict=True))
+        checksums = block_checksums(run.keys, stored)
         first_block = segment.next_block(len(stored))
         header = RecordHeader(run=run, first_block=first_block, used_s=used_s, checksums=checksums)
         self._files.append(segment, header, stored)

@@ -8,7 +8,8 @@ import numpy as np
 
 from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
-from kvstore.tiers.record import RecordHeader, block_checksum
+from kvstore.tiers.record import RecordHeader, block_checksums
+from kvstore.tiers.seal import BlockSeal
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.tier import BlockRun
 
@@ -134,14 +135,34 @@ def _read_at_once(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadB
     segment = extent[0].segment
     stored = into if segment.seal is None else scratch(len(extent), segment.stored_bytes)
     segment.read(extent[0].offset, _with_gaps(extent, stored))
+    failures = _unsealed(extent, stored, into, segment.seal) if segment.seal is not None else {}
+    failures |= _damaged(extent, stored)
+    num_right = min(failures, default=len(extent))
+    return ReadBlocks(num_right, failures.get(num_right), [extent[index] for index in failures])
+
+
+def _damaged(extent: Sequence[Placed], stored: Sequence[memoryview]) -> dict[int, DiskFailed]:
+    checksums = block_checksums([block.key for block in extent], stored)
+    return {
+        index: DiskFailed(
+            f"block {block.key.hex()} in {block.segment.path} at {block.offset}:"
+            f" checksum {checksum:#x}, must be {block.checksum:#x}"
+        )
+        for index, (block, checksum) in enumerate(zip(extent, checksums, strict=True))
+        if checksum != block.checksum
+    }
+
+
+def _unsealed(
+    extent: Sequence[Placed], stored: Sequence[memoryview], into: Sequence[memoryview], seal: BlockSeal
+) -> dict[int, DiskFailed]:
     failures: dict[int, DiskFailed] = {}
     for index, block in enumerate(extent):
         try:
-            _open(block, stored[index], into[index])
+            seal.open(stored[index], key=block.key, position=block.position, into=into[index])
         except DiskFailed as error:
             failures[index] = error
-    num_right = min(failures, default=len(extent))
-    return ReadBlocks(num_right, failures.get(num_right), [extent[index] for index in failures])
+    return failures
 
 
 def _with_gaps(placed: Sequence[Placed], stored: Sequence[memoryview]) -> list[memoryview]:
@@ -152,17 +173,6 @@ def _with_gaps(placed: Sequence[Placed], stored: Sequence[memoryview]) -> list[m
             buffers.append(memoryview(bytearray(gap_bytes)))
         buffers.append(stored[index])
     return buffers
-
-
-def _open(block: Placed, stored: memoryview, into: memoryview) -> None:
-    checksum = block_checksum(block.key, stored)
-    if checksum != block.checksum:
-        raise DiskFailed(
-            f"block {block.key.hex()} in {block.segment.path} at {block.offset}:"
-            f" checksum {checksum:#x}, must be {block.checksum:#x}"
-        )
-    if block.segment.seal is not None:
-        block.segment.seal.open(stored, key=block.key, position=block.position, into=into)
 
 
 def scratch(num_blocks: int, size_bytes: int) -> list[memoryview]:

@@ -17,6 +17,7 @@ another place than they were written to are never taken for what they are not.
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
 
@@ -33,6 +34,7 @@ MAX_POSITION = 2**32 - 1 - MAX_RECORD_BLOCKS
 
 _FIXED = struct.Struct("<4sIQQd16s16s")
 _BLOCK = struct.Struct(f"<{DIGEST_BYTES}sQ")
+_KEY = struct.Struct(f"<Q{DIGEST_BYTES - 8}s")  # the seed of the block's checksum, and the rest
 _CHECKSUM = struct.Struct("<Q")
 _SEED_MASK = 2**64 - 1
 
@@ -51,8 +53,9 @@ def header_bytes(num_blocks: int) -> int:
     return _FIXED.size + num_blocks * _BLOCK.size + _CHECKSUM.size
 
 
-def block_checksum(key: BlockKey, stored: memoryview) -> int:
-    return xxhash.xxh3_64_intdigest(stored, seed=int.from_bytes(key[:8], "little"))
+def block_checksums(keys: Sequence[BlockKey], stored: Sequence[memoryview]) -> tuple[int, ...]:
+    seeds = (seed for seed, _ in _KEY.iter_unpack(b"".join(keys)))
+    return tuple(map(xxhash.xxh3_64_intdigest, stored, seeds))
 
 
 def pack_record_header(header: RecordHeader, *, seed: int) -> bytes:

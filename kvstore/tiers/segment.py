@@ -182,11 +182,11 @@ class Segment:
 
     def _write_all(self, buffers: list[memoryview], offset: int) -> int:
         """Returns where they end."""
-        while buffers:
-            num_written = os.pwritev(self._fd, buffers, offset)
+        end = offset + sum(map(len, buffers))
+        while (num_written := os.pwritev(self._fd, buffers, offset)) < end - offset:
+            # A disk that is nearly full takes a part, and says why with the next call.
             offset += num_written
-            while buffers and num_written >= len(buffers[0]):
+            while num_written >= len(buffers[0]):
                 num_written -= len(buffers.pop(0))
-            if buffers:  # a disk that is nearly full takes a part, and says why with the next call
-                buffers[0] = buffers[0][num_written:]
-        return offset
+            buffers[0] = buffers[0][num_written:]
+        return end
