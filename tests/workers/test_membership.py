@@ -63,6 +63,24 @@ async def directory() -> AsyncIterator[Directory]:
     await made.stop()
 
 
+@pytest.fixture
+async def hanging_directory(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Directory]:
+    """Takes in a worker and hears its heartbeats, but to news it never answers, and nobody gives it up."""
+    register = DirectoryServicer.Register
+
+    async def hanging(self: DirectoryServicer, request: Any, context: Any) -> Any:
+        if request.worker.is_draining:
+            await asyncio.Event().wait()
+        return await register(self, request, context)
+
+    monkeypatch.setattr(DirectoryServicer, "Register", hanging)
+    monkeypatch.setattr(membership, "RPC_TIMEOUT_S", 3600.0)
+    made = Directory()
+    await made.start()
+    yield made
+    await made.stop()
+
+
 async def test_a_worker_registers_and_reports_its_load_and_its_blocks(
     directory: Directory, start_worker: Fixture, open_session: Fixture
 ) -> None:
@@ -125,13 +143,23 @@ async def test_an_idle_worker_whose_directory_is_away_goes_all_the_same(
         await running.task
 
 
+async def test_a_directory_that_never_answers_holds_a_drain_up_for_so_long_and_no_longer(
+    hanging_directory: Directory, start_worker: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "ANNOUNCE_TIMEOUT_S", 0.05)
+    running = await start_worker(directory=hanging_directory.address)
+    await hanging_directory.until(lambda: len(hanging_directory.memory.members()) == 1)
+    running.drain.begin(3600.0)
+    async with asyncio.timeout(10):
+        await running.task
+
+
 async def test_the_deadline_of_a_drain_holds_for_its_announcement_too(
-    directory: Directory, start_worker: Fixture, monkeypatch: pytest.MonkeyPatch
+    hanging_directory: Directory, start_worker: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(membership, "ANNOUNCE_TIMEOUT_S", 3600.0)
-    running = await start_worker(directory=directory.address)
-    await directory.until(lambda: len(directory.memory.members()) == 1)
-    await directory.stop()
+    running = await start_worker(directory=hanging_directory.address)
+    await hanging_directory.until(lambda: len(hanging_directory.memory.members()) == 1)
     running.drain.begin(0.0)
     async with asyncio.timeout(10):
         await running.task
