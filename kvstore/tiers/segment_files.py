@@ -129,19 +129,14 @@ class SegmentFiles:
         """Deletes one file that is not ours; False if there is none. Raises OSError."""
         if not self._others:
             return False
-        self._others[-1].path.unlink(missing_ok=True)
-        with self._changed:
-            self.used_bytes -= self._others.pop().size_bytes
+        self._remove(self._others[-1])
         return True
 
     def remove_others(self, origins: Collection[Origin] = tuple(Origin)) -> int:
         """Deletes the files that are not ours, or some of them; how many. Raises OSError."""
         removed = [other for other in self._others if other.origin in origins]
         for other in removed:
-            other.path.unlink(missing_ok=True)
-            with self._changed:
-                self._others.remove(other)
-                self.used_bytes -= other.size_bytes
+            self._remove(other)
         return len(removed)
 
     def wait_for_users(self, timeout_s: float) -> None:
@@ -194,6 +189,12 @@ class SegmentFiles:
             self.segments.append(segment)
             self.used_bytes += segment.taken_bytes
         self._last_number = max(self._last_number, segment.number)
+
+    def _remove(self, other: FoundOther) -> None:
+        other.path.unlink(missing_ok=True)
+        with self._changed:
+            self._others.remove(other)
+            self.used_bytes -= other.size_bytes
 
     def _growth_of(self, segment: Segment, num_blocks: int) -> int:
         return max(0, occupied_bytes(segment.size_with(num_blocks)) - segment.taken_bytes)
