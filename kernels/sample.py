@@ -45,6 +45,8 @@ class Draws:
     uniform: np.ndarray  # float64 [R]
 
 
+# Its twin without numpy is workers/engine/draws.py, for a bare GPU machine; tests/workers/engine/test_draws.py holds
+# both together, bit for bit.
 def uniform(seeds: np.ndarray, token_numbers: np.ndarray) -> np.ndarray:
     """A number in [0, 1), of 53 random bits, for every (seed, token number); both are uint64 arrays."""
     state = _mix(seeds + _GAMMA)
