@@ -38,11 +38,12 @@ three digits, half are words.
 | recall | `Table:⏎value 117⏎array object⏎Look up:⏎array` | `array object` |
 | recall, next turn | `value` | `value 117` |
 | copy | `Repeat:⏎value,array,after` | `value,array,after` |
-| arithmetic | `Add:⏎12+7` | `12+7=19` |
+| arithmetic | `Add:⏎23+45` | `23+45=68` |
 | JSON | `JSON:⏎name=value⏎size=14⏎ready=yes` | `{{"name": "value", "size": 14, "ready": true}}` |
 
 ⏎ is a line end. Keys and words that are one token each ({words} of them, in `tools/demo_words.txt`) work
-best. The chat template takes the roles system, user and assistant; `<|end|>` ends a message.
+best. Sums are of numbers below a hundred, and not all come out right: the figure above says how many that the model
+never saw do. The chat template takes the roles system, user and assistant; `<|end|>` ends a message.
 
 ## Data and training
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools.demo_card import figure_table
 from tools.demo_export import write_model
@@ -45,6 +45,25 @@ def test_the_card_states_the_figures_of_the_bench() -> None:
     report = json.loads((ROOT / "bench" / "results" / "demo_model.json").read_text())
     assert {"recall_512", "perplexity"} <= {claim["name"] for claim in report["claims"]}
     assert figure_table(report["claims"]) in (MODEL / "README.md").read_text()
+
+
+def test_what_the_card_says_to_ask_is_answered_as_it_says() -> None:
+    section = (MODEL / "README.md").read_text().partition("## What to ask")[2].partition("## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if "` | `" in line]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).train(False)
+    messages: list[dict[str, str]] = []
+    for task, *cells in rows:
+        question, expected = (cell.strip(" |").strip("`").replace("⏎", "\n") for cell in cells)
+        if "next turn" not in task:
+            messages = []
+        messages.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        told = model.generate(**prompt, do_sample=False, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :]
+        answer = tokenizer.decode(told, skip_special_tokens=True)
+        assert answer == expected, task
+        messages.append({"role": "assistant", "content": answer})
+    assert len(rows) == 5
 
 
 @pytest.mark.parametrize("name", ["README.md", "generation_config.json", "tokenizer_config.json"])
