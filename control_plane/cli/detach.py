@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from control_plane.cli.console import Console, announcement
-from control_plane.cli.failures import say_error
+from control_plane.cli.failures import is_error, say_error
 from control_plane.cli.gateways import warn_without_redis
 from control_plane.cli.up import INTERRUPTED, check_disk_key, check_model
 from control_plane.config import PROJECT_ROOT, ClusterConfig
@@ -22,6 +22,7 @@ from control_plane.runtimes.state import RunState, lock, read_state
 from control_plane.strict_yaml import dump
 
 _POLL_S = 0.1
+_MAX_LINES = 40  # of what the launcher says: an error, and with it the end of another log
 LAUNCHER_LOG = "launcher.log"
 
 
@@ -45,7 +46,7 @@ def start_detached(config: ClusterConfig) -> None:
             raise typer.Exit(INTERRUPTED) from e
     if state is None:
         say_error("the cluster did not start:")
-        print("\n".join(last_lines(log_path)), file=sys.stderr)
+        print("\n".join(_reason(last_lines(log_path, num_lines=_MAX_LINES))), file=sys.stderr)
         raise typer.Exit(launcher.returncode or 1)
     print(announcement(state), flush=True)
     warn_without_redis(state.gateways)
@@ -61,6 +62,12 @@ def _spawn(config_path: Path, log_path: Path) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "PYTHONPATH": python_path},
         )  # fmt: skip
+
+
+def _reason(lines: list[str]) -> list[str]:
+    """From the launcher's first error on: its progress has been shown. All, where it died without one."""
+    first = next((number for number, line in enumerate(lines) if is_error(line)), 0)
+    return lines[first:]
 
 
 def _watch(launcher: "subprocess.Popen[bytes]", config: ClusterConfig) -> RunState | None:

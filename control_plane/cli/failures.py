@@ -12,6 +12,7 @@ from control_plane.strict_yaml import ConfigError
 FAILED = 1
 USAGE = 2
 LEFT = 3  # done, but a drained worker had to leave something
+_PREFIX = "penstock: "
 
 
 class CommandFailed(Exception):
@@ -43,4 +44,9 @@ def clean_errors() -> Iterator[None]:
 
 
 def say_error(message: str) -> None:
-    print(f"penstock: {message}", file=sys.stderr, flush=True)
+    print(f"{_PREFIX}{message}", file=sys.stderr, flush=True)
+
+
+def is_error(line: str) -> bool:
+    """One that `say_error` began."""
+    return line.startswith(_PREFIX)
