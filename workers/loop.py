@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from workers.engine.engine import Engine
 from workers.errors import (
@@ -77,33 +77,38 @@ CHECK_EVERY_S = 5.0
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopLimits:
+    step: SchedulerLimits
+    max_num_submitted: int  # during one step
+    max_num_moves: int = 1  # at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopParts:
+    """What a loop works with; `tiers` is None where no block outlives its pages."""
+
+    state: EngineState
+    engine: Engine
+    exports: Exports
+    puller: Puller
+    metrics: WorkerMetrics
+    tiers: TierTraffic | None = None
+
+
 class RequestLoop:
     """All methods are called from the event loop that `run` runs on, and all but `run` and `settled` return at once."""
 
-    def __init__(
-        self,
-        *,
-        state: EngineState,
-        engine: Engine,
-        limits: SchedulerLimits,
-        exports: Exports,
-        puller: Puller,
-        metrics: WorkerMetrics,
-        max_num_submitted: int,
-        max_num_moves: int = 1,
-        tiers: TierTraffic | None = None,
-    ) -> None:
-        self._state = state
-        self._engine = engine
+    def __init__(self, parts: LoopParts, *, limits: LoopLimits) -> None:
+        self._state = state = parts.state
+        self._engine = parts.engine
+        self._exports = exports = parts.exports
+        self._metrics = parts.metrics
+        self._tiers = parts.tiers
         self._limits = limits
-        self._exports = exports
-        self._pulls = PullTasks(
-            puller, block_bytes=engine.model.layout.block_bytes, metrics=metrics, post=self.post
-        )
-        self._metrics = metrics
-        self._max_num_submitted = max_num_submitted
-        self._tiers = tiers
-        self._moves = LiveMoves(state, exports, max_moves=max_num_moves)
+        block_bytes = parts.engine.model.layout.block_bytes
+        self._pulls = PullTasks(parts.puller, block_bytes=block_bytes, metrics=parts.metrics, post=self.post)
+        self._moves = LiveMoves(state, exports, max_moves=limits.max_num_moves)
         self._rings = RingWatch(state, exports, post=self.post)
         self._num_submitted = 0
         self._is_admitting = True
@@ -153,7 +158,7 @@ class RequestLoop:
             raise QueueFull(
                 f"request id {request.request_id!r} is still being aborted", retry_after_s=RETRY_AFTER_S
             )
-        if self._num_submitted >= self._max_num_submitted:
+        if self._num_submitted >= self._limits.max_num_submitted:
             raise QueueFull(
                 f"{self._num_submitted} requests came during one step, the most this worker takes",
                 retry_after_s=RETRY_AFTER_S,
@@ -216,7 +221,7 @@ class RequestLoop:
                     self._wake.clear()
                     self._settle_inbox()
                     self._tell_tiers()
-                    plan = schedule(self._state.view(), self._limits)
+                    plan = schedule(self._state.view(), self._limits.step)
                     if plan.is_empty:
                         self._rest()
                         await self._wake.wait()

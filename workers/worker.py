@@ -30,7 +30,7 @@ from workers.identity import Identity
 from workers.load_parts import LoadLimits, LoadParts
 from workers.loading import Loader
 from workers.logs import log_event
-from workers.loop import RequestLoop
+from workers.loop import LoopLimits, LoopParts, RequestLoop
 from workers.membership import BlockReport, Membership
 from workers.messages import Message
 from workers.metrics import WorkerMetrics, serve_metrics
@@ -114,19 +114,23 @@ class Worker:
             self.offers.set_stores(())  # nobody else will say so
         self._tier_traffic = None if self.tiers is None else self._traffic(self.tiers)
         self.loop = RequestLoop(
-            state=self.state,
-            engine=engine,
-            limits=SchedulerLimits(
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_seqs=config.max_num_seqs,
-                max_num_pulls=config.max_num_pulls,
+            LoopParts(
+                state=self.state,
+                engine=engine,
+                exports=self.exports,
+                puller=self.puller,
+                metrics=self.metrics,
+                tiers=self._tier_traffic,
             ),
-            exports=self.exports,
-            puller=self.puller,
-            metrics=self.metrics,
-            max_num_submitted=config.max_num_waiting,
-            max_num_moves=config.max_num_moves,
-            tiers=self._tier_traffic,
+            limits=LoopLimits(
+                step=SchedulerLimits(
+                    max_num_batched_tokens=config.max_num_batched_tokens,
+                    max_num_seqs=config.max_num_seqs,
+                    max_num_pulls=config.max_num_pulls,
+                ),
+                max_num_submitted=config.max_num_waiting,
+                max_num_moves=config.max_num_moves,
+            ),
         )
 
     async def serve(self, *, stop: asyncio.Event, drain: Drain, on_ready: Callable[[Identity], None]) -> None:

@@ -28,7 +28,7 @@ from workers.handoff import Puller, PullTimeouts
 from workers.kv_metrics import KvMetrics
 from workers.load_parts import LoadLimits, LoadParts
 from workers.loading import Loader
-from workers.loop import RequestLoop
+from workers.loop import LoopLimits, LoopParts, RequestLoop
 from workers.metrics import WorkerMetrics
 from workers.request import KvHolder, Request, RequestId, RequestOutput, SamplingParams, SessionId
 from workers.scheduler import SchedulerLimits
@@ -331,17 +331,13 @@ async def running_end(
         pool, limits=ExportLimits(lease_s=30.0), on_released=lambda _: None, on_expired=lambda _: None
     )
     puller = Puller(pool, model_fingerprint=model.fingerprint, timeouts=PullTimeouts(total_s=30.0))
+    tiers = TierTraffic(
+        loader, write_behind, swap=Swap(state, loader, write_behind, costs=costs), costs=costs
+    )
+    step_limits = SchedulerLimits(max_num_batched_tokens=64, max_num_seqs=8, max_num_pulls=2)
     loop = RequestLoop(
-        state=state,
-        engine=engine,
-        limits=SchedulerLimits(max_num_batched_tokens=64, max_num_seqs=8, max_num_pulls=2),
-        exports=exports,
-        puller=puller,
-        metrics=metrics,
-        max_num_submitted=100,
-        tiers=TierTraffic(
-            loader, write_behind, swap=Swap(state, loader, write_behind, costs=costs), costs=costs
-        ),
+        LoopParts(state=state, engine=engine, exports=exports, puller=puller, metrics=metrics, tiers=tiers),
+        limits=LoopLimits(step=step_limits, max_num_submitted=100),
     )
     ear: Any = Ear()
     end = End(
