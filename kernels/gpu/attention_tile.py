@@ -6,12 +6,17 @@ top = max_s x_s, total = sum_s 2^(x_s - top), acc = sum_s 2^(x_s - top) v_s, wit
 of keys and values is read once for all of them and they fill a tensor core's tile.
 
 M rows, S tokens of a tile, C head dimension (CP: up to the next power of two).
+
+T tokens, H query heads, G key/value heads, B tokens per page. Every attention's kernel takes `operands` first, and
+`constants` among its own.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.paged_kv import load_scales, load_tile
+from kernels.gpu.paged_kv import PagedKv, load_scales, load_tile, padded_width
+from kernels.gpu.tiling import Tiling
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -62,3 +67,23 @@ def finish(top_M, total_M, acc_MC):
     """(out, lse) of the rows, the latter by e; a row that saw nothing gives 0 and -inf."""
     divisor_M = tl.where(total_M == 0, 1.0, total_M)
     return acc_MC / divisor_M[:, None], (top_M + tl.log2(divisor_M)) * LN_2
+
+
+def operands(q_THC: torch.Tensor, kv: PagedKv) -> tuple[torch.Tensor | int | None, ...]:
+    """q, stride_q, pages, scales, table, stride_table. Raises ValueError where these queries cannot be asked of it."""
+    num_heads, head_dim = q_THC.shape[1:]
+    if head_dim != kv.head_dim or num_heads % kv.num_kv_heads:
+        raise ValueError(
+            f"queries {[num_heads, head_dim]} do not fit {kv.num_kv_heads} heads of {kv.head_dim}"
+        )
+    if q_THC.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"the heads of a query must be contiguous, got strides {q_THC.stride()}")
+    return q_THC, q_THC.stride(0), kv.pages_P2GBC, kv.scales_P2GB, kv.table_RL, kv.table_RL.stride(0)
+
+
+def constants(q_THC: torch.Tensor, kv: PagedKv, tiling: Tiling) -> dict[str, int | bool]:
+    return {
+        "G": kv.num_kv_heads, "M": q_THC.shape[1] // kv.num_kv_heads, "B": kv.block, "C": kv.head_dim,
+        "CP": padded_width(kv.head_dim), "TILE": tiling.columns, "SCALED": kv.scales_P2GB is not None,
+        "num_warps": tiling.num_warps, "num_stages": tiling.num_stages,
+    }  # fmt: skip

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.attention_tile import attend, finish
+from kernels.gpu.attention_tile import attend, constants, finish, operands
 from kernels.gpu.merge_partials import merge_partials
-from kernels.gpu.paged_kv import PagedKv, padded_width
+from kernels.gpu.paged_kv import PagedKv
 from kernels.gpu.tiling import Tiling
 
 SPAN = 512
@@ -133,22 +133,15 @@ def launch(
     partials: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Fills one partial result for each run of SPAN tokens; of an empty run but the first only its lse."""
-    num_tokens, num_heads, head_dim = q_THC.shape
-    if head_dim != kv.head_dim or num_heads % kv.num_kv_heads:
-        raise ValueError(
-            f"queries {[num_heads, head_dim]} do not fit {kv.num_kv_heads} heads of {kv.head_dim}"
-        )
-    if q_THC.stride()[1:] != (head_dim, 1):
-        raise ValueError(f"the heads of a query must be contiguous, got strides {q_THC.stride()}")
+    num_tokens, num_heads, _ = q_THC.shape
+    asked = operands(q_THC, kv)
     if rows_T.shape != (num_tokens,) or lengths_T.shape != (num_tokens,):
         raise ValueError(f"{num_tokens} tokens, but {len(rows_T)} rows and {len(lengths_T)} lengths")
     out_ITHC, lse_ITH = partials
     group, tiling = num_heads // kv.num_kv_heads, TILINGS[kv.pages_P2GBC.element_size()]
     if num_tokens:
         _kernel[(num_tokens * kv.num_kv_heads, len(lse_ITH))](
-            q_THC, q_THC.stride(0), kv.pages_P2GBC, kv.scales_P2GB, kv.table_RL, kv.table_RL.stride(0),
-            rows_T, lengths_T, window or 0, scale, out_ITHC, lse_ITH, num_tokens,
-            G=kv.num_kv_heads, M=group, MP=max(tiling.rows, triton.next_power_of_2(group)), B=kv.block, C=head_dim,
-            CP=padded_width(head_dim), RUN=SPAN, TILE=tiling.columns, HAS_WINDOW=window is not None,
-            SCALED=kv.scales_P2GB is not None, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            *asked, rows_T, lengths_T, window or 0, scale, out_ITHC, lse_ITH, num_tokens,
+            MP=max(tiling.rows, triton.next_power_of_2(group)), RUN=SPAN, HAS_WINDOW=window is not None,
+            **constants(q_THC, kv, tiling),
         )  # fmt: skip

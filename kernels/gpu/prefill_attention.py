@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.attention_tile import attend, finish
-from kernels.gpu.paged_kv import PagedKv, padded_width
+from kernels.gpu.attention_tile import attend, constants, finish, operands
+from kernels.gpu.paged_kv import PagedKv
 from kernels.gpu.ragged_tiles import first_tile, num_tiles, request_of
 from kernels.gpu.tiling import Tiling
 
@@ -109,13 +109,8 @@ def prefill_attention(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, H, C] in the dtype of q, lse [T, H] in float32); `lengths_R` counts the chunk itself."""
-    num_tokens, num_heads, head_dim = q_THC.shape
-    if head_dim != kv.head_dim or num_heads % kv.num_kv_heads:
-        raise ValueError(
-            f"queries {[num_heads, head_dim]} do not fit {kv.num_kv_heads} heads of {kv.head_dim}"
-        )
-    if q_THC.stride()[1:] != (head_dim, 1):
-        raise ValueError(f"the heads of a query must be contiguous, got strides {q_THC.stride()}")
+    num_tokens, num_heads, _ = q_THC.shape
+    asked = operands(q_THC, kv)
     if len(starts) != len(lengths_R) + 1:
         raise ValueError(f"{len(lengths_R)} requests need one start more, got {len(starts)}")
     out_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
@@ -124,10 +119,7 @@ def prefill_attention(
     if num_tokens:
         tiles = num_tiles(num_tokens * group, len(lengths_R), tile_rows=tiling.rows)
         _kernel[(tiles, kv.num_kv_heads)](
-            q_THC, q_THC.stride(0), kv.pages_P2GBC, kv.scales_P2GB, kv.table_RL, kv.table_RL.stride(0),
-            starts, lengths_R, len(lengths_R), window or 0, scale, out_THC, lse_TH,
-            G=kv.num_kv_heads, M=group, B=kv.block, C=head_dim, CP=padded_width(head_dim),
-            ROWS=tiling.rows, TILE=tiling.columns, HAS_WINDOW=window is not None, SCALED=kv.scales_P2GB is not None,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            *asked, starts, lengths_R, len(lengths_R), window or 0, scale, out_THC, lse_TH,
+            ROWS=tiling.rows, HAS_WINDOW=window is not None, **constants(q_THC, kv, tiling),
         )  # fmt: skip
     return out_THC, lse_TH

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from kernels.gpu import paged_attention
-from kernels.gpu.attention_tile import attend, finish
+from kernels.gpu.attention_tile import attend, constants, finish, operands
 from kernels.gpu.merge_partials import merge_partials
-from kernels.gpu.paged_kv import PagedKv, padded_width
+from kernels.gpu.paged_kv import PagedKv
 from kernels.gpu.ragged_tiles import first_tile, num_tiles, request_of
 from kernels.gpu.tiling import Tiling
 
@@ -116,7 +116,7 @@ def shared_prefix_attention(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [T, H, C] in the dtype of q, lse [T, H] in float32); `kv`, `rows_T` and `lengths_T` are the own contexts."""
-    num_tokens, num_heads, head_dim = q_THC.shape
+    num_tokens, num_heads, _ = q_THC.shape
     num_groups = len(prefixes.prefix_lengths_N)
     if len(prefixes.starts) != num_groups + 1:
         raise ValueError(f"{num_groups} groups need one start more, got {len(prefixes.starts)}")
@@ -136,10 +136,7 @@ def shared_prefix_attention(
     if num_tokens:
         tiles = num_tiles(num_tokens * group, num_groups, tile_rows=tiling.rows)
         _kernel[(tiles * kv.num_kv_heads, num_shared)](
-            q_THC, q_THC.stride(0), shared.pages_P2GBC, shared.scales_P2GB, shared.table_RL,
-            shared.table_RL.stride(0), prefixes.starts, prefixes.prefix_lengths_N, num_groups, scale, out_ITHC,
-            lse_ITH, num_tokens, G=kv.num_kv_heads, M=group, B=kv.block, C=head_dim,
-            CP=padded_width(head_dim), ROWS=tiling.rows, RUN=SPAN, TILE=tiling.columns,
-            SCALED=shared.scales_P2GB is not None, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            *operands(q_THC, shared), prefixes.starts, prefixes.prefix_lengths_N, num_groups, scale, out_ITHC,
+            lse_ITH, num_tokens, ROWS=tiling.rows, RUN=SPAN, **constants(q_THC, shared, tiling),
         )  # fmt: skip
     return merge_partials(out_ITHC, lse_ITH, dtype=q_THC.dtype)

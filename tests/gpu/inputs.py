@@ -43,6 +43,15 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, *, tolerance: float)
     torch.testing.assert_close(got.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
 
+def assert_attends_as(
+    expected: tuple[torch.Tensor, torch.Tensor], got: tuple[torch.Tensor, torch.Tensor], *, dtype: torch.dtype
+) -> None:
+    """(out, lse) of an attention with queries of this dtype."""
+    assert got[0].dtype == dtype
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other, tolerance=TOLERANCE[dtype])
+
+
 def assert_equal_but_for_rounding(got: torch.Tensor, expected: torch.Tensor) -> None:
     """To the last bit; but the interpreter cuts a bfloat16 instead of rounding it."""
     if IS_INTERPRETED and got.dtype == torch.bfloat16:

@@ -5,8 +5,7 @@ from hopper import Shipped
 from inputs import (
     DEVICE,
     FLOATS,
-    TOLERANCE,
-    assert_close,
+    assert_attends_as,
     assert_guards_untouched,
     kv_shape_only,
     make_kv,
@@ -37,11 +36,7 @@ def _assert_agrees(
         "window": window,
         "scale": head_dim**-0.5,
     }
-    out, lse = op.paged_attention(q, kv, **where)
-    expected_out, expected_lse = op.reference(q, kv, **where)
-    assert out.dtype == dtype
-    assert_close(out, expected_out, tolerance=TOLERANCE[dtype])
-    assert_close(lse, expected_lse, tolerance=TOLERANCE[dtype])
+    assert_attends_as(op.reference(q, kv, **where), op.paged_attention(q, kv, **where), dtype=dtype)
     assert_guards_untouched(kv.pages_P2GBC)
 
 
@@ -112,8 +107,7 @@ def check_a_context_split_in_two_merges_to_the_whole() -> None:
         torch.stack([lse for _, lse in parts]),
         dtype=FLOATS[0],
     )
-    for got, expected in zip(merged, whole, strict=True):
-        assert_close(got, expected, tolerance=TOLERANCE[FLOATS[0]])
+    assert_attends_as(whole, merged, dtype=FLOATS[0])
 
 
 def check_no_tokens_are_no_launch() -> None:

@@ -5,8 +5,7 @@ from hopper import Shipped
 from inputs import (
     DEVICE,
     FLOATS,
-    TOLERANCE,
-    assert_close,
+    assert_attends_as,
     assert_guards_untouched,
     kv_shape_only,
     make_kv,
@@ -43,11 +42,11 @@ def _assert_agrees(
         "lengths_T": torch.tensor(lengths, device=DEVICE),
         "scale": head_dim**-0.5,
     }
-    out, lse = op.shared_prefix_attention(q, prefixes, kv, **where)
-    expected_out, expected_lse = op.reference(q, prefixes, kv, **where)
-    assert out.dtype == dtype
-    assert_close(out, expected_out, tolerance=TOLERANCE[dtype])
-    assert_close(lse, expected_lse, tolerance=TOLERANCE[dtype])
+    assert_attends_as(
+        op.reference(q, prefixes, kv, **where),
+        op.shared_prefix_attention(q, prefixes, kv, **where),
+        dtype=dtype,
+    )
     assert_guards_untouched(prefixes.kv.pages_P2GBC)
 
 
