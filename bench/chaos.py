@@ -17,7 +17,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from bench.chaos_effects import Storm
-from bench.chaos_leaks import footprint, grown, settled, shared_memory
+from bench.chaos_leaks import footprint, grown, settled
 from bench.chaos_load import Account, Clients
 from bench.chaos_site import SHAPES, Site, running_site
 from bench.chaos_storm import GATEWAY_KINDS, REDIS_KINDS, WORKER_KINDS, Kind, Lane
@@ -78,14 +78,14 @@ async def endure(site: Site, *, seed: int, lasts_s: float) -> Result:
                 blowing.create_task(storm.blow(lane))
         stop.set()
     leaks = await settled(site)
+    site.note_shared_memory()
     return Result(clients.account, dict(storm.timeline.counts), leaks + grown(before, footprint(site)))
 
 
 def run(*, shape: str, seed: int, lasts_s: float) -> Result:
-    segments = shared_memory()
     with running_site(shape) as site:
         result = asyncio.run(endure(site, seed=seed, lasts_s=lasts_s))
-    result.leaks.extend(f"shared memory {name}" for name in sorted(shared_memory() - segments))
+    result.leaks.extend(f"shared memory {path}" for path in sorted(site.shared_memory) if path.exists())
     return result
 
 

@@ -123,6 +123,7 @@ class Storm:
 
     async def _kill(self, name: str) -> None:
         victim = await self._running(name)
+        self._site.note_shared_memory()
         victim.send(signal.SIGKILL)
         await self._has_followed(victim, name)
 

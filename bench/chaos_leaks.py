@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import psutil
@@ -80,11 +79,6 @@ def grown(before: Footprint, after: Footprint) -> list[str]:
     if after.num_processes > before.num_processes:
         lines.append(f"{after.num_processes} processes instead of {before.num_processes}")
     return lines
-
-
-def shared_memory() -> frozenset[str]:
-    """The segments of this machine."""
-    return frozenset(path.name for path in Path("/dev/shm").iterdir())
 
 
 def _num_fds(pid: int) -> int:

@@ -14,6 +14,7 @@ from bench.chaos_load import GatewayDoor
 from bench.cluster import RunningCluster, running_cluster
 from bench.cutting import may_cut
 from bench.redis_server import RedisServer
+from bench.shared_memory import segments_of
 from control_plane.cli.members import watch_workers
 from control_plane.runtimes.process_id import ProcessId
 from control_plane.runtimes.state import GatewayState, RunState, Status, read_state
@@ -39,6 +40,7 @@ class Site:
         self.redis = redis
         self.disk = disk  # a file system of their own, if one could be mounted
         self.may_cut = may_cut  # connections of its workers
+        self.shared_memory: set[Path] = set()  # all that was seen in use
         state = self.state()
         self.doors = {gateway.name: GatewayDoor(_port(gateway)) for gateway in state.gateways}
         self.workers = [process.name for process in state.processes if process.pool]
@@ -54,6 +56,12 @@ class Site:
         """None while it starts."""
         found = next(process for process in self.state().processes if process.name == name)
         return found.process_id if found.status is Status.READY else None
+
+    def note_shared_memory(self) -> None:
+        """Of all that run now: who is killed cannot be asked any more what it used."""
+        processes = (process.process_id for process in self.state().processes)
+        pids = [process.pid for process in processes if process is not None]
+        self.shared_memory |= segments_of([self.cluster.launcher.pid, *pids])
 
     @asynccontextmanager
     async def full_disk(self) -> AsyncIterator[None]:

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import openai
 import psutil
@@ -14,6 +13,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
 from bench.cutting import cut_connections, may_cut
+from bench.shared_memory import segments_of
 from bench.worker_client import watch_workers
 from protos import worker_pb2
 
@@ -224,9 +224,9 @@ def test_without_any_decode_worker_left_requests_fail_clearly(connect: Connect) 
 
 
 def test_ctrl_c_leaves_no_process_socket_or_shared_memory_behind() -> None:
-    shared_memory = {path.name for path in Path("/dev/shm").iterdir()}
     with running_cluster({}) as cluster:
         processes = [cluster.launcher, *cluster.launcher.children(recursive=True)]
+        segments = segments_of(process.pid for process in processes)
         sockets = cluster.run_dir / "sockets"
         assert len(processes) >= 4
         assert list(sockets.iterdir())
@@ -234,7 +234,7 @@ def test_ctrl_c_leaves_no_process_socket_or_shared_memory_behind() -> None:
         _, alive = psutil.wait_procs(processes, timeout=20)
         assert alive == []
         assert not sockets.exists() or list(sockets.iterdir()) == []
-        assert {path.name for path in Path("/dev/shm").iterdir()} <= shared_memory
+        assert [path for path in segments if path.exists()] == []
 
 
 def complete(client: OpenAI, prompt: list[int], *, temperature: float = 0.0) -> str:

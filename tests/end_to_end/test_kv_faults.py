@@ -16,6 +16,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from bench.cluster import RunningCluster, running_cluster
+from bench.shared_memory import segments_of
 from control_plane.cli.tiers import drop
 from protos import kv_pb2, worker_pb2
 from tests.end_to_end.asking import (
@@ -77,10 +78,6 @@ def compute_and_announce(cluster: RunningCluster, client: OpenAI, prompts: list[
 def are_new(found: list[worker_pb2.WorkerDescription], epochs: set[int]) -> bool:
     """All but the store."""
     return len(found) == 3 and len({worker.epoch for worker in found} - epochs) == 2
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def disk_of(site: Site) -> kv_pb2.TierDescription:
@@ -168,7 +165,7 @@ async def test_clients_that_leave_while_their_prompts_are_loaded_leave_nothing(s
     site.wait_until_idle()
     worker = site.worker()
     before = worker.num_fds(), worker.num_threads()
-    segments = shared_memory()
+    segments = segments_of([worker.pid])
     generator = random.Random(2)
     async with AsyncOpenAI(base_url=site.cluster.url, api_key="unused", max_retries=0, timeout=60) as client:
 
@@ -190,7 +187,7 @@ async def test_clients_that_leave_while_their_prompts_are_loaded_leave_nothing(s
     assert_nothing_is_held(site.cluster)
     assert worker.num_fds() <= before[0] + 2
     assert worker.num_threads() <= before[1] + 2
-    assert shared_memory() <= segments
+    assert segments_of([worker.pid]) <= segments
 
 
 def test_another_worker_gives_what_it_computed(peers: RunningCluster, client: OpenAI, plain: OpenAI) -> None:
