@@ -472,3 +472,20 @@ def test_whatever_the_sizes_live_blocks_leave_room_to_move(
     live_bytes = settings.num_slots * settings.form.stored_bytes
     assert 0 < live_bytes <= settings.capacity_bytes - 3 * settings.layout.segment_bytes
     assert 8 <= settings.capacity_bytes // settings.layout.segment_bytes <= 257
+
+
+def test_a_segment_of_a_smaller_tier_ends_where_its_headers_do(disk: "Disk") -> None:
+    """It may grow larger in the larger tier, but has no room for so many headers."""
+    small, chain = 2**18, disk.chain(400)
+    tier = disk.open(capacity_bytes=small)
+    disk.write(tier, chain.part(0, 1))
+    tier.close()
+    tier = disk.open(capacity_bytes=64 * small)
+    for start in range(400):
+        disk.write(tier, chain.part(start, start + 1))
+    assert len(disk.segments()) > 1
+    assert disk.read(tier, chain) == 400
+    tier.close()
+    tier = disk.open(capacity_bytes=64 * small)
+    assert tier.stats().num_damaged == 0
+    assert disk.read(tier, chain) == 400
