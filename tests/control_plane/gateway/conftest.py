@@ -19,6 +19,8 @@ from control_plane.gateway.http_protocol import GatewayProtocol
 from control_plane.gateway.metrics import GatewayMetrics
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.tokenizer import TextTokenizer, load_tokenizer
+from tests.control_plane.fake_cluster import Cluster
+from tests.control_plane.gateway.move_scene import Stage, stage_over
 from tests.control_plane.gateway.scripted import (
     ASSISTANT,
     BOS,
@@ -122,3 +124,8 @@ async def address(app: FastAPI) -> AsyncIterator[tuple[str, int]]:
     server.should_exit = True
     await asyncio.wait_for(serving, 10)
     listener.close()
+
+
+@pytest.fixture
+def stage(cluster: Cluster) -> Stage:
+    return stage_over(cluster)
