@@ -7,7 +7,7 @@ from kvstore.blocks import BlockKey
 from protos import worker_pb2
 from tests.workers.conftest import OpenSession, StartWorker
 from tests.workers.handoff_ends import wait_until
-from tests.workers.test_state import LIMITS, SOURCE, new_request, new_state, step
+from tests.workers.stepping import LIMITS, SOURCE, new_request, new_state, step
 from workers.config import Role
 from workers.pages import CachedBlock, PagePool
 from workers.request import PageId, Purpose, Request, RequestId, SamplingParams, SessionId
