@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from protos import worker_pb2, worker_pb2_grpc
+from tests.workers.loading_ends import PROMPT, End, running_end
 from tests.workers.worker_process import WorkerProcess
 from workers.config import Role, WorkerConfig
 from workers.drain import Drain
@@ -280,3 +281,26 @@ async def open_session(connect: Callable[..., Session]) -> OpenSession:
         return session
 
     return make
+
+
+@pytest.fixture
+async def end(checkpoint: Path) -> AsyncIterator[End]:
+    async with running_end(checkpoint) as one:
+        yield one
+
+
+@pytest.fixture
+async def truth(end: End) -> list[int]:
+    """The answer to PROMPT, computed; its blocks are in memory, and with the peer, and in no page."""
+    tokens, _ = await end.answer(PROMPT)
+    await end.settled()
+    end.give_to(end.peer)
+    end.state.drop(None)
+    return tokens
+
+
+@pytest.fixture
+async def fetching(end: End, truth: list[int]) -> list[int]:
+    """The same, but only the peer has the blocks."""
+    await end.store.drop(None)
+    return truth

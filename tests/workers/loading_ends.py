@@ -37,6 +37,9 @@ from workers.swap import Swap
 from workers.tier_traffic import TierTraffic
 from workers.write_behind import WriteBehind, WriteLimits, WriteParts
 
+# 200 tokens: twelve full blocks in three chunks, and some tokens more, which are always computed.
+PROMPT = [(7 * i) % 250 + 3 for i in range(200)]
+NUM_BLOCKS, NUM_CHUNKS = 12, 3
 SOON_S = 20.0
 CHUNK_BLOCKS = 4
 HOLDER = KvHolder(worker_id="peer", epoch=1, control_address="unix:/peer", num_blocks=1000)

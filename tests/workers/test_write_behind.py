@@ -2,23 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvstore.blocks import chain_keys, root_key
-from tests.workers.loading_ends import SOON_S, End, running_end
+from tests.workers.loading_ends import PROMPT, SOON_S, End, running_end
 from workers.engine.kv_pool import KvPool
-
-PROMPT = [(7 * i) % 250 + 3 for i in range(200)]
-
-
-@pytest.fixture
-async def end(checkpoint: Path) -> AsyncIterator[End]:
-    async with running_end(checkpoint) as one:
-        yield one
 
 
 @pytest.fixture
