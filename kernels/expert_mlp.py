@@ -57,51 +57,46 @@ def _gather_task(data):
                 row_D[d] = x_D[d]
 
 
+@njit("UniTuple(int64,5)(int64, int64[::1], int64, int64)", cache=True, nogil=True)
+def _share(item, starts, chunk, num_outputs):
+    """(expert, its rows: first, end; outputs: start, stop) of a work item; behind the last one the expert is E."""
+    num_experts, num_chunks = len(starts) - 1, (num_outputs + chunk - 1) // chunk
+    expert, start = item // num_chunks, item % num_chunks * chunk
+    if expert >= num_experts:
+        return num_experts, 0, 0, 0, 0
+    return expert, starts[expert], starts[expert + 1], start, min(start + chunk, num_outputs)
+
+
 @cfunc(TASK, cache=True)
 def _products_task(data):
     a = carray(data, (9,), int64)  # counter, step, x sorted, w, y sorted, starts, E, depth, outputs
     num_experts, depth, num_outputs = a[6], a[7], a[8]
-    num_chunks = (num_outputs + _CHUNK - 1) // _CHUNK
     starts = words(a[5], num_experts + 1)
     while True:
-        item = claim(data)
-        if item >= num_experts * num_chunks:
+        expert, first, end, start, stop = _share(claim(data), starts, _CHUNK, num_outputs)
+        if expert == num_experts:
             return
-        expert, start = item // num_chunks, item % num_chunks * _CHUNK
-        first, num_rows = starts[expert], starts[expert + 1] - starts[expert]
-        if num_rows > 0:
-            x, y = a[2] + 4 * first * depth, a[4] + 4 * first * num_outputs
-            w = a[3] + 4 * expert * num_outputs * depth
-            for row in range(0, num_rows, ROWS):
-                multiply(
-                    x + 4 * row * depth, w, y + 4 * row * num_outputs, min(ROWS, num_rows - row), depth, num_outputs,
-                    start, min(start + _CHUNK, num_outputs),
-                )  # fmt: skip
+        w = a[3] + 4 * expert * num_outputs * depth
+        for row in range(first, end, ROWS):
+            x, y = a[2] + 4 * row * depth, a[4] + 4 * row * num_outputs
+            multiply(x, w, y, min(ROWS, end - row), depth, num_outputs, start, stop)
 
 
 @cfunc(TASK, cache=True)
 def _int8_products_task(data):
-    a = carray(
-        data, (12,), int64
-    )  # counter, step, q, x scales, offsets, w, w scales, y, starts, E, depth, outputs
+    # counter, step, q, x scales, offsets, w, w scales, y, starts, E, depth, outputs
+    a = carray(data, (12,), int64)
     num_experts, depth, num_outputs = a[9], a[10], a[11]
-    num_chunks = (num_outputs + INT8_CHUNK - 1) // INT8_CHUNK
     stride, width = int8_sizes(depth, num_outputs)
     starts = words(a[8], num_experts + 1)
     while True:
-        item = claim(data)
-        if item >= num_experts * num_chunks:
+        expert, first, end, start, stop = _share(claim(data), starts, INT8_CHUNK, num_outputs)
+        if expert == num_experts:
             return
-        expert, start = item // num_chunks, item % num_chunks * INT8_CHUNK
-        first, num_rows = starts[expert], starts[expert + 1] - starts[expert]
-        if num_rows > 0:
-            w = (a[5] + expert * stride * width, a[6] + 4 * expert * width)
-            for row in range(first, first + num_rows, INT8_ROWS):
-                int8_multiply(
-                    (a[2] + stride * row, a[3] + 4 * row, a[4] + 4 * row), w, a[7] + 4 * row * num_outputs,
-                    min(INT8_ROWS, first + num_rows - row), depth, num_outputs, start,
-                    min(start + INT8_CHUNK, num_outputs),
-                )  # fmt: skip
+        w = (a[5] + expert * stride * width, a[6] + 4 * expert * width)
+        for row in range(first, end, INT8_ROWS):
+            x, y = (a[2] + stride * row, a[3] + 4 * row, a[4] + 4 * row), a[7] + 4 * row * num_outputs
+            int8_multiply(x, w, y, min(INT8_ROWS, end - row), depth, num_outputs, start, stop)
 
 
 def _products(
