@@ -89,22 +89,19 @@ class Residency:
                 self._order.use(slot, at_s=at_s)
                 self._num_hits[slot] += 1
 
-    def reserve(self, num_slots: int, *, now_s: float) -> tuple[list[int], list[BlockKey]]:
-        """Slots, and the keys that were dropped for them; fewer slots than wanted if the rest is in use."""
-        at_s = self._tick(now_s)
+    def reserve(
+        self, num_slots: int, *, now_s: float, beside: BlockKey | None = None
+    ) -> tuple[list[int], list[BlockKey]]:
+        """Slots, and the keys that were dropped for them; fewer slots than wanted if the rest is in use. The block
+        `beside`, which what they are for continues, stays."""
+        dropped: list[BlockKey] = []
+        if len(self._free) < num_slots:
+            pinned = [] if beside is None else self.pin([beside])
+            dropped = self._evict(num_slots - len(self._free), now_s=now_s)
+            self.unpin(pinned)
         num_left = max(0, len(self._free) - num_slots)
         slots = self._free[num_left:][::-1]
         del self._free[num_left:]
-        dropped: list[BlockKey] = []
-        while len(slots) < num_slots:
-            slot = self._order.next(now_s=at_s, may_leave=self._may_leave)
-            if slot is None:
-                break
-            key = self._keys[slot]
-            assert key is not None
-            self._take_out(slot, key)
-            dropped.append(key)
-            slots.append(self._free.pop())
         self._reserved.update(slots)
         return slots, dropped
 
@@ -247,6 +244,20 @@ class Residency:
         # Strictly later each time: within one reading of the clock the order is that of the calls.
         self._now_s = max(now_s, math.nextafter(self._now_s, math.inf))
         return self._now_s
+
+    def _evict(self, num_blocks: int, *, now_s: float) -> list[BlockKey]:
+        """Fewer if the rest is in use."""
+        at_s = self._tick(now_s)
+        dropped: list[BlockKey] = []
+        while len(dropped) < num_blocks:
+            slot = self._order.next(now_s=at_s, may_leave=self._may_leave)
+            if slot is None:
+                break
+            key = self._keys[slot]
+            assert key is not None
+            self._take_out(slot, key)
+            dropped.append(key)
+        return dropped
 
     def _fill(self, slots: Sequence[int], run: BlockRun, *, parent: int | None, at_s: float) -> None:
         held, origins, origin = self._keys, self._origins, _Origin(run.root, at_s)

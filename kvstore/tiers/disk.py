@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed, TierUnusable
 from kvstore.tiers.backoff import Backoff
@@ -28,6 +25,7 @@ from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.disk_writer import DiskWriter
 from kvstore.tiers.placed import Placed, Record, read_blocks
+from kvstore.tiers.record import Block
 from kvstore.tiers.recovery import FoundOther, find_segments
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.segment_files import SegmentFiles
@@ -38,8 +36,6 @@ from kvstore.tiers.tier import BlockRun, HeldPrefix, TierStats
 PAUSE_BETWEEN_PARTS_S = 0.5e-3
 
 logger = logging.getLogger(__name__)
-
-Block = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,9 +106,9 @@ class DiskTier:
         are held now; while the tier pauses after a failure, that comes without touching the disk."""
         if len(blocks) != len(run.keys):
             raise ValueError(f"a run of {len(run.keys)} blocks comes with as many, got {len(blocks)}")
-        views = self._views(blocks)
+        self._check(blocks)
         with self._write_access():
-            self._writer.write(run, views, now_s=self._now_s())
+            self._writer.write(run, blocks, now_s=self._now_s())
 
     def read(self, keys: Sequence[BlockKey], into: Sequence[Block]) -> int:
         """How many leading blocks are held and were read, each to the buffer (block_bytes) of its place.
@@ -120,14 +116,14 @@ class DiskTier:
         The next one, if it cannot be read or is not what was written, is forgotten, and so is all else of the same
         read that is not what was written.
         """
-        buffers = self._views(into)
+        self._check(into)
         with self._changing:
-            placed = self._index.use(keys[: len(buffers)], now_s=self._now_s())
+            placed = self._index.use(keys[: len(into)], now_s=self._now_s())
             segments = {block.segment for block in placed}
             if not self._files.use(segments):
                 return 0
         try:
-            found = read_blocks(placed, buffers[: len(placed)])
+            found = read_blocks(placed, into[: len(placed)])
         finally:
             self._files.release(segments)
         with self._changing:
@@ -257,6 +253,8 @@ class DiskTier:
             self._backoff.succeeded()
 
     def _erase(self) -> None:
+        if not (self._to_erase or self._erases_others):
+            return
         with self._changing:
             segments, erases_others = set(self._to_erase), self._erases_others
         if segments:
@@ -281,12 +279,10 @@ class DiskTier:
         with self._changing:
             self._num_errors += 1
 
-    def _views(self, blocks: Sequence[Block]) -> list[memoryview]:
-        views = [block.data for block in blocks]
+    def _check(self, blocks: Sequence[Block]) -> None:
         shape = (self._block_bytes,)
-        for view in views:
-            if view.shape != shape or not view.c_contiguous:
+        for block in blocks:
+            if block.shape != shape or block.strides != (1,):
                 raise ValueError(
-                    f"a block is one row of {self._block_bytes} bytes, got {view.shape} of {view.format}"
+                    f"a block is one row of {self._block_bytes} bytes, got {block.shape} of {block.dtype}"
                 )
-        return views

@@ -67,10 +67,7 @@ class DiskIndex:
 
     def reserve(self, run: BlockRun, *, now_s: float) -> list[int]:
         """Slots for the leading blocks of the run: fewer than it has if the rest of the slots is reserved too."""
-        # What the run continues must not be dropped for it.
-        pinned = self._residency.pin([run.parent])
-        slots, dropped = self._residency.reserve(len(run.keys), now_s=now_s)
-        self._residency.unpin(pinned)
+        slots, dropped = self._residency.reserve(len(run.keys), now_s=now_s, beside=run.parent)
         for key in dropped:
             self._take_out(key)
         self.num_evicted += len(dropped)

@@ -7,7 +7,7 @@ from kvstore.errors import DiskFailed
 from kvstore.tiers.disk_index import DiskIndex
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.placed import Placed, Record, read_blocks, scratch
-from kvstore.tiers.record import RecordHeader, block_checksums
+from kvstore.tiers.record import Block, RecordHeader, block_checksums
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.segment_files import SegmentFiles
 from kvstore.tiers.tier import BlockRun
@@ -34,10 +34,11 @@ class DiskWriter:
         self._files = files
         self._block_bytes = settings.block_bytes
         self._layout = settings.layout
+        self._spare_bytes = self._layout.moved_bytes(self._layout.segment_bytes - self._layout.blocks_start)
         self._max_record_blocks = settings.max_record_blocks
         self._changing = changing
 
-    def write(self, run: BlockRun, blocks: Sequence[memoryview], *, now_s: float) -> None:
+    def write(self, run: BlockRun, blocks: Sequence[Block], *, now_s: float) -> None:
         """Appends those blocks of the run that are not held."""
         with self._changing:
             missing = self._index.missing(run)
@@ -49,8 +50,7 @@ class DiskWriter:
 
     def make_room(self, num_blocks: int) -> None:
         """Until a record of so many blocks fits, beside what moving those of one segment needs."""
-        spare_bytes = self._layout.moved_bytes(self._layout.segment_bytes - self._layout.blocks_start)
-        while not self._files.has_room(self._files.growth(num_blocks) + spare_bytes):
+        while not self._files.has_room(self._files.growth(num_blocks) + self._spare_bytes):
             if self._files.remove_other():
                 continue
             with self._changing:
@@ -80,7 +80,7 @@ class DiskWriter:
             if segment in self._files.segments:
                 self.empty(segment, max_live_share=1.0)
 
-    def _store(self, run: BlockRun, blocks: Sequence[memoryview], *, now_s: float) -> bool:
+    def _store(self, run: BlockRun, blocks: Sequence[Block], *, now_s: float) -> bool:
         """Whether there were slots for all of them."""
         with self._changing:
             slots = self._index.reserve(run, now_s=now_s)
@@ -98,14 +98,16 @@ class DiskWriter:
         self.num_stored += len(slots)
         return len(slots) == len(blocks)
 
-    def _append(self, run: BlockRun, blocks: Sequence[memoryview], *, used_s: float) -> Record:
+    def _append(self, run: BlockRun, blocks: Sequence[Block], *, used_s: float) -> Record:
         segment = self._files.growing(len(blocks))
         if segment.seal is None:
             stored = list(blocks)
         else:
             stored = scratch(len(blocks), segment.stored_bytes)
             for index, (key, block) in enumerate(zip(run.keys, blocks, strict=True)):
-                segment.seal.seal(block, key=key, position=run.first_position + index, into=stored[index])
+                segment.seal.seal(
+                    block.data, key=key, position=run.first_position + index, into=stored[index].data
+                )
         checksums = block_checksums(run.keys, stored)
         first_block = segment.next_block(len(stored))
         header = RecordHeader(run=run, first_block=first_block, used_s=used_s, checksums=checksums)
@@ -131,7 +133,7 @@ class DiskWriter:
                     [left[start:stop] for start, stop in _records(left, self._max_record_blocks)]
                 )
 
-    def _move_read(self, live: Sequence[Placed], blocks: Sequence[memoryview]) -> None:
+    def _move_read(self, live: Sequence[Placed], blocks: Sequence[Block]) -> None:
         with self._changing:
             used_s = self._index.last_used_s(live)
         run = live[0].run.part(live[0].nth, live[0].nth + len(live))

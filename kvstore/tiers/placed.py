@@ -8,7 +8,7 @@ import numpy as np
 
 from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
-from kvstore.tiers.record import RecordHeader, block_checksums
+from kvstore.tiers.record import Block, RecordHeader, block_checksums
 from kvstore.tiers.seal import BlockSeal
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.tier import BlockRun
@@ -79,7 +79,7 @@ class ReadBlocks(NamedTuple):
     did_come: bool = True
 
 
-def read_blocks(placed: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+def read_blocks(placed: Sequence[Placed], into: Sequence[Block]) -> ReadBlocks:
     """Fills one buffer (block_bytes) per block with what was written."""
     num_read = 0
     for start, stop in extents(placed):
@@ -110,7 +110,7 @@ def _is_continued(placed: Sequence[Placed], start: int, at: int) -> bool:
     )
 
 
-def _read_extent(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+def _read_extent(extent: Sequence[Placed], into: Sequence[Block]) -> ReadBlocks:
     try:
         return _read_at_once(extent, into)
     except DiskFailed:
@@ -119,7 +119,7 @@ def _read_extent(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBl
         return _read_singly(extent, into)
 
 
-def _read_singly(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+def _read_singly(extent: Sequence[Placed], into: Sequence[Block]) -> ReadBlocks:
     for index, (block, target) in enumerate(zip(extent, into, strict=True)):
         try:
             found = _read_at_once([block], [target])
@@ -130,7 +130,7 @@ def _read_singly(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBl
     return ReadBlocks(len(extent), None, ())
 
 
-def _read_at_once(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadBlocks:
+def _read_at_once(extent: Sequence[Placed], into: Sequence[Block]) -> ReadBlocks:
     """Raises DiskFailed if the bytes do not come; that they are others than were written is in the result."""
     segment = extent[0].segment
     stored = into if segment.seal is None else scratch(len(extent), segment.stored_bytes)
@@ -141,7 +141,7 @@ def _read_at_once(extent: Sequence[Placed], into: Sequence[memoryview]) -> ReadB
     return ReadBlocks(num_right, failures.get(num_right), [extent[index] for index in failures])
 
 
-def _damaged(extent: Sequence[Placed], stored: Sequence[memoryview]) -> dict[int, DiskFailed]:
+def _damaged(extent: Sequence[Placed], stored: Sequence[Block]) -> dict[int, DiskFailed]:
     checksums = block_checksums([block.key for block in extent], stored)
     return {
         index: DiskFailed(
@@ -154,27 +154,27 @@ def _damaged(extent: Sequence[Placed], stored: Sequence[memoryview]) -> dict[int
 
 
 def _unsealed(
-    extent: Sequence[Placed], stored: Sequence[memoryview], into: Sequence[memoryview], seal: BlockSeal
+    extent: Sequence[Placed], stored: Sequence[Block], into: Sequence[Block], seal: BlockSeal
 ) -> dict[int, DiskFailed]:
     failures: dict[int, DiskFailed] = {}
     for index, block in enumerate(extent):
         try:
-            seal.open(stored[index], key=block.key, position=block.position, into=into[index])
+            seal.open(stored[index].data, key=block.key, position=block.position, into=into[index].data)
         except DiskFailed as error:
             failures[index] = error
     return failures
 
 
-def _with_gaps(placed: Sequence[Placed], stored: Sequence[memoryview]) -> list[memoryview]:
+def _with_gaps(placed: Sequence[Placed], stored: Sequence[Block]) -> list[Block]:
     buffers = [stored[0]]
     for index in range(1, len(placed)):
         gap_bytes = placed[index].offset - placed[index - 1].offset - len(stored[index - 1])
         if gap_bytes:
-            buffers.append(memoryview(bytearray(gap_bytes)))
+            buffers.append(np.empty(gap_bytes, np.uint8))
         buffers.append(stored[index])
     return buffers
 
 
-def scratch(num_blocks: int, size_bytes: int) -> list[memoryview]:
+def scratch(num_blocks: int, size_bytes: int) -> list[Block]:
     """Buffers for so many blocks."""
-    return [row.data for row in np.empty((num_blocks, size_bytes), np.uint8)]
+    return list(np.empty((num_blocks, size_bytes), np.uint8))

@@ -21,7 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from kvstore.blocks import DIGEST_BYTES, BlockKey
 from kvstore.tiers.tier import BlockRun
@@ -38,6 +40,9 @@ _KEY = struct.Struct(f"<Q{DIGEST_BYTES - 8}s")  # the seed of the block's checks
 _CHECKSUM = struct.Struct("<Q")
 _SEED_MASK = 2**64 - 1
 
+# Its bytes, or those as stored. That it is a buffer numpy's types say only under Python 3.12 and later.
+Block = NDArray[np.uint8]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordHeader:
@@ -53,9 +58,10 @@ def header_bytes(num_blocks: int) -> int:
     return _FIXED.size + num_blocks * _BLOCK.size + _CHECKSUM.size
 
 
-def block_checksums(keys: Sequence[BlockKey], stored: Sequence[memoryview]) -> tuple[int, ...]:
+def block_checksums(keys: Sequence[BlockKey], stored: Sequence[Block]) -> tuple[int, ...]:
     seeds = (seed for seed, _ in _KEY.iter_unpack(b"".join(keys)))
-    return tuple(map(xxhash.xxh3_64_intdigest, stored, seeds))
+    digests = map(xxhash.xxh3_64_intdigest, stored, seeds)  # type: ignore[arg-type]  # arrays are buffers
+    return tuple(digests)
 
 
 def pack_record_header(header: RecordHeader, *, seed: int) -> bytes:

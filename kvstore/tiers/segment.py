@@ -26,6 +26,7 @@ from kvstore.errors import DiskFailed
 from kvstore.tiers.record import (
     MAGIC,
     MAX_RECORD_BLOCKS,
+    Block,
     RecordHeader,
     header_bytes,
     pack_record_header,
@@ -97,7 +98,7 @@ class Segment:
             and self._headers_end + header_bytes(num_blocks) <= self._blocks_start
         )
 
-    def append(self, header: RecordHeader, stored: Sequence[memoryview]) -> None:
+    def append(self, header: RecordHeader, stored: Sequence[Block]) -> None:
         """Writes one record, whose blocks lie at `next_block`.
 
         Raises OSError; the file is then as before, or ends in torn blocks that nothing refers to.
@@ -105,7 +106,7 @@ class Segment:
         head = pack_record_header(header, seed=self._seed + self._headers_end)
         try:
             end = self._write_all(list(stored), header.first_block)
-            headers_end = self._write_all([memoryview(head)], self._headers_end)
+            headers_end = self._write_all([head], self._headers_end)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size_bytes)
@@ -117,11 +118,11 @@ class Segment:
         if end - self._written_back >= WRITE_BACK_BYTES:
             self._write_back()
 
-    def read(self, offset: int, into: Sequence[memoryview]) -> None:
+    def read(self, offset: int, into: Sequence[Block]) -> None:
         """Fills the buffers from there on. Raises DiskFailed, also if the file ends before."""
         missing = sum(len(buffer) for buffer in into)
         try:
-            num_read = os.preadv(self._fd, into, offset)
+            num_read = os.preadv(self._fd, into, offset)  # type: ignore[arg-type]  # arrays are buffers
         except OSError as error:
             raise DiskFailed(f"cannot read {self.path} at {offset}: {error}") from error
         if num_read != missing:
@@ -180,13 +181,15 @@ class Segment:
         """Of the blocks that it is about."""
         return header.first_block + len(header.run.keys) * self.stored_bytes
 
-    def _write_all(self, buffers: list[memoryview], offset: int) -> int:
+    def _write_all(self, buffers: list[Block | bytes], offset: int) -> int:
         """Returns where they end."""
         end = offset + sum(map(len, buffers))
-        while (num_written := os.pwritev(self._fd, buffers, offset)) < end - offset:
-            # A disk that is nearly full takes a part, and says why with the next call.
+        while True:
+            num_written = os.pwritev(self._fd, buffers, offset)  # type: ignore[arg-type]  # arrays are buffers
             offset += num_written
+            if offset == end:
+                return end
+            # A disk that is nearly full takes a part, and says why with the next call.
             while num_written >= len(buffers[0]):
                 num_written -= len(buffers.pop(0))
             buffers[0] = buffers[0][num_written:]
-        return end

@@ -10,7 +10,7 @@ from kvstore.blocks import BlockKey
 from kvstore.errors import DiskFailed
 from kvstore.tiers.directory_lock import FILE_MODE, DirectoryLock
 from kvstore.tiers.disk_settings import DiskSettings
-from kvstore.tiers.record import RecordHeader
+from kvstore.tiers.record import Block, RecordHeader
 from kvstore.tiers.recovery import FoundOther, FoundSegment, segment_path
 from kvstore.tiers.segment import Segment
 from kvstore.tiers.segment_header import Origin, new_segment_header
@@ -27,7 +27,7 @@ class SegmentFiles:
         self._directory = directory
         self._form = settings.form
         self._layout = settings.layout
-        self._lock = lock
+        self._directory_lock = lock
         self._retired: list[Segment] = []
         self._others: list[FoundOther] = []
         self._growing: Segment | None = None
@@ -35,7 +35,8 @@ class SegmentFiles:
         self._num_closing = 0
         self._is_written = False
         self._is_closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def add_found(self, found: FoundSegment | FoundOther) -> None:
         if isinstance(found, FoundOther):
@@ -49,7 +50,7 @@ class SegmentFiles:
 
     def use(self, segments: Collection[Segment]) -> bool:
         """They stay open until they are released; False, and they are not used, if all is closed."""
-        with self._changed:
+        with self._lock:
             if self._is_closed:
                 return False
             for segment in segments:
@@ -57,7 +58,7 @@ class SegmentFiles:
             return True
 
     def release(self, segments: Collection[Segment]) -> None:
-        with self._changed:
+        with self._lock:
             for segment in segments:
                 segment.num_users -= 1
         self._close_idle()
@@ -78,7 +79,7 @@ class SegmentFiles:
 
     def segments_of(self, root: BlockKey | None) -> list[Segment]:
         """Those that have bytes of a root, or just all."""
-        with self._changed:
+        with self._lock:
             return [segment for segment in self.segments if root is None or root in segment.roots]
 
     def stop_growing(self) -> None:
@@ -97,11 +98,11 @@ class SegmentFiles:
         self._growing = segment = self._create()
         return segment
 
-    def append(self, segment: Segment, header: RecordHeader, stored: Sequence[memoryview]) -> None:
+    def append(self, segment: Segment, header: RecordHeader, stored: Sequence[Block]) -> None:
         """Raises OSError, or DiskFailed where it does not fit."""
         growth = self._growth_of(segment, len(stored))
         self._require_room(growth)
-        with self._changed:
+        with self._lock:
             segment.taken_bytes += growth
             self.used_bytes += growth
         try:
@@ -111,7 +112,7 @@ class SegmentFiles:
                 with contextlib.suppress(OSError):
                     self.stop_growing()
             else:
-                with self._changed:
+                with self._lock:
                     segment.taken_bytes -= growth
                     self.used_bytes -= growth
             raise
@@ -120,7 +121,7 @@ class SegmentFiles:
         """Deletes a file, which is closed once nobody uses it. Raises OSError; nothing has changed then."""
         if not segment.is_removed:
             segment.path.unlink()
-        with self._changed:
+        with self._lock:
             self.segments.remove(segment)
             self._retired.append(segment)
         self._close_idle()
@@ -141,31 +142,31 @@ class SegmentFiles:
 
     def wait_for_users(self, timeout_s: float) -> None:
         """Until what was retired has given its space back."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not (self._retired or self._num_closing), timeout_s)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Nothing but what is retired closes meanwhile. Raises DiskFailed if all is closed."""
-        with self._changed:
+        with self._lock:
             if self._is_closed:
                 raise DiskFailed(f"the disk tier in {self._directory} is closed")
             self._is_written = True
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._is_written = False
             self._close_idle()
 
     def close(self) -> None:
         """Idempotent. What is used now is closed by its last user, who gives up the lock too."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
         self._close_idle()
 
     def _create(self) -> Segment:
-        self._lock.renew()
+        self._directory_lock.renew()
         number = self._last_number + 1
         path = segment_path(self._directory, number)
         blocks_start = self._layout.blocks_start
@@ -185,14 +186,14 @@ class SegmentFiles:
         return segment
 
     def _add(self, segment: Segment) -> None:
-        with self._changed:
+        with self._lock:
             self.segments.append(segment)
             self.used_bytes += segment.taken_bytes
         self._last_number = max(self._last_number, segment.number)
 
     def _remove(self, other: FoundOther) -> None:
         other.path.unlink(missing_ok=True)
-        with self._changed:
+        with self._lock:
             self._others.remove(other)
             self.used_bytes -= other.size_bytes
 
@@ -210,7 +211,7 @@ class SegmentFiles:
         # Seen without the lock, as mostly there is nothing: what changes after this looks for itself.
         if not (self._is_closed or self._retired):
             return
-        with self._changed:
+        with self._lock:
             if self._is_closed and not self._is_written:
                 self._retired += self.segments
                 self.segments = []
@@ -219,9 +220,9 @@ class SegmentFiles:
             self._num_closing += len(idle)
         for segment in idle:
             segment.close()  # frees the space of a deleted file, which takes milliseconds
-        with self._changed:
+        with self._lock:
             self._num_closing -= len(idle)
             self.used_bytes -= sum(segment.taken_bytes for segment in idle)
             if self._is_closed and not (self.segments or self._retired or self._num_closing):
-                self._lock.close()
+                self._directory_lock.close()
             self._changed.notify_all()
