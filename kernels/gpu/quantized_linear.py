@@ -2,7 +2,8 @@
 
 int8 and fp8 (e4m3) have a scale for each group and no zero. int4 has a zero too, in steps; two numbers share a byte,
 half a group apart, so that they need not be interleaved again: byte i of a group has number i in its low and number
-i + GROUP/2 in its high half.
+i + GROUP/2 in its high half. A weight may have its inputs in an order of its own, in which groups are of inputs that
+are alike; x is brought into it first.
 
 T tokens, N outputs, K inputs, J = K / GROUP groups, I parts of K. What is multiplied are the whole numbers q - zero,
 exact in bfloat16; the product of a group is scaled in float32. Weights are the first operand (y^T = W x^T), which
@@ -20,14 +21,15 @@ import triton.language as tl
 
 from kernels.gpu.tiling import Tiling
 
-GROUP = 128
+GROUP = 128  # of the weights that are quantised here
+GROUPS = (128, 64, 32)  # what others have; the tensor core takes 16 inputs at once, and int4 is two halves of a group
 _FEW_TOKENS = 64
 TILINGS = {  # by whether there are few tokens; the columns are tokens, and grow with them while they are few
     True: Tiling(rows=64, columns=16, num_warps=4, num_stages=4),
     False: Tiling(rows=128, columns=128, num_warps=8, num_stages=3),
 }
 _MIN_PROGRAMS = 512  # that read at once: four on each of 132 processors
-_MIN_GROUPS_OF_PART = 4
+_MIN_INPUTS_OF_PART = 4 * GROUP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,21 +37,26 @@ class QuantizedWeight:
     numbers_NK: torch.Tensor  # int8 or float8_e4m3fn; for int4 uint8 [N, K/2]
     scales_NJ: torch.Tensor  # float32
     zeros_NJ: torch.Tensor | None  # float32, for int4
+    order_K: torch.Tensor | None = None  # int64: which input each of the numbers is for; None: input k for number k
 
     def __post_init__(self) -> None:
-        num_outputs, num_bytes = self.numbers_NK.shape
         if self.numbers_NK.dtype not in (torch.int8, torch.float8_e4m3fn, torch.uint8):
             raise ValueError(
                 f"weights must be int8, float8_e4m3fn or packed uint8, got {self.numbers_NK.dtype}"
             )
         if (self.zeros_NJ is not None) != self.is_packed:
             raise ValueError(f"weights of {self.numbers_NK.dtype}: int4 has zeros, the others have none")
-        if num_bytes % (GROUP // 2 if self.is_packed else GROUP):
-            raise ValueError(f"{self.num_inputs} inputs are not whole groups of {GROUP}")
-        wanted = (num_outputs, self.num_inputs // GROUP)
+        if self.group_size not in GROUPS or self.num_inputs % self.group_size:
+            raise ValueError(
+                f"{self.num_inputs} inputs with {self.scales_NJ.shape[1]} scales are not groups of"
+                f" {', '.join(map(str, GROUPS))}"
+            )
+        wanted = (len(self.numbers_NK), self.num_inputs // self.group_size)
         for values in (self.scales_NJ, self.zeros_NJ):
             if values is not None and values.shape != wanted:
                 raise ValueError(f"scales and zeros must be {wanted}, got {list(values.shape)}")
+        if self.order_K is not None and self.order_K.shape != (self.num_inputs,):
+            raise ValueError(f"an order of {list(self.order_K.shape)} for {self.num_inputs} inputs")
 
     @property
     def is_packed(self) -> bool:
@@ -59,16 +66,29 @@ class QuantizedWeight:
     def num_inputs(self) -> int:
         return self.numbers_NK.shape[1] * (2 if self.is_packed else 1)
 
+    @property
+    def group_size(self) -> int:
+        return self.num_inputs // max(1, self.scales_NJ.shape[1])
+
     def whole(self) -> torch.Tensor:
-        """[N, K] in float32."""
+        """[N, K] in float32, of the inputs in their own order."""
         numbers_NK = self.numbers_NK
         if self.is_packed:
-            bytes_NJH = numbers_NK.unflatten(1, (-1, GROUP // 2))
+            bytes_NJH = numbers_NK.unflatten(1, (-1, self.group_size // 2))
             numbers_NK = torch.cat((bytes_NJH & 15, bytes_NJH >> 4), dim=-1).flatten(1)
-        numbers_NJK = numbers_NK.float().unflatten(1, (-1, GROUP))
+        numbers_NJK = numbers_NK.float().unflatten(1, (-1, self.group_size))
         if self.zeros_NJ is not None:
             numbers_NJK = numbers_NJK - self.zeros_NJ.unsqueeze(-1)
-        return (numbers_NJK * self.scales_NJ.unsqueeze(-1)).flatten(1)
+        weight_NK = (numbers_NJK * self.scales_NJ.unsqueeze(-1)).flatten(1)
+        if self.order_K is None:
+            return weight_NK
+        return torch.empty_like(weight_NK).index_copy_(1, self.order_K, weight_NK)
+
+
+def pack_int4(numbers_NK: torch.Tensor, *, group_size: int) -> torch.Tensor:
+    """uint8 [N, K/2] of numbers from 0 to 15, as an int4 weight has them."""
+    low_NJH, high_NJH = numbers_NK.unflatten(1, (-1, group_size)).chunk(2, dim=-1)
+    return (low_NJH | high_NJH << 4).flatten(1)
 
 
 def reference(x_TK: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
@@ -128,6 +148,8 @@ def launch(
     num_outputs = len(weight.numbers_NK)
     if num_inputs != weight.num_inputs or x_TK.stride(1) != 1:
         raise ValueError(f"rows of {num_inputs} inputs for a weight of {weight.num_inputs}")
+    if weight.order_K is not None:
+        x_TK = x_TK.index_select(1, weight.order_K)
     is_few = num_tokens <= _FEW_TOKENS
     tiling = TILINGS[is_few]
     columns = max(tiling.columns, triton.next_power_of_2(num_tokens)) if is_few else tiling.columns
@@ -136,12 +158,12 @@ def launch(
     if num_tokens:
         _kernel[(triton.cdiv(num_tokens, columns), triton.cdiv(num_outputs, tiling.rows), parts)](
             x_TK, x_TK.stride(0), x_scales_T, weight.numbers_NK, weight.scales_NJ, weight.zeros_NJ, y_ITN,
-            num_tokens, N=num_outputs, K=num_inputs, OUTPUTS=tiling.rows, TOKENS=columns, GROUP=GROUP,
-            PARTS=parts, PACKED=weight.is_packed, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            num_tokens, N=num_outputs, K=num_inputs, OUTPUTS=tiling.rows, TOKENS=columns,
+            GROUP=weight.group_size, PARTS=parts, PACKED=weight.is_packed, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
         )  # fmt: skip
     return y_ITN[0] if parts == 1 else y_ITN.sum(0).to(dtype)
 
 
 def _num_parts(num_outputs: int, num_inputs: int, tiling: Tiling) -> int:
     wanted = triton.cdiv(_MIN_PROGRAMS, triton.cdiv(num_outputs, tiling.rows))
-    return max(1, min(wanted, num_inputs // GROUP // _MIN_GROUPS_OF_PART))
+    return max(1, min(wanted, num_inputs // _MIN_INPUTS_OF_PART))

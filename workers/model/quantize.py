@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels.gpu.quantized_linear import GROUP, QuantizedWeight
+from kernels.gpu.quantized_linear import GROUP, QuantizedWeight, pack_int4
 from workers.model.weights import DenseMlp, LayerWeights, Linear, ModelWeights
 
 
@@ -52,9 +52,8 @@ def _int4(weight_NK: torch.Tensor) -> QuantizedWeight:
     scales_NJ1 = _divisors((high_NJ1 - low_NJ1) / 15)
     zeros_NJ1 = (-low_NJ1 / scales_NJ1).round()
     numbers_NJK = ((weight_NJK / scales_NJ1).round() + zeros_NJ1).clamp(0, 15).to(torch.uint8)
-    low_NJH, high_NJH = numbers_NJK.chunk(2, dim=-1)  # two numbers of a byte are half a group apart
     return QuantizedWeight(
-        numbers_NK=(low_NJH | high_NJH << 4).flatten(1), scales_NJ=scales_NJ1.squeeze(-1),
+        numbers_NK=pack_int4(numbers_NJK.flatten(1), group_size=GROUP), scales_NJ=scales_NJ1.squeeze(-1),
         zeros_NJ=zeros_NJ1.squeeze(-1),
     )  # fmt: skip
 
