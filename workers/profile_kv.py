@@ -21,8 +21,9 @@ from kvstore.codec.profile import load_profile, make_profile
 from kvstore.layout import ITEM_BYTES
 from workers.engine.engine import Engine, load_engine
 from workers.errors import CheckpointError
-from workers.model.checkpoint import PROFILE_FILE, Checkpoint
+from workers.model.checkpoint import PROFILE_FILE
 from workers.model.info import load_model_info
+from workers.model.quantized_checkpoint import open_checkpoint
 from workers.quantization import QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest, StepPlan
@@ -86,7 +87,7 @@ def profile(
     Raises CheckpointError for a model, ValueError for a text that cannot be used.
     """
     info = load_model_info(
-        model_path, Checkpoint(model_path), dtype=dtype, quantize=quantize, max_model_len=None
+        model_path, open_checkpoint(model_path), dtype=dtype, quantize=quantize, max_model_len=None
     )
     tokenizer = Tokenizer.from_str((model_path / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = tokenizer.encode(text, add_special_tokens=False).ids

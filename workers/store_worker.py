@@ -25,8 +25,8 @@ from workers.handoff_server import KvTransferService
 from workers.identity import Identity
 from workers.membership import BlockReport, Membership
 from workers.metrics import serve_metrics
-from workers.model.checkpoint import Checkpoint
 from workers.model.info import ModelInfo, load_model_info
+from workers.model.quantized_checkpoint import open_checkpoint
 from workers.offer_intake import OfferIntake
 from workers.planes import listening, make_identity, running, source_identity
 from workers.reports import Load
@@ -157,7 +157,7 @@ def load_store_model(config: WorkerConfig) -> ModelInfo:
     """Which model's KV this store keeps. Raises CheckpointError, ValueError."""
     return load_model_info(
         config.model_path,
-        Checkpoint(config.model_path),
+        open_checkpoint(config.model_path),
         dtype=config.dtype,
         quantize=config.quantize,
         max_model_len=config.max_model_len,

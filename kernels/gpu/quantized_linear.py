@@ -21,8 +21,8 @@ import triton.language as tl
 
 from kernels.gpu.tiling import Tiling
 
-GROUP = 128  # of the weights that are quantised here
-GROUPS = (128, 64, 32)  # what others have; the tensor core takes 16 inputs at once, and int4 is two halves of a group
+GROUP = 128  # of weights that we quantise
+GROUPS = (128, 64, 32)  # of any: int4 is two halves of a group, and a tensor core takes 16 inputs at once
 _FEW_TOKENS = 64
 TILINGS = {  # by whether there are few tokens; the columns are tokens, and grow with them while they are few
     True: Tiling(rows=64, columns=16, num_warps=4, num_stages=4),
@@ -37,7 +37,7 @@ class QuantizedWeight:
     numbers_NK: torch.Tensor  # int8 or float8_e4m3fn; for int4 uint8 [N, K/2]
     scales_NJ: torch.Tensor  # float32
     zeros_NJ: torch.Tensor | None  # float32, for int4
-    order_K: torch.Tensor | None = None  # int64: which input each of the numbers is for; None: input k for number k
+    order_K: torch.Tensor | None = None  # int64: the input of each number; None: number k is for input k
 
     def __post_init__(self) -> None:
         if self.numbers_NK.dtype not in (torch.int8, torch.float8_e4m3fn, torch.uint8):
@@ -159,7 +159,8 @@ def launch(
         _kernel[(triton.cdiv(num_tokens, columns), triton.cdiv(num_outputs, tiling.rows), parts)](
             x_TK, x_TK.stride(0), x_scales_T, weight.numbers_NK, weight.scales_NJ, weight.zeros_NJ, y_ITN,
             num_tokens, N=num_outputs, K=num_inputs, OUTPUTS=tiling.rows, TOKENS=columns,
-            GROUP=weight.group_size, PARTS=parts, PACKED=weight.is_packed, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            GROUP=weight.group_size, PARTS=parts, PACKED=weight.is_packed, num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
         )  # fmt: skip
     return y_ITN[0] if parts == 1 else y_ITN.sum(0).to(dtype)
 

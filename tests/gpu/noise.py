@@ -36,6 +36,22 @@ class Noise:
         target.copy_(1 + 0.1 * noise if "norm" in name else 0.4 * noise)
 
 
+class Recorded(Noise):
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def copy_into(self, target: torch.Tensor, name: str) -> None:
+        super().copy_into(target, name)
+        self.tensors[name] = target.clone()
+
+
+def named_noise(family: str) -> dict[str, torch.Tensor]:
+    """The tensors of the model as a file has them."""
+    recorded = Recorded()
+    load_weights(recorded, parse_config(SIZES | FAMILIES[family]), dtype=torch.float32)
+    return recorded.tensors
+
+
 def make_model(family: str, *, device: str, dtype: torch.dtype = torch.float32) -> Model:
     config = parse_config(SIZES | FAMILIES[family])
     weights = load_weights(Noise(), config, dtype=dtype, device=torch.device(device))

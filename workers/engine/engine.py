@@ -11,10 +11,10 @@ from workers.engine.batch import BatchBuilder
 from workers.engine.kv_pool import KvPool
 from workers.engine.sampler import Sampler
 from workers.engine.stop_strings import StopStrings
-from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
 from workers.model.cpu_operations import cpu_transformer
 from workers.model.info import ModelInfo, load_model_info
+from workers.model.quantized_checkpoint import open_checkpoint
 from workers.model.transformer import Transformer
 from workers.model.weights import load_weights
 from workers.request import RequestId
@@ -86,7 +86,7 @@ def load_engine(
     """
     torch.set_num_threads(num_threads)
     config = load_config(model_path)
-    checkpoint = Checkpoint(model_path)
+    checkpoint = open_checkpoint(model_path)
     model = load_model_info(
         model_path, checkpoint, dtype=dtype, quantize=quantize, max_model_len=max_model_len
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from workers.engine.pool_size import MeasuredMemory, num_pages_that_fit
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, load_config, load_eos_token_ids
 from workers.model.kv_pages import allocate_pages, page_bytes
-from workers.model.weights import ModelWeights, load_weights
+from workers.model.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint
+from workers.model.weights import ModelWeights, Stored, load_weights
 from workers.request import SamplingParams
 
 _CPU_POOL_BYTES = 1 << 30
@@ -69,15 +71,29 @@ def load_model(model_path: Path, settings: OfflineSettings, *, on_progress: Call
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch finds none on this machine")
     config = load_config(model_path)
+    checkpoint = open_checkpoint(model_path)
     weights = load_weights(
-        Checkpoint(model_path), config, dtype=settings.weight_dtype, device=torch.device(settings.device),
-        on_progress=on_progress,
+        checkpoint, config, dtype=settings.weight_dtype, device=torch.device(settings.device),
+        stored=_stored(checkpoint, settings), on_progress=on_progress,
     )  # fmt: skip
     if settings.quantize is not None:
         from workers.model.quantize import quantize_weights  # needs triton, which serving on a CPU has not
 
         weights = quantize_weights(weights, settings.quantize)
     return Model(config=config, weights=weights, eos_token_ids=load_eos_token_ids(model_path))
+
+
+def _stored(checkpoint: Checkpoint, settings: OfflineSettings) -> Stored | None:
+    """Numba's kernels multiply whole weights, and what is to be quantised anew has to be whole first."""
+    if (
+        not isinstance(checkpoint, QuantizedCheckpoint)
+        or settings.backend == "numba"
+        or settings.quantize is not None
+    ):
+        return None
+    from workers.model.stored_products import stored_product  # needs triton, as above
+
+    return partial(stored_product, checkpoint)
 
 
 def build_engine(model: Model, settings: OfflineSettings) -> OfflineEngine:

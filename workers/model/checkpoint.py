@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from workers.errors import CheckpointError
-from workers.model.tensor_file import SUPPORTED, IncompleteFile, TensorFile
+from workers.model.tensor_file import SUPPORTED, Entry, IncompleteFile, TensorFile
 
 PROFILE_FILE = "kv_profile.safetensors"  # beside the weights, of the KV that they compute; it is none of them
 _INDEX = "model.safetensors.index.json"
@@ -23,20 +24,31 @@ class Checkpoint:
 
     def copy_into(self, target: torch.Tensor, name: str) -> None:
         """Copies tensor `name`, which must have the shape of `target`, converting its dtype."""
+        target.copy_(self.floats(name, target.shape))
+
+    def floats(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """A view of the file, of any of the dtypes of floats."""
+        file, entry = self._find(name, list(shape))
+        if not entry.is_float:
+            raise CheckpointError(f"{file}: tensor {name} has dtype {entry.dtype}; supported: {SUPPORTED}")
+        return self._opened[file].tensor(name)
+
+    def words(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """A view of the file, int32."""
+        file, entry = self._find(name, list(shape))
+        if entry.dtype != "I32":
+            raise CheckpointError(f"{file}: tensor {name} has dtype {entry.dtype}, expected I32")
+        return self._opened[file].tensor(name)
+
+    def _find(self, name: str, shape: list[int]) -> tuple[Path, Entry]:
         file = self._file_of.get(name)
         if file is None:
             where = ", ".join(file.name for file in self.files)
-            raise CheckpointError(
-                f"tensor {name} is missing from {where}; expected shape {list(target.shape)}"
-            )
+            raise CheckpointError(f"tensor {name} is missing from {where}; expected shape {shape}")
         entry = self._opened[file].entries[name]
-        if entry.shape != list(target.shape):
-            raise CheckpointError(
-                f"{file}: tensor {name} has shape {entry.shape}, expected {list(target.shape)}"
-            )
-        if not entry.is_float:
-            raise CheckpointError(f"{file}: tensor {name} has dtype {entry.dtype}; supported: {SUPPORTED}")
-        target.copy_(self._opened[file].tensor(name))
+        if entry.shape != shape:
+            raise CheckpointError(f"{file}: tensor {name} has shape {entry.shape}, expected {shape}")
+        return file, entry
 
     def has(self, name: str) -> bool:
         return name in self._file_of

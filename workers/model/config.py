@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from workers.errors import CheckpointError
 from workers.model.rope import Rope, parse_rope
+from workers.model.stored_quantization import StoredQuantization, parse_stored_quantization
 
 RawConfig = Mapping[str, Any]
 ARCHITECTURES = {
@@ -20,9 +21,8 @@ ARCHITECTURES = {
 }
 # Features that change results and that no model we serve has. A checkpoint that sets one would be served wrongly.
 _UNSUPPORTED = (
-    "quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "dual_chunk_attention_config",
-    "residual_multiplier", "embedding_multiplier", "logits_scaling", "attention_multiplier",
-    "shared_expert_intermediate_size",
+    "attn_logit_softcapping", "final_logit_softcapping", "dual_chunk_attention_config", "residual_multiplier",
+    "embedding_multiplier", "logits_scaling", "attention_multiplier", "shared_expert_intermediate_size",
 )  # fmt: skip
 
 
@@ -70,6 +70,11 @@ class ModelConfig:
 def load_config(model_path: Path) -> ModelConfig:
     """The model described by `model_path`/config.json. Raises `CheckpointError`."""
     return parse_config(_read_json(model_path / "config.json"))
+
+
+def load_stored_quantization(model_path: Path) -> StoredQuantization | None:
+    """How the checkpoint's matrices are packed; None: they are whole. Raises `CheckpointError`."""
+    return parse_stored_quantization(_read_json(model_path / "config.json"))
 
 
 def load_eos_token_ids(model_path: Path) -> frozenset[int]:
@@ -146,6 +151,7 @@ def _architecture(raw: RawConfig) -> str:
 
 
 def _refuse_unsupported(raw: RawConfig) -> None:
+    parse_stored_quantization(raw)
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"unsupported hidden_act {activation!r}; supported: silu")

@@ -14,6 +14,7 @@ import torch
 _MAX_HEADER_BYTES = 100 << 20  # as the format's own library has it
 _LENGTH_BYTES = 8
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = _FLOATS | {"I32": torch.int32}
 _ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -36,7 +37,6 @@ class Entry:
 
     @property
     def is_float(self) -> bool:
-        """Of a kind that `TensorFile.tensor` gives out."""
         return self.dtype in _FLOATS
 
 
@@ -53,9 +53,10 @@ class TensorFile:
         self.entries = _entries(self._memory)
 
     def tensor(self, name: str) -> torch.Tensor:
+        """Of floats, or int32."""
         entry = self.entries[name]
         values = torch.frombuffer(
-            self._memory, dtype=_FLOATS[entry.dtype], count=math.prod(entry.shape), offset=entry.start
+            self._memory, dtype=_DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.start
         )
         return values.view(entry.shape)
 

@@ -16,6 +16,9 @@ from workers.model.config import ModelConfig, MoeConfig
 # `kernels.int8_linear`, `QuantizedWeight` of `kernels.gpu.quantized_linear`. Neither is named here, as no machine has
 # the packages of both.
 Weight = Any
+# What a checkpoint has quantised of the matrices of a product (the rows of each name, for each expert) of so many
+# inputs, to be multiplied as it is; None where it is to be read as whole weights.
+Stored = Callable[[Sequence[Mapping[str, int]], int, torch.device], Weight | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ def load_weights(
     *,
     dtype: torch.dtype,
     packed: Callable[..., Weight] | None = None,
+    stored: Stored | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a value like any other
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> ModelWeights:
@@ -82,10 +86,10 @@ def load_weights(
 
     With `packed`, such as `Int8Weights`, those of all products become one of these while they are read, but for the
     routers, which are small and where a hair decides between experts; the embedding, of which a step reads a row, and
-    norms stay as they are (docs/performance.md).
+    norms stay as they are (docs/performance.md). What `stored` has is taken as it is.
     `on_progress` is called after every layer with the share of layers that are loaded.
     """
-    loader = _Loader(checkpoint, config, dtype, device, packed)
+    loader = _Loader(checkpoint, config, dtype, device, packed, stored)
     embedding = loader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
     tied = config.tied_embeddings or not checkpoint.has("lm_head.weight")
     if tied and not config.tied_embeddings:
@@ -116,9 +120,10 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         packed: Callable[..., Weight] | None,
+        stored: Stored | None,
     ) -> None:
         self._checkpoint, self._config, self._dtype, self._device = checkpoint, config, dtype, device
-        self._packed = packed
+        self._packed, self._stored = packed, stored
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -144,6 +149,10 @@ class _Loader:
 
     def _matrices(self, names_E: Sequence[Mapping[str, int]], num_inputs: int) -> Weight:
         """For each expert one matrix, quantized as it is read: at no time are there two copies of all of it."""
+        if self._stored is not None:
+            stored = self._stored(names_E, num_inputs, self._device)
+            if stored is not None:
+                return stored
         num_outputs = sum(names_E[0].values())
         if self._packed is not None:
             packed = self._packed(num_outputs, num_inputs, num_experts=len(names_E))

@@ -10,7 +10,12 @@ KINDS = ("int8", "fp8", "int4")
 
 
 def _weight(
-    num_outputs: int, num_groups: int, kind: str, *, group_size: int = GROUP, order: torch.Tensor | None = None
+    num_outputs: int,
+    num_groups: int,
+    kind: str,
+    *,
+    group_size: int = GROUP,
+    order: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(7)
     shape = (num_outputs, num_groups * group_size)

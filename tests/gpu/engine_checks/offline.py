@@ -4,14 +4,18 @@ That those formulas give what the CPU's own engine gives is proven in tests/work
 that has its kernels.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from inputs import DEVICE, IS_INTERPRETED
-from noise import FAMILIES, make_model
+from noise import FAMILIES, SIZES, make_model, named_noise
 
-from workers.engine.offline_engine import build_engine
+from tests.packed_checkpoints import Packing, pack_all, write_file
+from workers.engine.offline_engine import Model, build_engine, load_model
 from workers.engine.offline_settings import OfflineSettings
 from workers.model.quantize import quantize_weights
 from workers.request import SamplingParams
@@ -30,6 +34,10 @@ def answers(
     model = make_model(family, device=device, dtype=given.weight_dtype)
     if given.quantize is not None:
         model = replace(model, weights=quantize_weights(model.weights, given.quantize))
+    return answers_of(model, given, temperature=temperature)
+
+
+def answers_of(model: Model, given: OfflineSettings, *, temperature: float = 0.0) -> list[list[int]]:
     engine = build_engine(model, given)
     generator = torch.Generator().manual_seed(1)
     generations = engine.generate(
@@ -83,6 +91,32 @@ def check_quantised_weights_give_the_formulas_answers() -> None:
     for kind in ("int8", "int4", "fp8"):
         expected = answers("llama_wide", device="cpu", attention="reference", quantize=kind)
         assert answers("llama_wide", device=DEVICE, attention="triton", quantize=kind) == expected, kind
+
+
+def check_packed_checkpoints_give_the_formulas_answers() -> None:
+    packings = [
+        Packing(acts_in_order=True, group_size=32),
+        Packing(method="awq"),
+        Packing(bits=8, symmetric=True),
+        Packing(group_size=64),
+    ]
+    with TemporaryDirectory() as folder:
+        for packing in packings[:1] if IS_INTERPRETED else packings:
+            path = Path(folder)
+            write_file(path / "model.safetensors", pack_all(named_noise("llama_wide"), packing)[0])
+            config = SIZES | FAMILIES["llama_wide"] | {"quantization_config": packing.config()}
+            (path / "config.json").write_text(json.dumps(config))
+            got, expected = (
+                answers_of(load_model(path, given, on_progress=lambda share: None), given)
+                for given in (
+                    OfflineSettings(
+                        device=device, attention=attention, dtype="float32", num_slots=3, max_step_tokens=30,
+                        num_pages=32, max_model_len=112,
+                    )
+                    for device, attention in ((DEVICE, "triton"), ("cpu", "reference"))
+                )
+            )  # fmt: skip
+            assert got == expected, packing
 
 
 def check_bfloat16_begins_its_answers_as_the_formulas_do() -> None:

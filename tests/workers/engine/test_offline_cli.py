@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.packed_checkpoints import Packing, pack_all
 from workers.engine.offline import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,6 +42,25 @@ def test_it_runs_where_nothing_but_torch_and_triton_is_installed(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(checkpoint), *prompt_ids(), "--max-tokens", "6"]
+    run = subprocess.run(
+        [sys.executable, "-c", BARE, *arguments, "--attention", "reference"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert main(arguments) == 0
+    assert [json.loads(line) for line in run.stdout.splitlines()] == lines_of(capsys)
+
+
+@pytest.mark.parametrize("packing", [Packing(method="awq", group_size=32), Packing(group_size=32)])
+def test_a_packed_checkpoint_is_answered_there_as_with_whole_weights(
+    packing: Packing, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": packing.config()}))
+    attention = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
+    file, _ = pack_all(load_file(checkpoint / "model.safetensors"), packing, wanted=attention)
+    save_file(file, tmp_path / "model.safetensors")
+    arguments = [str(tmp_path), *prompt_ids(), "--max-tokens", "6"]
     run = subprocess.run(
         [sys.executable, "-c", BARE, *arguments, "--attention", "reference"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,

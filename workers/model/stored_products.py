@@ -1,0 +1,67 @@
+"""Matrices that a checkpoint has quantised, for the GPU's products to multiply as they are.
+
+N outputs, K inputs, J groups.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kernels.gpu.quantized_linear import GROUPS, QuantizedWeight, pack_int4
+from workers.errors import CheckpointError
+from workers.model.grouped_numbers import GroupedNumbers, PackedMatrix
+from workers.model.quantized_checkpoint import QuantizedCheckpoint
+
+
+def stored_product(
+    checkpoint: QuantizedCheckpoint,
+    names_E: Sequence[Mapping[str, int]],
+    num_inputs: int,
+    device: torch.device,
+) -> QuantizedWeight | None:
+    """The rows of all names as one matrix. None: they are to be whole, because some are, or no kernel takes them.
+
+    Raises `CheckpointError`, also for experts: of those there is no grouped product.
+    """
+    packed = [name for names in names_E for name in names if checkpoint.is_packed(name)]
+    if packed and len(names_E) > 1:
+        raise CheckpointError(
+            f"{packed[0]} is quantised, and a GPU's kernels multiply experts that are whole: what is loaded with"
+            " --quantize (int8, int4, fp8; of the other layers), or on the CPU with --attention numba"
+        )
+    if not packed or len(packed) < len(names_E[0]):
+        return None
+    matrices = [
+        PackedMatrix(name=name, num_outputs=num_outputs, num_inputs=num_inputs)
+        for name, num_outputs in names_E[0].items()
+    ]
+    return _merged([checkpoint.grouped(matrix, device) for matrix in matrices])
+
+
+def _merged(parts: Sequence[GroupedNumbers]) -> QuantizedWeight | None:
+    order_K, num_groups = parts[0].order_K, parts[0].scales_NJ.shape[1]
+    size = parts[0].numbers_NK.shape[1] // num_groups
+    group_size = next((group_size for group_size in GROUPS if size % group_size == 0), None)
+    # What reads the same inputs has them in the same order, as it was quantised for the same inputs.
+    if group_size is None or not all(_same(part.order_K, order_K) for part in parts):
+        return None
+    numbers_NK = torch.cat([part.numbers_NK for part in parts])
+    zeros_NJ = torch.cat([part.zeros_NJ for part in parts])
+    scales_NJ = torch.cat([part.scales_NJ for part in parts]).repeat_interleave(size // group_size, dim=1)
+    if parts[0].bits == 4:
+        return QuantizedWeight(
+            numbers_NK=pack_int4(numbers_NK, group_size=group_size), scales_NJ=scales_NJ,
+            zeros_NJ=zeros_NJ.repeat_interleave(size // group_size, dim=1).float(), order_K=order_K,
+        )  # fmt: skip
+    differences_NK = numbers_NK.to(torch.int16) - zeros_NJ.repeat_interleave(size, dim=1)
+    if int(differences_NK.min()) < -128 or int(differences_NK.max()) > 127:
+        return None  # int8 has no zero, and these need nine bits without theirs
+    return QuantizedWeight(
+        numbers_NK=differences_NK.to(torch.int8), scales_NJ=scales_NJ, zeros_NJ=None, order_K=order_K
+    )
+
+
+def _same(order_K: torch.Tensor | None, other_K: torch.Tensor | None) -> bool:
+    return order_K is other_K or (
+        order_K is not None and other_K is not None and torch.equal(order_K, other_K)
+    )
