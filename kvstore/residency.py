@@ -8,7 +8,6 @@ import itertools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS, BlockKey
 from kvstore.chains import Chains, Place, continued_by
@@ -24,13 +23,6 @@ SLOTS_PER_PART = 256
 MAX_SCANNED_BLOCKS = 5_000
 
 
-class _Origin(NamedTuple):
-    """What blocks that came together share."""
-
-    root: BlockKey
-    since_s: float
-
-
 class Residency:
     def __init__(self, num_slots: int, *, policy: str, block_size_tokens: int = BLOCK_SIZE_TOKENS) -> None:
         if num_slots < 1:
@@ -42,7 +34,8 @@ class Residency:
         self._free = list(range(num_slots - 1, -1, -1))
         self._reserved: set[int] = set()
         self._keys: list[BlockKey | None] = [None] * num_slots
-        self._origins: list[_Origin | None] = [None] * num_slots
+        self._roots: list[BlockKey | None] = [None] * num_slots
+        self._since_s = array("d", [0.0]) * num_slots
         self._num_hits = array("L", [0]) * num_slots
         self._pins: dict[int, int] = {}
         self._chains = Chains(num_slots)
@@ -151,11 +144,11 @@ class Residency:
         """
         for first in range(0, self._num_slots, SLOTS_PER_PART):
             keys = self._keys[first : first + SLOTS_PER_PART]
-            origins = self._origins[first : first + SLOTS_PER_PART]
+            roots = self._roots[first : first + SLOTS_PER_PART]
             yield self.remove(
                 key
-                for key, origin in zip(keys, origins, strict=True)
-                if key is not None and origin is not None and (root is None or origin.root == root)
+                for key, of_root in zip(keys, roots, strict=True)
+                if key is not None and (root is None or of_root == root)
             )
 
     def remove(self, keys: Iterable[BlockKey]) -> list[BlockKey]:
@@ -175,14 +168,14 @@ class Residency:
         """The leading ones of these that continue each other, and where they are. The first one is held."""
         slot = self._index.get(keys[0])
         assert slot is not None, f"block {keys[0].hex()} is not held"
-        origin, parent, awaited = self._origins[slot], self._chains.parent(slot), self._chains.awaited(slot)
-        assert origin is not None
+        root, parent, awaited = self._roots[slot], self._chains.parent(slot), self._chains.awaited(slot)
+        assert root is not None
         parent_key = (
-            self._keys[parent] if parent is not None else awaited.key if awaited is not None else origin.root
+            self._keys[parent] if parent is not None else awaited.key if awaited is not None else root
         )
         assert parent_key is not None
         return BlockRun(
-            root=origin.root,
+            root=root,
             parent=parent_key,
             first_position=self._order.position(slot),
             keys=tuple(keys[: self._num_in_chain(keys, slot)]),
@@ -196,14 +189,14 @@ class Residency:
                 break
             slot = self._index.get(key)
             assert slot is not None
-            origin = self._origins[slot]
-            if origin is not None and not self._chains.is_inner(slot):
+            root = self._roots[slot]
+            if root is not None and not self._chains.is_inner(slot):
                 found.append(
                     HeldPrefix(
-                        root=origin.root,
+                        root=root,
                         last_key=key,
                         num_blocks=self._order.position(slot) + 1,
-                        age_s=max(0.0, now_s - origin.since_s),
+                        age_s=max(0.0, now_s - self._since_s[slot]),
                         idle_s=max(0.0, now_s - self._order.last_used_s(slot)),
                         num_hits=self._num_hits[slot],
                     )
@@ -260,10 +253,11 @@ class Residency:
         return dropped
 
     def _fill(self, slots: Sequence[int], run: BlockRun, *, parent: int | None, at_s: float) -> None:
-        held, origins, origin = self._keys, self._origins, _Origin(run.root, at_s)
+        held, roots, since_s, root = self._keys, self._roots, self._since_s, run.root
         for slot, key in zip(slots, run.keys, strict=True):
             held[slot] = key
-            origins[slot] = origin
+            roots[slot] = root
+            since_s[slot] = at_s
         self._order.place(slots, first_position=run.first_position, at_s=at_s)
         self._chains.add(slots, run, parent=parent)
         # Those before it are continued by it.
@@ -293,7 +287,7 @@ class Residency:
 
     def _take_out(self, slot: int, key: BlockKey) -> None:
         self._index.remove(key)
-        self._keys[slot] = self._origins[slot] = None
+        self._keys[slot] = self._roots[slot] = None
         self._num_hits[slot] = 0
         parent = self._chains.remove(slot, Place(key, self._order.position(slot)))
         if parent is not None:
