@@ -22,13 +22,15 @@ def main() -> None:
     quick = parser.parse_args().quick
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device, and torch finds none here")
-    from bench import gpu_engine, gpu_kernels  # need triton
+    from bench import gpu_engine, gpu_kernels, gpu_peers  # need triton
 
     limits = measure_limits()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"copy bandwidth {limits.copy_gb_s:8.0f} GB/s")
     print(f"bf16 matrix    {limits.matrix_tflop_s:8.0f} TFLOP/s")
     claims = gpu_kernels.measure(limits) + gpu_engine.measure(limits)
+    torch.cuda.empty_cache()
+    gpu_peers.print_transformers()
     write_report("gpu", claims, keep=not quick, device=torch.cuda.get_device_name())
 
 

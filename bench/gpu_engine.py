@@ -4,10 +4,13 @@ A decode step reads all weights but the embedding once, and the keys and values 
 the copy bandwidth are its floor. Times are of the engine as it is called, with launching and reading results.
 """
 
+import contextlib
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -49,6 +52,8 @@ def measure(limits: Limits) -> list[Claim]:
     print(f"engine: {engine.state.limits.num_pages} pages of 16 tokens")
     claims = [measure_prefill(engine, model, limits)]
     claims += [measure_decode(engine, model, limits, batch=batch) for batch in AIMS]
+    for batch in AIMS if SETTINGS.device == "cuda" else ():
+        print(f"launch gaps at batch {batch}: {gap_share(replays(engine, batch=batch)):.1%}")
     del engine
     torch.cuda.empty_cache()
     eager = build_engine(model, replace(SETTINGS, captures=False, num_pages=8192))
@@ -71,15 +76,47 @@ def measure_decode(engine: OfflineEngine, model: Model, limits: Limits, *, batch
 
 def decode_step_s(engine: OfflineEngine, *, batch: int) -> float:
     """Of steps in which nothing but decoding happens: the mean of NUM_STEPS in a row."""
+    with decoding(engine, batch=batch):
+        return timed(lambda: [engine.step() for _ in range(NUM_STEPS)]) / NUM_STEPS
+
+
+@contextlib.contextmanager
+def decoding(engine: OfflineEngine, *, batch: int) -> Iterator[None]:
+    """The next NUM_STEPS steps do nothing else."""
     num_tokens = NUM_WARMUP + NUM_STEPS + 4
     sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens)
     generations = [engine.state.add([7 + row] * CONTEXT, sampling) for row in range(batch)]
     while any(len(generation.output_token_ids) < NUM_WARMUP for generation in generations):
         engine.step()
-    seconds = timed(lambda: [engine.step() for _ in range(NUM_STEPS)]) / NUM_STEPS
+    yield
     while engine.step():
         pass
-    return seconds
+
+
+def replays(engine: OfflineEngine, *, batch: int) -> list[tuple[torch.Event, torch.Event]]:
+    """When the graph of each of NUM_STEPS decode steps began and ended, by the device's own clock."""
+    marks: list[tuple[torch.Event, torch.Event]] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def marked(graph: torch.cuda.CUDAGraph) -> None:
+        start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+        start.record()
+        replay(graph)
+        end.record()
+        marks.append((start, end))
+
+    with decoding(engine, batch=batch), mock.patch.object(torch.cuda.CUDAGraph, "replay", marked):
+        for _ in range(NUM_STEPS):
+            engine.step()
+    torch.cuda.synchronize()
+    return marks
+
+
+def gap_share(marks: Sequence[tuple[torch.Event, torch.Event]]) -> float:
+    """Of the time of decode steps, what lies between two graphs: there the device waits for the next launch, and copies
+    a few numbers."""
+    gaps_ms = sum(end.elapsed_time(start) for (_, end), (start, _) in itertools.pairwise(marks))
+    return gaps_ms / marks[0][0].elapsed_time(marks[-1][1])
 
 
 def measure_prefill(engine: OfflineEngine, model: Model, limits: Limits) -> Claim:
