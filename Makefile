@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@echo "Compiling the CPU kernels, once ..."
-	$(BIN)/python -c 'import workers.engine.engine'
+	$(BIN)/python -c 'import workers.engine.cpu_engine, workers.worker'
 	@# A worker's start otherwise compiles its modules each time where PYTHONDONTWRITEBYTECODE is set, as in many images.
 	$(BIN)/python -m compileall -q control_plane kernels kvstore protos workers
 	@touch $@

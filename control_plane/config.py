@@ -175,6 +175,7 @@ class ClusterConfig:
                 "through Redis: set directory.redis_url"
             )
         self._refuse_tiers_without_memory()
+        self._refuse_int8_on_gpus()
         bounded("directory.port", self.directory.port, low=0, high=65536 - self.gateway.replicas)
         self._refuse_shared_ports()
         length = len(str(self.socket_dir).encode())
@@ -195,6 +196,14 @@ class ClusterConfig:
                 raise ValueError(
                     f"pools.{name}.disk_tier_bytes is {pool.disk_tier_bytes}, but blocks reach the disk through "
                     "memory, and memory_tier_bytes is 0"
+                )
+
+    def _refuse_int8_on_gpus(self) -> None:
+        for name, pool in self.pools.by_name().items():
+            if self.model.quantize != "none" and (pool.is_on_gpu or pool.attention not in (None, "numba")):
+                raise ValueError(
+                    f"model.quantize is {self.model.quantize}, which only a CPU's own kernels serve, but "
+                    f"pools.{name} has device {pool.device or 'cpu'} and attention {pool.attention or 'of the device'}"
                 )
 
     def _refuse_shared_ports(self) -> None:

@@ -1,5 +1,6 @@
 """What `ClusterConfig` decides about workers: the pools, and where KV is kept beside the pages of the engines."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Literal
 from kvstore.codec.levels import NUM_CACHEGEN_LEVELS
 
 ENGINE_SETTINGS = (
+    "device",
+    "attention",
     "kv_cache_bytes",
     "num_pages",
     "max_num_batched_tokens",
@@ -17,6 +20,7 @@ ENGINE_SETTINGS = (
     "num_threads",
 )
 
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 MIN_MEMORY_TIER_BYTES = 2**20  # what holds no block is a worker that does not start
 
 
@@ -38,6 +42,8 @@ class PoolConfig:
     """Workers of one role. `None` leaves a setting to the worker's own default."""
 
     replicas: int = 0
+    device: str | None = None  # what computes: cpu, cuda or cuda:N, the same for all of them
+    attention: Literal["numba", "triton", "reference"] | None = None  # its kernels; None: those of the device
     kv_cache_bytes: int | None = None  # memory for KV pages
     num_pages: int | None = None  # KV pages of 16 tokens; overrides kv_cache_bytes
     max_num_batched_tokens: int | None = None  # computed in one engine step
@@ -54,6 +60,10 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         bounded("replicas", self.replicas, low=0, high=99)
+        if self.device is not None and not _DEVICE.fullmatch(self.device):
+            raise ValueError(f"device is {self.device!r}, but it must be cpu, cuda or cuda:N")
+        if self.attention == "numba" and self.is_on_gpu:
+            raise ValueError(f"attention is numba, which computes on a CPU, but device is {self.device}")
         bounded("kv_cache_bytes", self.kv_cache_bytes, low=1 << 16, high=1 << 50)
         bounded("num_pages", self.num_pages, low=2, high=1 << 31)
         bounded("max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=1 << 20)
@@ -66,6 +76,10 @@ class PoolConfig:
         _bounded_memory_tier(self.memory_tier_bytes)
         bounded("disk_tier_bytes", self.disk_tier_bytes, low=0, high=1 << 50)
         bounded("metrics_port", self.metrics_port, low=1, high=65536 - max(1, self.replicas))
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.device not in (None, "cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

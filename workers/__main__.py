@@ -94,7 +94,13 @@ def _load_worker(config: WorkerConfig) -> _Serve:
     log_event(_logger, "loading_kernels")  # compiles them where no compiled ones are at hand
     # Imported here: OpenMP and numba read their environment when they are loaded.
     from workers.engine.engine import load_engine
+    from workers.engine.find_device import find_device
+    from workers.engine.largest_step import LargestStep
     from workers.worker import Worker
+
+    find_device(config.compute)
+    if config.compute.backend == "numba":
+        import workers.engine.cpu_engine  # noqa: F401
 
     log_event(_logger, "loading", model_path=config.model_path)
     engine = load_engine(
@@ -105,6 +111,10 @@ def _load_worker(config: WorkerConfig) -> _Serve:
         kv_cache_bytes=config.kv_cache_bytes,
         max_model_len=config.max_model_len,
         num_threads=config.num_threads,
+        compute=config.compute,
+        largest_step=LargestStep(
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        ),
         on_progress=_progress_teller(),
     )
 

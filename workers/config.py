@@ -8,6 +8,7 @@ from typing import Annotated, get_type_hints
 
 from kvstore.addresses import parse_address
 from kvstore.layout import ITEM_BYTES
+from workers.compute_device import ComputeDevice
 from workers.policies import POLICIES
 from workers.quantization import check_quantization
 
@@ -50,8 +51,15 @@ class WorkerConfig:
     model_name: Annotated[str, "the name clients use"]
     dtype: Annotated[str, "of weights, activations and KV: float32 or bfloat16"] = "float32"
     quantize: Annotated[str, "weights of products: none (in dtype) or int8"] = "none"
+    device: Annotated[str, "what computes: cpu, cuda or cuda:N"] = "cpu"
+    attention: Annotated[
+        str | None,
+        "kernels: numba (cpu), triton (cuda) or reference (their formulas, slow); default: the device's",
+    ] = None
     num_pages: Annotated[int | None, "KV pages of 16 tokens; overrides --kv-cache-bytes"] = None
-    kv_cache_bytes: Annotated[int, "memory for KV pages"] = 512 * 2**20
+    kv_cache_bytes: Annotated[
+        int | None, "memory for KV pages; default: 512 MiB of a cpu's, of a GPU's what a step leaves"
+    ] = None
     max_model_len: Annotated[
         int | None, "tokens of prompt and output; default: what the model was made for"
     ] = None
@@ -92,6 +100,7 @@ class WorkerConfig:
                 raise ValueError(f"{name} must not be empty")
         _one_of("dtype", self.dtype, tuple(ITEM_BYTES))
         check_quantization(self.quantize, dtype=self.dtype)
+        self.compute.check_quantization(self.quantize)
         _one_of("log_level", self.log_level, LOG_LEVELS)
         _one_of("scheduling_policy", self.scheduling_policy, tuple(POLICIES))
         for name in _COUNTS:
@@ -123,6 +132,11 @@ class WorkerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least"
                 f" max_num_seqs ({self.max_num_seqs})"
             )
+
+    @property
+    def compute(self) -> ComputeDevice:
+        """Raises `ValueError` for kernels that do not fit the device."""
+        return ComputeDevice(device=self.device, attention=self.attention)
 
     @property
     def directories(self) -> tuple[str, ...]:

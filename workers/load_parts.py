@@ -9,7 +9,7 @@ from kvstore.store import BlockStore, PinnedBlocks, Reservation
 from kvstore.stream_estimates import LevelEstimates, LinkEstimate
 from kvstore.tiers.tier import Tier
 from workers.cost_model import CostModel
-from workers.engine.kv_pool import KvPool
+from workers.engine.kv_memory import KvMemory
 from workers.fetch import BlockFetcher
 from workers.kv_metrics import KvMetrics
 from workers.load_plan import Span
@@ -63,7 +63,7 @@ class Sources:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadParts:
     state: EngineState
-    kv_pool: KvPool
+    kv_pool: KvMemory
     store: BlockStore
     fetcher: BlockFetcher
     codec: KvCodec

@@ -210,8 +210,9 @@ class PeerSource:
             return False
         wanted.room.close()
         with filling(parts.state, page_ids):
-            decode = functools.partial(parts.codec.decode, payload, parts.kv_pool.blocks_PLX, page_ids)
-            await self._unpack(payload, wanted, decode)
+            decode = functools.partial(parts.codec.decode, payload)
+            fill = functools.partial(parts.kv_pool.fill, page_ids, decode)
+            await self._unpack(payload, wanted, fill)
         return True
 
     async def _unpack(self, payload: memoryview, wanted: _Wanted, work: Callable[[], None]) -> None:

@@ -26,7 +26,7 @@ from kvstore.store import BlockStore, Reservation
 from kvstore.tiers.tier import BlockRun
 from workers.computed_blocks import ComputedRun
 from workers.cost_model import CopyRate
-from workers.engine.kv_pool import KvPool
+from workers.engine.kv_memory import KvMemory
 from workers.kv_metrics import KvMetrics
 from workers.messages import PagesFree
 from workers.request import PageId
@@ -62,7 +62,7 @@ class WriteLimits:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WriteParts:
     state: EngineState
-    kv_pool: KvPool
+    kv_pool: KvMemory
     store: BlockStore
     metrics: KvMetrics
     offer: Callable[[BlockRun], None]  # to the stores

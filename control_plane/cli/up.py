@@ -26,6 +26,9 @@ def up(
     quantize: Annotated[
         str | None, typer.Option(metavar="KIND", help="int8: weights of a byte, on the CPU. (default: none)")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N, of all pools. (default: cpu)")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to serve on. (default: 127.0.0.1)")] = None,
     port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one. (default: 8000)")] = None,
     grpc_port: Annotated[
@@ -55,6 +58,9 @@ def up(
             model__path=model,
             model__name=model_name,
             model__quantize=quantize,
+            pools__prefill__device=device,
+            pools__decode__device=device,
+            pools__mixed__device=device,
             gateway__host=host,
             gateway__port=port,
             gateway__grpc_port=grpc_port,

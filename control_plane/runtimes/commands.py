@@ -12,6 +12,8 @@ from control_plane.config_workers import PoolConfig
 # -P: a directory "workers" where the user happens to stand must not be taken for ours.
 _PYTHON = (sys.executable, "-P", "-m")
 _WORKER_SETTINGS = (
+    "device",
+    "attention",
     "kv_cache_bytes",
     "num_pages",
     "max_num_batched_tokens",

@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 
 from workers.engine.decode_buckets import bucket_for, decode_buckets
+from workers.engine.device_copies import Launched, to_device
 from workers.engine.draws import StepDraws, draws_of
 from workers.engine.generations import Generation, OfflineLimits, OfflineStep, PromptChunk
 from workers.model.token_batch import Chunk, ChunkBounds, TokenBatch
@@ -22,26 +23,6 @@ Forward = Callable[[TokenBatch], torch.Tensor]
 Sample = Callable[[torch.Tensor, StepDraws], torch.Tensor]
 Run = Callable[[], torch.Tensor]
 Capture = Callable[[Run], Run]
-
-
-class Launched:
-    """Tokens that the device may still be computing."""
-
-    def __init__(self, token_N: torch.Tensor) -> None:
-        self._token_N = token_N
-        self._done: torch.Event | None = None
-        if token_N.is_cuda:
-            self._token_N = torch.empty(token_N.shape, dtype=token_N.dtype, pin_memory=True)
-            self._token_N.copy_(token_N, non_blocking=True)
-            self._done = torch.Event("cuda")
-            self._done.record()
-
-    def token_ids(self) -> list[int]:
-        """Waits for them."""
-        if self._done is not None:
-            self._done.synchronize()
-        token_ids: list[int] = self._token_N.tolist()
-        return token_ids
 
 
 class DeviceRunner:
@@ -187,10 +168,7 @@ class DeviceRunner:
         )
 
     def _on_device(self, x: torch.Tensor) -> torch.Tensor:
-        """Copied without waiting; torch keeps pinned memory until its copies are done."""
-        if self._device.type != "cuda" or not len(x):
-            return x.to(self._device)
-        return x.pin_memory().to(self._device, non_blocking=True)
+        return to_device(x, self._device)
 
 
 class _CapturedDecode:

@@ -6,55 +6,46 @@ from pathlib import Path
 
 import torch
 
-from kernels.int8_linear import Int8Weights
-from workers.engine.batch import BatchBuilder
-from workers.engine.kv_pool import KvPool
-from workers.engine.sampler import Sampler
-from workers.engine.stop_strings import StopStrings
+from workers.compute_device import ComputeDevice
+from workers.engine.engine_parts import EngineParts, OpenedModel
+from workers.engine.find_device import find_device
+from workers.engine.largest_step import LargestStep
 from workers.model.config import load_config
-from workers.model.cpu_operations import cpu_transformer
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.quantized_checkpoint import open_checkpoint
-from workers.model.transformer import Transformer
-from workers.model.weights import load_weights
 from workers.request import RequestId
 from workers.step import StepPlan, StepResult
 
+_CPU = ComputeDevice()
+_CPU_POOL_BYTES = 512 << 20
+
 
 class Engine:
-    """One model on this machine's CPU. Every method is called from one thread at a time."""
+    """One model on one device. Every method is called from one thread at a time."""
 
-    def __init__(
-        self,
-        model: ModelInfo,
-        *,
-        transformer: Transformer,
-        kv_pool: KvPool,
-        sampler: Sampler,
-        stop_strings: StopStrings,
-    ) -> None:
-        self.model = model
-        self.kv_pool = kv_pool
-        self._transformer = transformer
-        self._sampler = sampler
-        self._stop_strings = stop_strings
-        self._batches = BatchBuilder(
-            block_size_tokens=model.layout.block_size_tokens,
-            max_pages_per_request=-(-model.max_model_len // model.layout.block_size_tokens),
-        )
+    def __init__(self, opened: OpenedModel, parts: EngineParts) -> None:
+        self.model = opened.info
+        self.kv_pool = parts.kv_pool
+        self._parts = parts
+        self._stop_strings = opened.stop_strings
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Computes the rows of `plan`, all in one batch; `on_layer(l)` follows the last KV write of layer l."""
         if not plan.rows:
             return StepResult(sampled={})
-        batch, sampling = self._batches.build(plan.rows)
-        logits_RV = self._transformer.forward(batch, on_layer=on_layer)
+        with self.kv_pool.step():
+            return self._execute(plan, on_layer)
+
+    def _execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepResult:
+        parts = self._parts
+        batch, sampling = parts.batches.build(plan.rows)
+        logits_SV = parts.forward(batch, on_layer=on_layer)
         if not sampling:
             return StepResult(sampled={})
         requests = [row.request for row in sampling]
         sampled = {}
-        for request, token in zip(requests, self._sampler.sample(requests, logits_RV), strict=True):
+        for request, token in zip(requests, parts.sampler.sample(requests, logits_SV), strict=True):
             if request.sampling.stop_strings:
                 stop_string = self._stop_strings.find(request, token.token_id)
                 token = replace(token, stop_string=stop_string)
@@ -63,7 +54,7 @@ class Engine:
 
     def forget(self, request_id: RequestId) -> None:
         """Drops what sampling keeps of a request. Called between steps, when the request leaves the worker."""
-        self._sampler.forget(request_id)
+        self._parts.sampler.forget(request_id)
         self._stop_strings.forget(request_id)
 
 
@@ -73,44 +64,69 @@ def load_engine(
     dtype: str = "float32",
     quantize: str = "none",
     num_pages: int | None = None,
-    kv_cache_bytes: int = 0,
+    kv_cache_bytes: int | None = None,
     max_model_len: int | None = None,
     num_threads: int = 1,
+    compute: ComputeDevice = _CPU,
+    largest_step: LargestStep = LargestStep(),  # noqa: B008 - a value like any other
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Engine:
-    """Loads a checkpoint directory; `num_pages` goes before `kv_cache_bytes`. Sets torch's number of threads.
+    """Loads a checkpoint directory. Sets torch's number of threads.
 
+    `num_pages` goes before `kv_cache_bytes`; without both, a GPU has as many pages as its memory leaves after a step as
+    large as `largest_step`, and a CPU 512 MiB of them.
     `on_progress` hears the share of layers that are loaded, while they are.
 
-    Raises `CheckpointError` for a checkpoint that cannot be served, `ValueError` for settings that do not fit it.
+    Raises `CheckpointError` for a checkpoint that cannot be served, `ValueError` for settings that do not fit it, or a
+    device that is not there.
     """
+    compute.check_quantization(quantize)
+    device = find_device(compute)
     torch.set_num_threads(num_threads)
+    opened = _open(model_path, dtype=dtype, quantize=quantize, max_model_len=max_model_len)
+    if num_pages is None:
+        num_pages = _given_pages(opened.info, kv_cache_bytes, device)
+    # Imported when they are chosen: a bare GPU machine has no numba, and serving on a CPU has no Triton.
+    if compute.backend == "numba":
+        from workers.engine.cpu_engine import load_cpu_parts
+
+        assert num_pages is not None  # on a CPU they are always given
+        return Engine(
+            opened, load_cpu_parts(opened, quantize=quantize, num_pages=num_pages, on_progress=on_progress)
+        )
+    from workers.engine.device_engine import device_parts, load_device_model, num_pages_on
+
+    model = load_device_model(opened, device=device, attention=compute.backend, on_progress=on_progress)
+    return Engine(opened, device_parts(model, num_pages=num_pages or num_pages_on(model, largest_step)))
+
+
+def _open(model_path: Path, *, dtype: str, quantize: str, max_model_len: int | None) -> OpenedModel:
+    from workers.engine.sampler import Sampler
+    from workers.engine.stop_strings import StopStrings
+
     config = load_config(model_path)
     checkpoint = open_checkpoint(model_path)
-    model = load_model_info(
+    info = load_model_info(
         model_path, checkpoint, dtype=dtype, quantize=quantize, max_model_len=max_model_len
     )
-    layout = model.layout
-    if num_pages is None:
-        num_pages = kv_cache_bytes // layout.block_bytes
-        if num_pages < 1:
-            raise ValueError(
-                f"kv_cache_bytes {kv_cache_bytes} is less than one page of {layout.block_bytes} bytes"
-            )
-    weights = load_weights(
-        checkpoint,
-        config,
-        dtype=getattr(torch, dtype),
-        packed=Int8Weights if quantize == "int8" else None,
-        on_progress=on_progress,
-    )
-    kv_pool = KvPool(layout, num_pages=num_pages)
-    return Engine(
-        model,
-        transformer=cpu_transformer(
-            config, weights, pages_LP2GBC=kv_pool.pages_LP2GBC, max_model_len=model.max_model_len
-        ),
-        kv_pool=kv_pool,
-        sampler=Sampler(eos_token_ids=model.eos_token_ids, vocab_size=model.vocab_size),
+    return OpenedModel(
+        checkpoint=checkpoint,
+        config=config,
+        info=info,
+        sampler=Sampler(eos_token_ids=info.eos_token_ids, vocab_size=info.vocab_size),
         stop_strings=StopStrings(model_path / "tokenizer.json"),
     )
+
+
+def _given_pages(model: ModelInfo, kv_cache_bytes: int | None, device: torch.device) -> int | None:
+    """None: as many as the device turns out to have room for."""
+    if kv_cache_bytes is None:
+        if device.type == "cuda":
+            return None
+        kv_cache_bytes = _CPU_POOL_BYTES
+    num_pages = kv_cache_bytes // model.layout.block_bytes
+    if num_pages < 1:
+        raise ValueError(
+            f"kv_cache_bytes {kv_cache_bytes} is less than one page of {model.layout.block_bytes} bytes"
+        )
+    return num_pages

@@ -1,13 +1,16 @@
-"""The memory of KV pages, and its blocks as bytes for other workers and for the tiers below.
+"""The memory of KV pages on a CPU, and its blocks as bytes for other workers and for the tiers below.
 
 L layers, P pages, G key/value heads, B tokens per page, C head dimension, X bytes, W words of 8 bytes, S slots of an
 arena. A page of a layer lies in memory exactly as a block does on the wire (keys, then values), so a transfer is one
 copy; a slot holds all layers of a block one after the other.
 """
 
+from __future__ import annotations
+
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +21,8 @@ from numba.extending import intrinsic
 
 from kvstore.layout import KvLayout
 
-Arena = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    from workers.engine.kv_memory import Arena, Decode
 
 
 class KvPool:
@@ -63,6 +67,13 @@ class KvPool:
     def load(self, page_ids: Sequence[int], arena_SX: Arena, slots: Sequence[int]) -> None:
         """Copies the blocks in `slots` to `page_ids`, one each; all ids differ."""
         _load(self._words_LPW, self._checked(page_ids), *self._as_slots(arena_SX, slots, len(page_ids)))
+
+    def fill(self, page_ids: Sequence[int], decode: Decode) -> None:
+        """Straight into the pages, in which the codec writes as in an arena."""
+        decode(self.blocks_PLX, self._checked(page_ids).tolist())
+
+    def step(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _as_slots(
         self, arena_SX: Arena, slots: Sequence[int], num_blocks: int

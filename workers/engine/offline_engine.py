@@ -9,7 +9,8 @@ import torch
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS
 from workers.engine.backends import BACKENDS
-from workers.engine.device_runner import DeviceRunner, GraphCapture, Launched
+from workers.engine.device_copies import Launched
+from workers.engine.device_runner import DeviceRunner, GraphCapture
 from workers.engine.generations import (
     Generation,
     OfflineLimits,
@@ -18,8 +19,9 @@ from workers.engine.generations import (
     PromptChunk,
     next_step,
 )
+from workers.engine.measure_memory import measure_memory
 from workers.engine.offline_settings import OfflineSettings
-from workers.engine.pool_size import MeasuredMemory, num_pages_that_fit
+from workers.engine.pool_size import num_pages_that_fit
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, load_config, load_eos_token_ids
 from workers.model.kv_pages import allocate_pages, page_bytes
@@ -142,27 +144,17 @@ def _num_pages(model: Model, settings: OfflineSettings, limits: OfflineLimits) -
         return max(
             1, min(_CPU_POOL_BYTES // num_bytes, limits.num_slots * limits.pages_for(limits.max_model_len))
         )
-    memory = _measure(model, replace(settings, captures=False), limits)
+    runner = _runner(model, replace(settings, captures=False), limits)
+    # Their tokens all go to the one page of the padding.
+    decode, prompt = (partial(_run, runner, step) for step in largest_steps(limits))
+    memory = measure_memory(torch.device(settings.device), [prompt], captured=decode)
     return (
         num_pages_that_fit(memory, share=settings.memory_share, page_bytes=num_bytes) - 1
     )  # one for padding
 
 
-def _measure(model: Model, settings: OfflineSettings, limits: OfflineLimits) -> MeasuredMemory:
-    """Runs the largest steps there are, with all their tokens on the one page of the padding."""
-    runner = _runner(model, settings, limits)
-    peaks = []
-    allocated = torch.cuda.memory_allocated()
-    for step in largest_steps(limits):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        runner.launch(step).token_ids()
-        peaks.append(torch.cuda.max_memory_allocated() - allocated)
-    free, total = torch.cuda.mem_get_info()
-    return MeasuredMemory(
-        total=total, free=free, reserved=torch.cuda.memory_reserved(), allocated=allocated,
-        step=max(peaks), captured=peaks[0],
-    )  # fmt: skip
+def _run(runner: DeviceRunner, step: OfflineStep) -> None:
+    runner.launch(step).token_ids()
 
 
 def largest_steps(limits: OfflineLimits) -> tuple[OfflineStep, OfflineStep]:

@@ -1,11 +1,10 @@
 """How the offline engine runs: device, backend, sizes. What is left open is settled by the device."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 
-from workers.engine.backends import BACKENDS
+from workers.compute_device import ComputeDevice
 from workers.model.kv_pages import PAGE_DTYPES
 
 _WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +32,6 @@ class OfflineSettings:
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("cpu", "cuda"))
-        _one_of("attention", self.backend, tuple(BACKENDS))
         _one_of("dtype", self.weight_dtype_name, _WEIGHT_DTYPES)
         _one_of("kv_dtype", self.page_dtype_name, tuple(PAGE_DTYPES))
         if self.quantize is not None:
@@ -43,16 +41,13 @@ class OfflineSettings:
         for name in ("num_slots", "max_step_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.backend == "numba" and self.device != "cpu":
-            raise ValueError(f"attention numba computes on the cpu, got device {self.device}")
         if self.backend == "numba" and self.page_dtype_name != self.weight_dtype_name:
             raise ValueError(f"attention numba has pages of {self.weight_dtype_name}, got {self.kv_dtype}")
-        if self.backend == "triton" and self.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("attention triton on the cpu needs TRITON_INTERPRET=1 in the environment")
 
     @property
     def backend(self) -> str:
-        return self.attention or ("triton" if self.device == "cuda" else "numba")
+        """Raises `ValueError` for kernels that do not fit the device."""
+        return ComputeDevice(device=self.device, attention=self.attention).backend
 
     @property
     def weight_dtype_name(self) -> str:

@@ -1,0 +1,39 @@
+"""The parts of an engine on this machine's CPU, with the kernels in numba: importing this compiles them."""
+
+from collections.abc import Callable
+
+import torch
+
+from kernels.int8_linear import Int8Weights
+from workers.engine.batch import BatchBuilder
+from workers.engine.engine_parts import EngineParts, OpenedModel
+from workers.engine.kv_pool import KvPool
+from workers.model.cpu_operations import cpu_transformer
+from workers.model.weights import load_weights
+
+
+def load_cpu_parts(
+    opened: OpenedModel, *, quantize: str, num_pages: int, on_progress: Callable[[float], None]
+) -> EngineParts:
+    """Raises `CheckpointError`, or `ValueError` for less than a page."""
+    model = opened.info
+    kv_pool = KvPool(model.layout, num_pages=num_pages)
+    weights = load_weights(
+        opened.checkpoint,
+        opened.config,
+        dtype=getattr(torch, model.layout.dtype),
+        packed=Int8Weights if quantize == "int8" else None,
+        on_progress=on_progress,
+    )
+    transformer = cpu_transformer(
+        opened.config, weights, pages_LP2GBC=kv_pool.pages_LP2GBC, max_model_len=model.max_model_len
+    )
+    return EngineParts(
+        forward=transformer.forward,
+        kv_pool=kv_pool,
+        batches=BatchBuilder(
+            block_size_tokens=model.layout.block_size_tokens,
+            max_pages_per_request=opened.max_pages_per_request,
+        ),
+        sampler=opened.sampler,
+    )

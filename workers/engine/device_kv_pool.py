@@ -1,0 +1,237 @@
+"""The pages of keys and values on a device, and its blocks as bytes by copies that run beside the steps.
+
+Steps run on the engine's stream, copies on a stream of their own: pages are gathered into contiguous staging memory of
+the device, or scattered from it, and staging is copied from or to page-locked memory of this machine.
+
+    read, save     pages ─gather─▶ staging ──copy──▶ page-locked memory        the caller waits for this copy
+    write, load    page-locked memory ──copy──▶ staging ─scatter─▶ pages       the next step waits for these pages
+
+Why nobody sees half a block:
+
+- *A copy after a step.* A step is over on the device before `step` is left, and a layer's KV lies there before
+  `on_layer` names it (`workers.engine.device_forward`). Who copies a page out has heard of it by one of the two, so
+  what the copy stream is given afterwards finds it there, and waits for nothing of the engine's stream.
+- *A step after a copy.* `step` makes the engine's stream wait for all that the copy stream was given until then. Pages
+  that a step uses were written before it was planned.
+- *A copy beside a step.* The pages of a step are written by nobody else, as on a CPU: their owner decides that.
+- *A copy after a copy.* There is one copy stream, and it runs in order. So a page is read as the last `write` left it,
+  and staging is used again only when what used it before is done. The page-locked half of staging is filled and
+  emptied by this machine: under a lock, and only after the copies that it was given to are done.
+
+Staging is bounded: what is larger goes in pieces. On a CPU the same runs without streams, one call after the other.
+
+L layers, P pages, W words of 8 bytes of a page, N blocks, S slots of an arena, X bytes of a block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.gpu import copy_pages
+from kvstore.layout import KvLayout
+from workers.engine.device_copies import to_device
+
+if TYPE_CHECKING:
+    from workers.engine.kv_memory import Arena, Decode
+
+# A piece takes a third of a millisecond over PCIe 5, in which others wait for their turn.
+STAGING_BYTES = 8 << 20
+
+
+class DeviceKvPool:
+    """Pages of all layers, which somebody else allocated. Who owns which page is decided elsewhere."""
+
+    def __init__(
+        self, layout: KvLayout, pages_LP2GBC: torch.Tensor, *, staging_bytes: int = STAGING_BYTES
+    ) -> None:
+        self.layout = layout
+        self.num_pages = pages_LP2GBC.shape[1]
+        self.pages_LP2GBC = pages_LP2GBC
+        self._device = pages_LP2GBC.device
+        self._words_LPW = pages_LP2GBC.flatten(2).view(torch.int64)
+        num_bytes = max(staging_bytes // layout.block_bytes, 1) * layout.block_bytes
+        self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        self._host = _page_locked(num_bytes, device=self._device)
+        self._copies = _CopyStream(self._device)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self._device):
+            self._copies.precede(torch.cuda.current_stream())
+            try:
+                yield
+            finally:  # of a step that failed, too: its pages go to others
+                torch.cuda.current_stream().synchronize()
+
+    def read(self, *, layer: int, page_ids: Sequence[int], into: memoryview) -> None:
+        self._check_pages(page_ids)
+        self._check_size(into, len(page_ids))
+        for start, stop in self._pieces(len(page_ids), num_layers=1):
+            with self._lock:
+                with self._copies.launching():
+                    staging_NX = self._gathered(self._words_LPW[layer : layer + 1], page_ids[start:stop])
+                    host_NX = self._host[: staging_NX.numel()].view_as(staging_NX)
+                    host_NX.copy_(staging_NX, non_blocking=True)
+                self._copies.wait()
+                _as_tensor(into).view(-1, host_NX.shape[1])[start:stop] = host_NX
+
+    def write(self, *, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
+        self._check_pages(page_ids)
+        self._check_size(data, len(page_ids))
+        for start, stop in self._pieces(len(page_ids), num_layers=1):
+            with self._lock:
+                self._copies.wait()  # one of them may still read what we fill now
+                data_NX = _as_tensor(data).view(len(page_ids), -1)[start:stop]
+                host_NX = self._host[: data_NX.numel()].view_as(data_NX)
+                host_NX.copy_(data_NX)
+                with self._copies.launching():
+                    staging_NX = self._staging[: host_NX.numel()].view_as(host_NX)
+                    staging_NX.copy_(host_NX, non_blocking=True)
+                    self._scatter(self._words_LPW[layer : layer + 1], page_ids[start:stop], staging_NX)
+
+    def save(self, page_ids: Sequence[int], arena_SX: Arena | torch.Tensor, slots: Sequence[int]) -> None:
+        """Straight into the arena, which runs beside all else if it is page-locked."""
+        slots_SX = self._checked_arena(page_ids, arena_SX, slots)
+        for start, stop in self._pieces(len(page_ids), num_layers=self.layout.num_layers):
+            with self._lock:
+                with self._copies.launching():
+                    staging_NX = self._gathered(self._words_LPW, page_ids[start:stop])
+                    for number, slot in enumerate(slots[start:stop]):
+                        slots_SX[slot].copy_(staging_NX[number], non_blocking=True)
+                self._copies.wait()
+
+    def load(self, page_ids: Sequence[int], arena_SX: Arena | torch.Tensor, slots: Sequence[int]) -> None:
+        """Straight from the arena; when this returns, its slots may be filled with others."""
+        slots_SX = self._checked_arena(page_ids, arena_SX, slots)
+        for start, stop in self._pieces(len(page_ids), num_layers=self.layout.num_layers):
+            with self._lock:
+                with self._copies.launching():
+                    staging_NX = self._staging[: (stop - start) * self.layout.block_bytes].view(
+                        stop - start, -1
+                    )
+                    for number, slot in enumerate(slots[start:stop]):
+                        staging_NX[number].copy_(slots_SX[slot], non_blocking=True)
+                    self._scatter(self._words_LPW, page_ids[start:stop], staging_NX)
+                self._copies.wait()
+
+    def fill(self, page_ids: Sequence[int], decode: Decode) -> None:
+        num_blocks, block_bytes = len(page_ids), self.layout.block_bytes
+        memory_NX = _page_locked(num_blocks * block_bytes, device=self._device).view(num_blocks, block_bytes)
+        decode(memory_NX.numpy(), range(num_blocks))
+        self.load(page_ids, memory_NX, range(num_blocks))
+
+    def _gathered(self, words_LPW: torch.Tensor, page_ids: Sequence[int]) -> torch.Tensor:
+        num_layers, _, num_words = words_LPW.shape
+        num_bytes = len(page_ids) * num_layers * num_words * 8
+        staging_NLW = self._staging[:num_bytes].view(torch.int64).view(len(page_ids), num_layers, num_words)
+        gather_, _ = _primitives(self._device)
+        gather_(words_LPW, self._ids(page_ids), staging_NLW)
+        return self._staging[:num_bytes].view(len(page_ids), -1)
+
+    def _scatter(self, words_LPW: torch.Tensor, page_ids: Sequence[int], staging_NX: torch.Tensor) -> None:
+        num_layers, _, num_words = words_LPW.shape
+        _, scatter_ = _primitives(self._device)
+        staging_NLW = staging_NX.view(torch.int64).view(len(page_ids), num_layers, num_words)
+        scatter_(words_LPW, self._ids(page_ids), staging_NLW)
+
+    def _ids(self, page_ids: Sequence[int]) -> torch.Tensor:
+        return to_device(torch.tensor(page_ids, dtype=torch.int64), self._device)
+
+    def _pieces(self, num_blocks: int, *, num_layers: int) -> Iterator[tuple[int, int]]:
+        """(first, end) of as many blocks of so many layers as fit into staging."""
+        piece = len(self._host) // (num_layers * self.layout.layer_block_bytes)
+        for start in range(0, num_blocks, piece):
+            yield start, min(start + piece, num_blocks)
+
+    def _check_pages(self, page_ids: Sequence[int]) -> None:
+        for page_id in page_ids:
+            if not 0 <= page_id < self.num_pages:
+                raise ValueError(f"page ids must be in 0..{self.num_pages - 1}, got {page_id}")
+
+    def _check_size(self, memory: memoryview, num_blocks: int) -> None:
+        expected_bytes = num_blocks * self.layout.layer_block_bytes
+        if memory.nbytes != expected_bytes:
+            raise ValueError(
+                f"{num_blocks} blocks of a layer are {expected_bytes} bytes, got {memory.nbytes}"
+            )
+
+    def _checked_arena(
+        self, page_ids: Sequence[int], arena_SX: Arena | torch.Tensor, slots: Sequence[int]
+    ) -> torch.Tensor:
+        if arena_SX.shape[1] != self.layout.block_bytes:
+            raise ValueError(f"a slot must have {self.layout.block_bytes} bytes, got {arena_SX.shape[1]}")
+        if len(slots) != len(page_ids) or not all(0 <= slot < len(arena_SX) for slot in slots):
+            raise ValueError(
+                f"{len(page_ids)} blocks need as many slots of {len(arena_SX)}, got {list(slots)}"
+            )
+        self._check_pages(page_ids)
+        return torch.as_tensor(arena_SX)
+
+
+class _CopyStream:
+    """What is launched within `launching` runs beside the engine's stream; on a CPU, at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Event | None = None  # of all that was launched
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # the pages are zeroed there
+            self._mark()
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):  # makes its device the current one, too
+            try:
+                yield
+            finally:
+                self._mark()
+
+    def wait(self) -> None:
+        """Until all that was launched is done. Releases the interpreter lock."""
+        if self._last is not None:
+            self._last.synchronize()
+
+    def precede(self, stream: torch.cuda.Stream) -> None:
+        """What `stream` is given from now on begins when all that was launched is done."""
+        assert self._last is not None
+        stream.wait_event(self._last)
+
+    def _mark(self) -> None:
+        assert self._stream is not None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        self._last = event  # only now: another thread may make the engine wait for it at any time
+
+
+def _primitives(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
+    """(gather_, scatter_)"""
+    if device.type == "cuda":
+        return copy_pages.gather_, copy_pages.scatter_
+    return _gather_, copy_pages.reference_scatter_
+
+
+def _gather_(pages_LPW: torch.Tensor, ids_N: torch.Tensor, staging_NLW: torch.Tensor) -> None:
+    staging_NLW.copy_(copy_pages.reference_gather(pages_LPW, ids_N))
+
+
+def _page_locked(num_bytes: int, *, device: torch.device) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _as_tensor(memory: memoryview) -> torch.Tensor:
+    # torch takes no memory that must not be written.
+    return torch.frombuffer(bytearray(memory) if memory.readonly else memory, dtype=torch.uint8)

@@ -1,0 +1,69 @@
+"""What an engine is composed of: the seams between a step and what computes it on a CPU or another device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from workers.model.config import ModelConfig
+from workers.model.info import ModelInfo
+from workers.model.token_batch import TokenBatch
+from workers.model.weights import Tensors
+from workers.request import Request, RequestId
+from workers.step import SampledToken, ScheduledRequest
+
+if TYPE_CHECKING:  # a bare GPU machine has neither numpy nor tokenizers
+    from workers.engine.kv_memory import KvMemory
+    from workers.engine.stop_strings import StopStrings
+
+
+class Batches(Protocol):
+    def build(self, rows: Sequence[ScheduledRequest], /) -> tuple[TokenBatch, list[ScheduledRequest]]:
+        """The batch (valid until the next), and the rows that sample in the order of its logits."""
+        ...
+
+
+class Forward(Protocol):
+    def __call__(
+        self, batch: TokenBatch, /, *, on_layer: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        """Logits [S, V]; `on_layer(l)` is called when the keys and values of layer l lie in their pages."""
+        ...
+
+
+class TokenSampler(Protocol):
+    """Called from one thread at a time."""
+
+    def sample(self, requests: Sequence[Request], logits_SV: torch.Tensor, /) -> list[SampledToken]:
+        """A token for every request; row i of the logits predicts the token after the last of `requests[i]`."""
+        ...
+
+    def forget(self, request_id: RequestId) -> None:
+        """Drops what is cached of a request; without effect if nothing is."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineParts:
+    forward: Forward
+    kv_pool: KvMemory
+    batches: Batches
+    sampler: TokenSampler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedModel:
+    """A checkpoint that can be served, before its weights are read, and what is the same on every device."""
+
+    checkpoint: Tensors
+    config: ModelConfig
+    info: ModelInfo
+    sampler: TokenSampler  # on this machine
+    stop_strings: StopStrings
+
+    @property
+    def max_pages_per_request(self) -> int:
+        return -(-self.info.max_model_len // self.info.layout.block_size_tokens)
