@@ -201,9 +201,10 @@ class ClusterConfig:
     def _refuse_int8_on_gpus(self) -> None:
         for name, pool in self.pools.by_name().items():
             if self.model.quantize != "none" and (pool.is_on_gpu or pool.attention not in (None, "numba")):
+                setting = f"device is {pool.device}" if pool.is_on_gpu else f"attention is {pool.attention}"
                 raise ValueError(
-                    f"model.quantize is {self.model.quantize}, which only a CPU's own kernels serve, but "
-                    f"pools.{name} has device {pool.device or 'cpu'} and attention {pool.attention or 'of the device'}"
+                    f"pools.{name}.{setting}, but model.quantize is {self.model.quantize}, which only a CPU's own "
+                    "kernels serve"
                 )
 
     def _refuse_shared_ports(self) -> None:

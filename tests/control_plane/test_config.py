@@ -184,6 +184,23 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
             "model: {quantize: int8, dtype: bfloat16}",
             r"model\.quantize is int8, which needs dtype float32, not bfloat16",
         ),
+        (
+            "pools: {decode: {device: tpu}}",
+            r"pools\.decode\.device is 'tpu', but it must be cpu, cuda or cuda:N",
+        ),
+        (
+            "pools: {decode: {device: cuda, attention: numba}}",
+            r"pools\.decode\.attention is numba, which computes on a CPU, but device is cuda",
+        ),
+        ("pools: {store: {device: cuda}}", r"pools\.store\.device is cuda, but a store has no engine"),
+        (
+            "{model: {quantize: int8}, pools: {mixed: {device: 'cuda:1'}}}",
+            r"pools\.mixed\.device is cuda:1, but model\.quantize is int8, which only a CPU's own",
+        ),
+        (
+            "{model: {quantize: int8}, pools: {mixed: {attention: reference}}}",
+            r"pools\.mixed\.attention is reference, but model\.quantize is int8",
+        ),
         ("model: {name: 8}", r"model\.name is 8 \(a number\), but it must be text"),
         (
             "pools: {decode: {num_pages: 1.5}}",

@@ -59,6 +59,14 @@ async def test_a_checkpoint_that_is_not_there_ends_it_with_2(start_process: Fixt
     assert str(tmp_path / "nothing") in await _refused(await start_process(model_path=tmp_path / "nothing"))
 
 
+async def test_a_device_that_is_not_there_ends_it_with_2_before_anything_is_loaded(
+    start_process: Fixture,
+) -> None:
+    worker = await start_process(device="cuda:99")
+    assert "device cuda:99 is not there: torch finds" in await _refused(worker)
+    assert '"event": "loading"' not in "".join(worker.log)
+
+
 async def test_a_truncated_checkpoint_ends_it_with_2(
     start_process: Fixture, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ from workers.config import Role, WorkerConfig
 
 EVERYTHING = PoolConfig(
     replicas=2,
+    device="cuda:1",
+    attention="reference",
     kv_cache_bytes=1 << 20,
     num_pages=100,
     max_num_batched_tokens=200,
