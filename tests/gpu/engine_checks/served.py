@@ -1,0 +1,201 @@
+"""The engine that workers serve with, on the device there is, against the same engine with the formulas, on the CPU.
+
+That those formulas give what the CPU's own engine gives is proven in tests/workers/engine/test_device_engine.py, and
+that a pool's copies give the bytes of the CPU's in test_device_kv_pool.py. Here they run on streams.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from inputs import BLOCK, DEVICE, IS_INTERPRETED
+from noise import FAMILIES, Noise, make_model
+
+from workers.engine.device_engine import DeviceModel, device_parts, num_pages_on
+from workers.engine.device_kv_pool import DeviceKvPool
+from workers.engine.engine import Engine
+from workers.engine.engine_parts import OpenedModel
+from workers.engine.largest_step import LargestStep
+from workers.model.info import ModelInfo, kv_layout
+from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
+from workers.step import SampledToken, ScheduledRequest, StepPlan
+
+LENGTHS = (1, 21) if IS_INTERPRETED else (1, 21, 5, 33, 16, 64)
+NUM_STEPS = 2 if IS_INTERPRETED else 40
+PAGES_EACH, MAX_LEN = 8, 128
+NUM_PAGES = PAGES_EACH * len(LENGTHS)
+
+
+class Likeliest:
+    """In place of the CPU's sampler, which needs packages that a bare machine has not."""
+
+    def sample(self, requests: Sequence[Request], logits_SV: torch.Tensor) -> list[SampledToken]:
+        return [SampledToken(token_id) for token_id in logits_SV.argmax(-1).tolist()]
+
+    def forget(self, request_id: RequestId) -> None:
+        pass
+
+
+def served(family: str, *, device: str, attention: str, dtype: str = "float32") -> DeviceModel:
+    model = make_model(family, device=device, dtype=getattr(torch, dtype))
+    info = ModelInfo(
+        fingerprint=b"", vocab_size=model.config.vocab_size, max_model_len=MAX_LEN,
+        eos_token_ids=model.eos_token_ids, layout=kv_layout(model.config, dtype=dtype),
+    )  # fmt: skip
+    opened = OpenedModel(
+        checkpoint=Noise(), config=model.config, info=info, sampler=Likeliest(), stop_strings=None
+    )
+    index = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    return DeviceModel(opened=opened, weights=model.weights, device=index, attention=attention)
+
+
+def make_engine(family: str, *, device: str, attention: str, num_pages: int = NUM_PAGES) -> Engine:
+    model = served(family, device=device, attention=attention)
+    return Engine(model.opened, device_parts(model, num_pages=num_pages))
+
+
+def new_requests(temperature: float) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Request(
+            request_id=RequestId(str(number)), session_id=SessionId(0), arrival_s=0.0,
+            prompt_token_ids=torch.randint(3, 97, (length,), generator=generator).tolist(),
+            sampling=SamplingParams(temperature=temperature, top_k=20, top_p=0.95, seed=number, max_tokens=99),
+        )
+        for number, length in enumerate(LENGTHS)
+    ]  # fmt: skip
+
+
+def pages_of(number: int) -> tuple[PageId, ...]:
+    """In an order of their own."""
+    return tuple(PageId(NUM_PAGES - 1 - PAGES_EACH * number - page) for page in range(PAGES_EACH))
+
+
+def advance(
+    engine: Engine, requests: list[Request], *, most: int = 99, on_layer: Callable[[int], None] | None = None
+) -> None:
+    rows = []
+    for number, request in enumerate(requests):
+        left = request.num_tokens - request.num_computed_tokens
+        rows.append(
+            ScheduledRequest(
+                request=request, num_computed_tokens=request.num_computed_tokens, num_new_tokens=min(left, most),
+                page_ids=pages_of(number), samples=left <= most,
+            )
+        )  # fmt: skip
+    sampled = engine.execute(StepPlan(rows=tuple(rows)), on_layer=on_layer).sampled
+    for row in rows:
+        row.request.num_computed_tokens += row.num_new_tokens
+        if row.samples:
+            row.request.output_token_ids.append(sampled[row.request.request_id].token_id)
+
+
+def answers(engine: Engine, *, temperature: float = 0.0) -> list[list[int]]:
+    """A first step with whole prompts and pieces, one where both meet, then decoding."""
+    requests = new_requests(temperature)
+    advance(engine, requests, most=20)
+    for _ in range(NUM_STEPS):
+        advance(engine, requests)
+    return [request.output_token_ids for request in requests]
+
+
+def check_answers_of_every_family_are_the_formulas() -> None:
+    for family in ("llama_bias",) if IS_INTERPRETED else FAMILIES:
+        for temperature in (0.8,) if IS_INTERPRETED else (0.0, 0.8):
+            expected = answers(
+                make_engine(family, device="cpu", attention="reference"), temperature=temperature
+            )
+            got = answers(make_engine(family, device=DEVICE, attention="triton"), temperature=temperature)
+            assert got == expected, (family, temperature)
+
+
+def check_a_prompt_handed_over_layer_by_layer_goes_on_there() -> None:
+    """Each layer is copied when it is announced, by another thread, while the step goes on."""
+    if IS_INTERPRETED:  # no streams, so nothing that is not tested faster elsewhere
+        return
+    source, target, alone = (make_engine("qwen3", device=DEVICE, attention="triton") for _ in range(3))
+    expected = answers(alone)
+    here = new_requests(0.0)
+    advance(source, here, most=20)
+    copies: list[threading.Thread] = []
+
+    def copy(layer: int) -> None:
+        blocks = bytearray(NUM_PAGES * source.model.layout.layer_block_bytes)
+        source.kv_pool.read(layer=layer, page_ids=range(NUM_PAGES), into=memoryview(blocks))
+        target.kv_pool.write(layer=layer, page_ids=range(NUM_PAGES), data=memoryview(blocks))
+
+    def on_layer(layer: int) -> None:
+        copies.append(threading.Thread(target=copy, args=(layer,)))
+        copies[-1].start()
+
+    advance(source, here, on_layer=on_layer)
+    assert len(copies) == source.model.layout.num_layers
+    for thread in copies:
+        thread.join()
+    for _ in range(NUM_STEPS - 1):
+        advance(target, here)
+    assert [request.output_token_ids for request in here] == expected
+
+
+def check_blocks_move_beside_steps_and_neither_disturbs_the_other() -> None:
+    if IS_INTERPRETED:  # as above
+        return
+    model = served("qwen3", device=DEVICE, attention="triton")
+    engine = Engine(model.opened, device_parts(model, num_pages=2 * NUM_PAGES))
+    pool, spare = engine.kv_pool, range(NUM_PAGES, 2 * NUM_PAGES)
+    block_bytes = pool.layout.block_bytes
+    arena_SX = torch.randint(0, 255, (2 * len(spare), block_bytes), dtype=torch.uint8, pin_memory=True)
+    lasts, wrong = threading.Event(), []
+
+    def move() -> None:
+        while not lasts.is_set():
+            arena_SX[len(spare) :] = 0
+            pool.load(spare, arena_SX, range(len(spare)))
+            pool.save(spare, arena_SX, range(len(spare), 2 * len(spare)))
+            wrong.append(not torch.equal(arena_SX[: len(spare)], arena_SX[len(spare) :]))
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        got = [answers(engine) for _ in range(3)]
+    finally:
+        lasts.set()
+        mover.join()
+    assert not any(wrong), f"{sum(wrong)} of {len(wrong)} rounds brought back other bytes"
+    assert got == [answers(make_engine("qwen3", device=DEVICE, attention="triton"))] * 3
+
+
+def check_pages_and_arenas_hold_the_bytes_that_the_formulas_move() -> None:
+    device, cpu = (
+        DeviceKvPool(
+            kv_layout(make_model("qwen3", device="cpu").config, dtype="bfloat16"),
+            torch.randn(2, 9, 2, 2, BLOCK, 16, generator=torch.Generator().manual_seed(1)).bfloat16().to(where),
+            staging_bytes=3 * 4096,  # so that seven blocks go in pieces
+        )
+        for where in (DEVICE, "cpu")
+    )  # fmt: skip
+    pages, slots = [8, 0, 3, 1, 7, 2, 5], [6, 5, 0, 1, 2, 4, 3]
+    found = []
+    for pool in (device, cpu):
+        arena_SX = torch.zeros(7, pool.layout.block_bytes, dtype=torch.uint8)
+        layer = bytearray(7 * pool.layout.layer_block_bytes)
+        pool.save(pages, arena_SX, slots)
+        pool.load(slots, arena_SX, range(7))
+        pool.read(layer=1, page_ids=pages, into=memoryview(layer))
+        pool.write(layer=0, page_ids=pages[::-1], data=memoryview(layer))
+        after_SX = torch.zeros(9, pool.layout.block_bytes, dtype=torch.uint8)
+        pool.save(range(9), after_SX, range(9))
+        found.append((arena_SX, after_SX))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def check_as_many_pages_are_taken_as_memory_leaves() -> None:
+    if IS_INTERPRETED:
+        return
+    torch.cuda.empty_cache()
+    model = served("llama_bias", device=DEVICE, attention="triton")
+    num_pages = num_pages_on(model, LargestStep(max_num_seqs=16, max_num_batched_tokens=256))
+    engine = Engine(model.opened, device_parts(model, num_pages=num_pages))
+    answers(engine)
+    free, total = torch.cuda.mem_get_info()
+    assert 0.85 <= (total - free) / total <= 0.92, (free, total, num_pages)
