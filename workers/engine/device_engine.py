@@ -1,23 +1,26 @@
 """The parts of an engine on a device, with the kernels of a GPU or their formulas: importing this needs Triton."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from workers.engine.backends import BACKENDS
+from workers.engine.captured_forward import CapturedForward, DecodeRows
 from workers.engine.device_batch import DeviceBatchBuilder
 from workers.engine.device_forward import announcing
 from workers.engine.device_kv_pool import DeviceKvPool
 from workers.engine.device_sampler import DeviceSampler
 from workers.engine.engine import Engine
-from workers.engine.engine_parts import EngineParts, OpenedModel
+from workers.engine.engine_parts import EngineParts, Forward, OpenedModel
+from workers.engine.graph_capture import Capture, GraphCapture
 from workers.engine.largest_step import LargestStep
 from workers.engine.measure_memory import measure_memory
 from workers.engine.pool_size import num_pages_that_fit
 from workers.model.kv_pages import allocate_pages
 from workers.model.weights import ModelWeights, load_weights
+from workers.step import StepPlan
 
 # Of a GPU's memory, all in all; the rest is for what libraries take behind torch's back.
 _MEMORY_SHARE = 0.9
@@ -31,6 +34,14 @@ class DeviceModel:
     attention: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CapturedSizes:
+    """Decode steps of up to `max_num_seqs` rows."""
+
+    max_num_seqs: int
+    capture: Capture
+
+
 def load_device_model(
     opened: OpenedModel, *, device: torch.device, attention: str, on_progress: Callable[[float], None]
 ) -> DeviceModel:
@@ -42,31 +53,59 @@ def load_device_model(
     return DeviceModel(opened=opened, weights=weights, device=device, attention=attention)
 
 
-def device_parts(model: DeviceModel, *, num_pages: int) -> EngineParts:
-    """All of `num_pages` are the pool's: a step here has no padding that would need one."""
+def device_parts(model: DeviceModel, *, num_pages: int, captured: CapturedSizes | None = None) -> EngineParts:
+    """`captured`: steps that only decode are programs of these sizes."""
     config, info = model.opened.config, model.opened.info
-    pages = allocate_pages(
-        config, num_pages=num_pages, block=info.layout.block_size_tokens,
-        dtype=getattr(torch, info.layout.dtype), device=model.device,
-    )  # fmt: skip
+    block, dtype = info.layout.block_size_tokens, getattr(torch, info.layout.dtype)
+    # One page more than the pool has, for the rows that fill up a program.
+    pages = allocate_pages(config, num_pages=num_pages + 1, block=block, dtype=dtype, device=model.device)
     backend = BACKENDS[model.attention](config, model.weights, pages, info.max_model_len)
-    return EngineParts(
-        forward=announcing(backend.transformer.forward, device=model.device),
-        kv_pool=DeviceKvPool(info.layout, pages.pages_LP2GBC),
-        batches=DeviceBatchBuilder(
-            model.device,
-            block_size_tokens=info.layout.block_size_tokens,
+    forward: Forward = announcing(backend.transformer.forward, device=model.device)
+    if captured is not None:
+        rows = DecodeRows(
+            captured.max_num_seqs,
             max_pages_per_request=model.opened.max_pages_per_request,
+            vocab_size=info.vocab_size,
+            padding_slot=num_pages * block,
+            device=model.device,
+        )
+        forward = CapturedForward(forward, rows, capture=captured.capture)
+    return EngineParts(
+        forward=forward,
+        kv_pool=DeviceKvPool(info.layout, pages.pages_LP2GBC, num_pages=num_pages),
+        batches=DeviceBatchBuilder(
+            model.device, block_size_tokens=block, max_pages_per_request=model.opened.max_pages_per_request
         ),
         sampler=DeviceSampler(backend.sample, adjusting=model.opened.sampler),
     )
 
 
+def make_engine(model: DeviceModel, *, num_pages: int | None, largest: LargestStep) -> Engine:
+    """With as many pages as the device has room for unless it is said. On a GPU all is compiled and captured."""
+    if num_pages is None:
+        num_pages = num_pages_on(model, largest)
+    captured = None
+    if model.device.type == "cuda" and model.attention == "triton":
+        captured = CapturedSizes(max_num_seqs=largest.max_num_seqs, capture=GraphCapture(model.device))
+    engine = Engine(model.opened, device_parts(model, num_pages=num_pages, captured=captured))
+    if captured is not None:
+        engine.execute(_plan(model, largest))  # so that no request waits for its kernels to be compiled
+    return engine
+
+
 def num_pages_on(model: DeviceModel, largest: LargestStep) -> int:
-    """Runs the largest step on a pool of one page; what it leaves of the GPU's memory is for pages."""
-    info = model.opened.info
-    layout = info.layout
+    """Runs the largest steps on a pool of one page; what they leave of the GPU's memory is for pages."""
     engine = Engine(model.opened, device_parts(model, num_pages=1))
-    plan = largest.plan(max_model_len=info.max_model_len, block_size_tokens=layout.block_size_tokens)
-    memory = measure_memory(model.device, [partial(engine.execute, plan)])
-    return num_pages_that_fit(memory, share=_MEMORY_SHARE, page_bytes=layout.block_bytes)
+    decode = replace(largest, max_num_batched_tokens=largest.max_num_seqs)
+    memory = measure_memory(
+        model.device,
+        [partial(engine.execute, _plan(model, largest))],
+        captured=partial(engine.execute, _plan(model, decode)),
+    )
+    page_bytes = model.opened.info.layout.block_bytes
+    return num_pages_that_fit(memory, share=_MEMORY_SHARE, page_bytes=page_bytes) - 1  # one for padding
+
+
+def _plan(model: DeviceModel, largest: LargestStep) -> StepPlan:
+    info = model.opened.info
+    return largest.plan(max_model_len=info.max_model_len, block_size_tokens=info.layout.block_size_tokens)

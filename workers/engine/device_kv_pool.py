@@ -44,13 +44,20 @@ STAGING_BYTES = 8 << 20
 
 
 class DeviceKvPool:
-    """Pages of all layers, which somebody else allocated. Who owns which page is decided elsewhere."""
+    """The first `num_pages` of pages that somebody else allocated. Who owns which page is decided elsewhere."""
 
     def __init__(
-        self, layout: KvLayout, pages_LP2GBC: torch.Tensor, *, staging_bytes: int = STAGING_BYTES
+        self,
+        layout: KvLayout,
+        pages_LP2GBC: torch.Tensor,
+        *,
+        num_pages: int,
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
+        if not 1 <= num_pages <= pages_LP2GBC.shape[1]:
+            raise ValueError(f"num_pages must be between 1 and {pages_LP2GBC.shape[1]}, got {num_pages}")
         self.layout = layout
-        self.num_pages = pages_LP2GBC.shape[1]
+        self.num_pages = num_pages
         self.pages_LP2GBC = pages_LP2GBC
         self._device = pages_LP2GBC.device
         self._words_LPW = pages_LP2GBC.flatten(2).view(torch.int64)
@@ -59,6 +66,11 @@ class DeviceKvPool:
         self._host = _page_locked(num_bytes, device=self._device)
         self._copies = _CopyStream(self._device)
         self._lock = threading.Lock()
+        with (
+            self._copies.launching()
+        ):  # a page onto itself: compiles the kernels before somebody waits for a copy
+            staging_NX = self._gathered(self._words_LPW, [0])
+            self._scatter(self._words_LPW, [0], staging_NX)
 
     @contextmanager
     def step(self) -> Iterator[None]:

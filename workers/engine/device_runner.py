@@ -17,12 +17,11 @@ from workers.engine.decode_buckets import bucket_for, decode_buckets
 from workers.engine.device_copies import Launched, to_device
 from workers.engine.draws import StepDraws, draws_of
 from workers.engine.generations import Generation, OfflineLimits, OfflineStep, PromptChunk
+from workers.engine.graph_capture import Capture, Run
 from workers.model.token_batch import Chunk, ChunkBounds, TokenBatch
 
 Forward = Callable[[TokenBatch], torch.Tensor]
 Sample = Callable[[torch.Tensor, StepDraws], torch.Tensor]
-Run = Callable[[], torch.Tensor]
-Capture = Callable[[Run], Run]
 
 
 class DeviceRunner:
@@ -184,24 +183,3 @@ class _CapturedDecode:
             for field in fields(draws):
                 getattr(self._draws, field.name).copy_(getattr(draws, field.name))
         return self._run()
-
-
-class GraphCapture:
-    """Captures CUDA graphs that share their memory, because only one of them runs at a time."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Run) -> Run:
-        """`run` as a graph, after once by itself, which compiles its kernels and lets libraries allocate."""
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return result
-
-        return replay

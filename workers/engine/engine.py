@@ -94,10 +94,10 @@ def load_engine(
         return Engine(
             opened, load_cpu_parts(opened, quantize=quantize, num_pages=num_pages, on_progress=on_progress)
         )
-    from workers.engine.device_engine import device_parts, load_device_model, num_pages_on
+    from workers.engine.device_engine import load_device_model, make_engine
 
     model = load_device_model(opened, device=device, attention=compute.backend, on_progress=on_progress)
-    return Engine(opened, device_parts(model, num_pages=num_pages or num_pages_on(model, largest_step)))
+    return make_engine(model, num_pages=num_pages, largest=largest_step)
 
 
 def _open(model_path: Path, *, dtype: str, quantize: str, max_model_len: int | None) -> OpenedModel:

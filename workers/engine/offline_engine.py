@@ -10,7 +10,7 @@ import torch
 from kvstore.blocks import BLOCK_SIZE_TOKENS
 from workers.engine.backends import BACKENDS
 from workers.engine.device_copies import Launched
-from workers.engine.device_runner import DeviceRunner, GraphCapture
+from workers.engine.device_runner import DeviceRunner
 from workers.engine.generations import (
     Generation,
     OfflineLimits,
@@ -19,6 +19,7 @@ from workers.engine.generations import (
     PromptChunk,
     next_step,
 )
+from workers.engine.graph_capture import GraphCapture
 from workers.engine.measure_memory import measure_memory
 from workers.engine.offline_settings import OfflineSettings
 from workers.engine.pool_size import num_pages_that_fit
@@ -134,7 +135,7 @@ def _runner(model: Model, settings: OfflineSettings, limits: OfflineLimits) -> D
         forward=backend.transformer.forward,
         sample=backend.sample,
         device=device,
-        capture=GraphCapture() if settings.captures and can_capture else None,
+        capture=GraphCapture(device) if settings.captures and can_capture else None,
     )
 
 

@@ -170,6 +170,7 @@ def check_pages_and_arenas_hold_the_bytes_that_the_formulas_move() -> None:
         DeviceKvPool(
             kv_layout(make_model("qwen3", device="cpu").config, dtype="bfloat16"),
             torch.randn(2, 9, 2, 2, BLOCK, 16, generator=torch.Generator().manual_seed(1)).bfloat16().to(where),
+            num_pages=9,
             staging_bytes=3 * 4096,  # so that seven blocks go in pieces
         )
         for where in (DEVICE, "cpu")

@@ -5,11 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from workers.compute_device import ATTENTIONS, ComputeDevice
 from workers.engine.backends import BACKENDS
+from workers.engine.device_engine import CapturedSizes, device_parts, load_device_model
+from workers.engine.device_kv_pool import DeviceKvPool
 from workers.engine.engine import Engine, load_engine
+from workers.engine.engine_parts import OpenedModel
+from workers.engine.graph_capture import Run
 from workers.engine.largest_step import LargestStep
+from workers.engine.sampler import Sampler
+from workers.engine.stop_strings import StopStrings
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import load_config
+from workers.model.info import load_model_info
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import SampledToken, ScheduledRequest, StepPlan
 
@@ -101,6 +111,42 @@ def test_rows_that_ask_for_more_than_a_draw_leave_the_others_alone(engines: tupl
     assert device["0"].logprobs is device["2"].logprobs is None
     assert [token_id for token_id, _ in ours.top] == [token_id for token_id, _ in theirs.top]
     assert [log for _, log in ours.top] == pytest.approx([log for _, log in theirs.top], abs=1e-4)
+
+
+def opened(checkpoint: Path) -> OpenedModel:
+    files = Checkpoint(checkpoint)
+    info = load_model_info(checkpoint, files, dtype="float32", max_model_len=128)
+    return OpenedModel(
+        checkpoint=files, config=load_config(checkpoint), info=info,
+        sampler=Sampler(eos_token_ids=info.eos_token_ids, vocab_size=info.vocab_size),
+        stop_strings=StopStrings(checkpoint / "tokenizer.json"),
+    )  # fmt: skip
+
+
+def test_steps_filled_up_to_the_size_that_was_captured_say_the_same_and_write_no_page_of_others(
+    checkpoint: Path,
+) -> None:
+    model = load_device_model(
+        opened(checkpoint), device=torch.device("cpu"), attention="reference", on_progress=lambda share: None
+    )
+    captured: list[Run] = []
+    sizes = CapturedSizes(max_num_seqs=5, capture=lambda run: captured.append(run) or run)  # type: ignore[func-returns-value]
+    found = []
+    for given in (None, sizes):
+        engine = Engine(model.opened, device_parts(model, num_pages=32, captured=given))
+        assert isinstance(engine.kv_pool, DeviceKvPool)
+        engine.kv_pool.pages_LP2GBC[:, 32:] = torch.nan  # what padding reads must not show
+        requests = new_requests(temperature=0.8)
+        answers(engine, requests, num_steps=6)
+        # Fewer and fewer rows: those that have gone must write nothing any more.
+        pages = [answers(engine, requests[:number], num_steps=3) and engine.kv_pool.pages_LP2GBC[:, :32].clone()
+                 for number in (2, 1)]  # fmt: skip
+        found.append(([request.output_token_ids for request in requests], pages))
+    (expected, expected_pages), (got, got_pages) = found
+    assert got == expected
+    for ours, theirs in zip(got_pages, expected_pages, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(captured) == 4  # of sizes 1, 2, 4, 5
 
 
 def test_more_rows_than_ever_before_fit(checkpoint: Path) -> None:

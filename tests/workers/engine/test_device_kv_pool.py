@@ -26,7 +26,12 @@ def pools(dtype: str, *, staging_blocks: int) -> tuple[KvPool, DeviceKvPool]:
     layout = layout_of(dtype)
     cpu = KvPool(layout, num_pages=NUM_PAGES)
     cpu.pages_LP2GBC.normal_(generator=torch.Generator().manual_seed(1))
-    device = DeviceKvPool(layout, cpu.pages_LP2GBC.clone(), staging_bytes=staging_blocks * layout.block_bytes)
+    device = DeviceKvPool(
+        layout,
+        cpu.pages_LP2GBC.clone(),
+        num_pages=NUM_PAGES,
+        staging_bytes=staging_blocks * layout.block_bytes,
+    )
     return cpu, device
 
 
@@ -120,7 +125,7 @@ def test_what_cannot_be_decoded_leaves_the_pages_alone() -> None:
 
 def test_staging_holds_a_block_however_little_is_given() -> None:
     layout = layout_of("float32")
-    pool = DeviceKvPool(layout, torch.zeros(NUM_LAYERS, 2, 2, 2, 16, 8), staging_bytes=1)
+    pool = DeviceKvPool(layout, torch.zeros(NUM_LAYERS, 2, 2, 2, 16, 8), num_pages=2, staging_bytes=1)
     arena_SX = random_bytes(2, layout.block_bytes)
     pool.load([0, 1], arena_SX, [1, 0])
     back_SX = np.zeros_like(arena_SX)

@@ -9,25 +9,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.packed_checkpoints import Packing, pack_all
+from tests.workers.engine.bare import BARE
 from workers.engine.offline import main
 
 ROOT = Path(__file__).resolve().parents[3]
+RUN = "from workers.engine.offline import main; sys.exit(main(sys.argv[1:]))"
 PROMPTS = [[5, 9, 33, 20, 7], [4, 4, 8], list(range(3, 40))]
-BARE = """
-import sys
-
-class Refuses:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {
-            "grpc", "google", "pydantic", "numba", "llvmlite", "numpy", "safetensors", "tokenizers", "transformers",
-            "fastapi", "xxhash", "zstandard", "prometheus_client", "psutil", "cryptography", "yaml", "uvloop", "redis",
-        }:
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Refuses())
-from workers.engine.offline import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def prompt_ids() -> list[str]:
@@ -43,7 +30,7 @@ def test_it_runs_where_nothing_but_torch_and_triton_is_installed(
 ) -> None:
     arguments = [str(checkpoint), *prompt_ids(), "--max-tokens", "6"]
     run = subprocess.run(
-        [sys.executable, "-c", BARE, *arguments, "--attention", "reference"],
+        [sys.executable, "-c", BARE + RUN, *arguments, "--attention", "reference"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -62,7 +49,7 @@ def test_a_packed_checkpoint_is_answered_there_as_with_whole_weights(
     save_file(file, tmp_path / "model.safetensors")
     arguments = [str(tmp_path), *prompt_ids(), "--max-tokens", "6"]
     run = subprocess.run(
-        [sys.executable, "-c", BARE, *arguments, "--attention", "reference"],
+        [sys.executable, "-c", BARE + RUN, *arguments, "--attention", "reference"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
