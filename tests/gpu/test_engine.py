@@ -29,7 +29,7 @@ def test_the_served_engine_is_checked_where_nothing_but_torch_and_triton_is_inst
         "import sys, types\n"
         "sys.modules['inputs'] = types.SimpleNamespace(BLOCK=16, DEVICE='cpu', IS_INTERPRETED=True)\n"
         "import engine_checks.served as served\n"
-        "print(served.answers(served.make_engine('qwen3', device='cpu', attention='reference')))"
+        "print(served.answers(served.plain_engine('qwen3', device='cpu', attention='reference')))"
     )
     paths = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
     runs = [

@@ -19,6 +19,7 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.memory import MemoryTier
 from kvstore.tiers.tier import BlockRun, Tier
+from workers.compute_device import ComputeDevice
 from workers.cost_model import CostModel
 from workers.engine.engine import Engine, load_engine
 from workers.errors import PullInterrupted, PullRefused
@@ -270,10 +271,11 @@ async def running_end(
     max_level: int = 0,
     limits: dict[str, Any] | None = None,
     real_fetcher: BlockFetcher | None = None,
+    compute: ComputeDevice | None = None,
     **write_limits: Any,
 ) -> AsyncIterator[End]:
     """Without a `real_fetcher` its peer is `Peer`."""
-    engine = load_engine(model_path=checkpoint, num_pages=num_pages)
+    engine = load_engine(model_path=checkpoint, num_pages=num_pages, compute=compute or ComputeDevice())
     model, pool = engine.model, engine.kv_pool
     state = EngineState(
         StateLimits(

@@ -19,7 +19,9 @@ from tests.workers.loading_ends import (
     End,
     running_end,
 )
-from workers import load_plan
+from workers import load_plan, load_sources
+from workers.compute_device import ComputeDevice
+from workers.engine.kv_pool import KvPool
 from workers.request import FinishReason, Purpose
 
 
@@ -112,6 +114,31 @@ async def test_blocks_that_came_lossy_stay_in_pages(
         assert end.state.take_block_snapshot() == ()
         _, shared = await end.answer(PROMPT)  # the same worker goes on from them
         assert shared.num_cached_tokens == NUM_BLOCKS * 16
+
+
+@pytest.mark.parametrize("level", [0, 1])
+async def test_a_device_saves_loads_and_decodes_into_its_pages_as_a_cpu_does(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    monkeypatch.setattr(load_plan, "plan_stream", lambda *view: replace(plan_stream(*view), level=level))
+    reference, answers = ComputeDevice(attention="reference"), []
+    for compute in (ComputeDevice(), reference):
+        async with running_end(checkpoint, max_level=1, compute=compute) as end:
+            computed, _ = await end.answer(PROMPT)
+            await end.settled()
+            end.give_to(end.peer)
+            end.state.drop(None)
+            from_memory, last = await end.answer(PROMPT)
+            assert (from_memory, last.num_cached_tokens) == (computed, NUM_BLOCKS * 16)
+            await end.settled()
+            end.state.drop(None)
+            await end.store.drop(None)
+            from_peer, last = await end.answer(PROMPT, kv_holders=(HOLDER,))
+            assert last.num_cached_tokens == NUM_BLOCKS * 16
+            assert {sent for _, sent in end.peer.sent} == {level}
+            await end.settled()
+            answers.append((computed, from_peer))
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("num_chunks", range(NUM_CHUNKS + 1))

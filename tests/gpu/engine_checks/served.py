@@ -11,7 +11,7 @@ import torch
 from inputs import BLOCK, DEVICE, IS_INTERPRETED
 from noise import FAMILIES, Noise, make_model
 
-from workers.engine.device_engine import DeviceModel, device_parts, num_pages_on
+from workers.engine.device_engine import DeviceModel, device_parts, make_engine
 from workers.engine.device_kv_pool import DeviceKvPool
 from workers.engine.engine import Engine
 from workers.engine.engine_parts import OpenedModel
@@ -49,7 +49,7 @@ def served(family: str, *, device: str, attention: str, dtype: str = "float32") 
     return DeviceModel(opened=opened, weights=model.weights, device=index, attention=attention)
 
 
-def make_engine(family: str, *, device: str, attention: str, num_pages: int = NUM_PAGES) -> Engine:
+def plain_engine(family: str, *, device: str, attention: str, num_pages: int = NUM_PAGES) -> Engine:
     model = served(family, device=device, attention=attention)
     return Engine(model.opened, device_parts(model, num_pages=num_pages))
 
@@ -103,9 +103,9 @@ def check_answers_of_every_family_are_the_formulas() -> None:
     for family in ("llama_bias",) if IS_INTERPRETED else FAMILIES:
         for temperature in (0.8,) if IS_INTERPRETED else (0.0, 0.8):
             expected = answers(
-                make_engine(family, device="cpu", attention="reference"), temperature=temperature
+                plain_engine(family, device="cpu", attention="reference"), temperature=temperature
             )
-            got = answers(make_engine(family, device=DEVICE, attention="triton"), temperature=temperature)
+            got = answers(plain_engine(family, device=DEVICE, attention="triton"), temperature=temperature)
             assert got == expected, (family, temperature)
 
 
@@ -113,7 +113,7 @@ def check_a_prompt_handed_over_layer_by_layer_goes_on_there() -> None:
     """Each layer is copied when it is announced, by another thread, while the step goes on."""
     if IS_INTERPRETED:  # no streams, so nothing that is not tested faster elsewhere
         return
-    source, target, alone = (make_engine("qwen3", device=DEVICE, attention="triton") for _ in range(3))
+    source, target, alone = (plain_engine("qwen3", device=DEVICE, attention="triton") for _ in range(3))
     expected = answers(alone)
     here = new_requests(0.0)
     advance(source, here, most=20)
@@ -162,7 +162,7 @@ def check_blocks_move_beside_steps_and_neither_disturbs_the_other() -> None:
         lasts.set()
         mover.join()
     assert not any(wrong), f"{sum(wrong)} of {len(wrong)} rounds brought back other bytes"
-    assert got == [answers(make_engine("qwen3", device=DEVICE, attention="triton"))] * 3
+    assert got == [answers(plain_engine("qwen3", device=DEVICE, attention="triton"))] * 3
 
 
 def check_pages_and_arenas_hold_the_bytes_that_the_formulas_move() -> None:
@@ -190,13 +190,18 @@ def check_pages_and_arenas_hold_the_bytes_that_the_formulas_move() -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
-def check_as_many_pages_are_taken_as_memory_leaves() -> None:
+def check_a_workers_engine_takes_the_memory_there_is_and_captures_its_steps() -> None:
     if IS_INTERPRETED:
         return
     torch.cuda.empty_cache()
     model = served("llama_bias", device=DEVICE, attention="triton")
-    num_pages = num_pages_on(model, LargestStep(max_num_seqs=16, max_num_batched_tokens=256))
-    engine = Engine(model.opened, device_parts(model, num_pages=num_pages))
-    answers(engine)
+    engine = make_engine(
+        model, num_pages=None, largest=LargestStep(max_num_seqs=16, max_num_batched_tokens=256)
+    )
+    for temperature in (0.0, 0.8):  # with captured steps, as workers run
+        expected = answers(
+            plain_engine("llama_bias", device=DEVICE, attention="triton"), temperature=temperature
+        )
+        assert answers(engine, temperature=temperature) == expected, temperature
     free, total = torch.cuda.mem_get_info()
-    assert 0.85 <= (total - free) / total <= 0.92, (free, total, num_pages)
+    assert 0.85 <= (total - free) / total <= 0.92, (free, total, engine.kv_pool.num_pages)
