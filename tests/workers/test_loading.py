@@ -19,9 +19,8 @@ from tests.workers.loading_ends import (
     End,
     running_end,
 )
-from workers import load_plan, load_sources
+from workers import load_plan
 from workers.compute_device import ComputeDevice
-from workers.engine.kv_pool import KvPool
 from workers.request import FinishReason, Purpose
 
 

@@ -94,7 +94,7 @@ class DeviceKvPool:
                     host_NX = self._host[: staging_NX.numel()].view_as(staging_NX)
                     host_NX.copy_(staging_NX, non_blocking=True)
                 self._copies.wait()
-                _as_tensor(into).view(-1, host_NX.shape[1])[start:stop] = host_NX
+                _as_tensor(into).view(len(page_ids), -1)[start:stop].copy_(host_NX)
 
     def write(self, *, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
         self._check_pages(page_ids)
