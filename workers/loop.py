@@ -3,7 +3,8 @@
     settle the inbox    submissions, aborts, closed sessions, ended pulls, ended leases, blocks that were loaded
     plan                schedule(state.view(), limits)
     begin               pages change hands; pulls and loads into them start, so that blocks travel while it computes
-    execute             in the engine's thread; numba and torch release the interpreter lock
+    execute             in the engine's thread; numba and torch release the interpreter lock. Where nothing but decoding
+                        goes on and the engine can, the next step is launched before this one is over
     apply               tokens to their sessions, finished blocks to their pullers and to the tiers below
 
 The inbox is bounded without a bound of its own: at most `max_num_submitted` submissions, and for each request that is
@@ -12,16 +13,15 @@ pulled of it.
 """
 
 import asyncio
-import functools
 import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from workers.engine.engine import Engine
+from workers.engine_thread import EngineThread, Launched
 from workers.errors import (
     EngineFailed,
     InvalidRequest,
@@ -215,7 +215,7 @@ class RequestLoop:
 
     async def run(self) -> None:
         """Until cancelled. Raises `EngineFailed` if the engine fails step after step."""
-        with ThreadPoolExecutor(1, "engine") as engine_thread:
+        with EngineThread(self._engine) as engine:
             try:
                 while True:
                     self._wake.clear()
@@ -226,7 +226,7 @@ class RequestLoop:
                         self._rest()
                         await self._wake.wait()
                     else:
-                        await self._step(plan, engine_thread)
+                        await self._step(plan, engine)
             finally:
                 self._rings.close()
                 await self._pulls.close()
@@ -244,7 +244,44 @@ class RequestLoop:
             self._state.check()
         self._settled.set()
 
-    async def _step(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> None:
+    async def _step(self, plan: StepPlan, engine: EngineThread) -> None:
+        """One step, and those after it that can be launched before the one before them is over."""
+        self._begin(plan)
+        launched: Launched | None = None
+        began_s = time.monotonic()
+        while True:
+            ahead: tuple[StepPlan, Launched] | None = None
+            if (following := self._look_ahead(plan)) is not None:
+                launched = launched or engine.launch(plan)
+                self._begin(following)
+                ahead = following, engine.launch(following)
+            try:
+                if launched is None:
+                    result = await self._execute(plan, engine)
+                else:
+                    result = await engine.result(launched)
+            except Exception as error:
+                _logger.exception("step_failed")
+                if ahead is not None:  # its rows are among these, and fail with them
+                    await engine.drop(ahead[1])
+                    self._state.step_failed(ahead[0])
+                self._fail_rows(plan, error)
+                return
+            ended_s = time.monotonic()
+            self._apply(plan, result, step_s=ended_s - began_s)
+            if ahead is None:
+                return
+            self._tell_tiers()  # before the next step takes the pages of what was computed
+            (plan, launched), began_s = ahead, ended_s
+
+    def _apply(self, plan: StepPlan, result: StepResult, *, step_s: float) -> None:
+        self._num_failed_steps = 0
+        outputs = self._state.apply(plan, result, now_s=time.time())
+        self._step_done(plan, step_s=step_s)
+        self._deliver(outputs)
+        self._metrics.set_load(self._state.load())
+
+    def _begin(self, plan: StepPlan) -> None:
         self._state.begin(plan, now_s=time.time())
         if self._tiers is not None:
             preempted = [self._requests[request_id] for request_id in plan.preempted]
@@ -252,18 +289,11 @@ class RequestLoop:
         for pull in plan.pulls:
             self._pulls.start(pull)
         self._step_number += 1
-        started_s = time.monotonic()
-        try:
-            result = await self._execute(plan, engine_thread)
-        except Exception as error:
-            _logger.exception("step_failed")
-            self._fail_rows(plan, error)
-            return
-        self._num_failed_steps = 0
-        outputs = self._state.apply(plan, result, now_s=time.time())
-        self._step_done(plan, step_s=time.monotonic() - started_s)
-        self._deliver(outputs)
-        self._metrics.set_load(self._state.load())
+
+    def _look_ahead(self, plan: StepPlan) -> StepPlan | None:
+        if self._inbox or not self._engine.can_launch_after(plan):
+            return None
+        return self._state.look_ahead(plan)
 
     def _step_done(self, plan: StepPlan, *, step_s: float) -> None:
         if plan.rows or plan.preempted:
@@ -287,7 +317,7 @@ class RequestLoop:
         if self._tiers is not None:
             self._tiers.moved(computed)
 
-    async def _execute(self, plan: StepPlan, engine_thread: ThreadPoolExecutor) -> StepResult:
+    async def _execute(self, plan: StepPlan, engine: EngineThread) -> StepResult:
         if not plan.rows:
             return StepResult(sampled={})
         loop = asyncio.get_running_loop()
@@ -297,8 +327,7 @@ class RequestLoop:
         def on_layer(layer: int) -> None:
             loop.call_soon_threadsafe(self._report_layer, exported, layer)
 
-        execute = functools.partial(self._engine.execute, plan, on_layer=on_layer if exported else None)
-        return await loop.run_in_executor(engine_thread, execute)
+        return await engine.execute(plan, on_layer=on_layer if exported else None)
 
     def _fail_rows(self, plan: StepPlan, error: Exception) -> None:
         """The rows of the plan are where they were; they end here."""
@@ -307,7 +336,8 @@ class RequestLoop:
         self._state.step_failed(plan)
         failure = EngineFailed(f"step {self._step_number} failed: {type(error).__name__}: {error}")
         for row in plan.rows:
-            self._end(row.request.request_id, failure=failure)
+            if self._requests.get(row.request.request_id) is row.request:  # it may have ended a step before
+                self._end(row.request.request_id, failure=failure)
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             raise EngineFailed(f"{self._num_failed_steps} steps in a row have failed") from error
 
@@ -449,7 +479,7 @@ class RequestLoop:
             self._exports.layer_progress(
                 row.request.request_id,
                 page_ids=row.page_ids,
-                num_ready_tokens=row.num_computed_tokens + row.num_new_tokens,
+                num_ready_tokens=row.end_token,
                 num_layers=layer + 1,
             )
 

@@ -14,9 +14,21 @@ def finish_reason(
     num_output_tokens = len(request.output_token_ids)
     if ends_text(request.sampling, last, num_output_tokens, eos_token_ids=eos_token_ids):
         return FinishReason.STOP
-    if num_output_tokens >= request.sampling.max_tokens or request.num_tokens >= max_tokens:
+    if has_full_length(
+        request.sampling,
+        num_output_tokens=num_output_tokens,
+        num_tokens=request.num_tokens,
+        max_tokens=max_tokens,
+    ):
         return FinishReason.LENGTH
     return None
+
+
+def has_full_length(
+    sampling: SamplingParams, *, num_output_tokens: int, num_tokens: int, max_tokens: int
+) -> bool:
+    """Whether so many tokens, of the output and all in all, are all that the request may have."""
+    return num_output_tokens >= sampling.max_tokens or num_tokens >= max_tokens
 
 
 def ends_text(

@@ -25,6 +25,7 @@ from workers.computed_blocks import ComputedBlocks, ComputedRun
 from workers.errors import InvalidRequest, QueueFull
 from workers.invariants import prove_request
 from workers.load_book import LoadBook
+from workers.look_ahead import look_ahead
 from workers.outputs import end_output, finish_reason, logprobs_of, new_tokens_output
 from workers.pages import PagePool
 from workers.policies import Policy, own_rank, priority, rank
@@ -271,11 +272,17 @@ class EngineState:
         for row in plan.rows:
             self._pages.take(row.page_ids[len(row.request.page_ids) :])
             row.request.page_ids = row.page_ids
-            row.request.num_scheduled_tokens = row.num_computed_tokens + row.num_new_tokens
+            row.request.num_scheduled_tokens = row.end_token
+
+    def look_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after `plan`, which has begun, if it can be known before the result of `plan` is."""
+        return look_ahead(plan, self.view(), max_request_tokens=self.max_request_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult, *, now_s: float) -> tuple[RequestOutput, ...]:
-        """Records what the rows of a step that began have computed by `now_s`."""
-        outputs = (self._apply_row(row, result, now_s=now_s) for row in plan.rows)
+        """Records what the rows of a step that began have computed by `now_s`. Rows of a step that was looked ahead to
+        are dropped if their requests have ended with the one before."""
+        rows = (row for row in plan.rows if self._requests.get(row.request.request_id) is row.request)
+        outputs = (self._apply_row(row, result, now_s=now_s) for row in rows)
         return tuple(output for output in outputs if output is not None)
 
     def step_failed(self, plan: StepPlan) -> None:
@@ -444,7 +451,7 @@ class EngineState:
 
     def _apply_row(self, row: ScheduledRequest, result: StepResult, *, now_s: float) -> RequestOutput | None:
         request = row.request
-        end_token = row.num_computed_tokens + row.num_new_tokens
+        end_token = row.end_token
         self._tenants.charge(
             request, first_token=row.num_computed_tokens, end_token=end_token, num_sampled=int(row.samples)
         )

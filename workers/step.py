@@ -15,7 +15,17 @@ class ScheduledRequest:
     num_computed_tokens: int  # at the start of the step
     num_new_tokens: int
     page_ids: tuple[PageId, ...]  # all pages of the request, old and new, in token order; enough for the step
-    samples: bool  # the step reaches the last known token, so a new one is sampled
+    samples: bool  # the step reaches the last token, so a new one is sampled
+
+    @property
+    def end_token(self) -> int:
+        return self.num_computed_tokens + self.num_new_tokens
+
+    @property
+    def num_sampled_before(self) -> int:
+        """The number, counted from 0, of the token that the row samples within the request's output. What was sampled
+        before it may not be known here yet (`workers.look_ahead`)."""
+        return self.end_token - self.request.num_prompt_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

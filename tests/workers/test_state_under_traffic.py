@@ -121,6 +121,23 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(num_more):
             self.run_step([3, 2, 1, 3, 2])
 
+    @rule(
+        token_ids=st.lists(st.sampled_from([3, 3, 3, 3, 2, 1, 0]), min_size=5, max_size=5),
+        most=st.integers(1, 30),
+    )
+    def step_ahead(self, token_ids: list[int], most: int) -> None:
+        """Steps that are launched before the one before them is over, as long as that can be, as the loop has it."""
+        plan = self.begin_step()
+        for _ in range(most):
+            following = self.state.look_ahead(plan)
+            if following is not None:
+                self.begin(following)
+            self.end_step(plan, token_ids)
+            if following is None:
+                return
+            plan, token_ids = following, [*token_ids[1:], token_ids[0]]
+        self.end_step(plan, token_ids)
+
     @rule()
     def fail_step(self) -> None:
         """The engine breaks off somewhere, and the rows end, as the loop has it."""
@@ -249,6 +266,14 @@ class EngineMachine(RuleBasedStateMachine):
     # The engine, the puller and the client.
 
     def run_step(self, token_ids: list[int]) -> StepPlan:
+        plan = self.begin_step()
+        # While a step executes, loads may claim blocks, and fail.
+        for number, (request, region) in enumerate(self.loading):
+            self.move(request, region, (region.first_block + number) % 5)
+        self.end_step(plan, token_ids)
+        return plan
+
+    def begin_step(self) -> StepPlan:
         plan = schedule(self.state.view(), self.limits)
         num_seqs = len(plan.rows) + len(self.pulling) + len(plan.pulls)
         assert sum(row.num_new_tokens for row in plan.rows) <= self.limits.max_num_batched_tokens
@@ -260,18 +285,20 @@ class EngineMachine(RuleBasedStateMachine):
         written += [page_id for pull in plan.pulls for page_id in pull.page_ids[pull.first_block :]]
         assert len(written) == len(set(written))
         self.begin(plan)
-        # While a step executes, loads may claim blocks, and fail.
-        for number, (request, region) in enumerate(self.loading):
-            self.move(request, region, (region.first_block + number) % 5)
+        return plan
+
+    def end_step(self, plan: StepPlan, token_ids: list[int]) -> None:
         for row in plan.rows:
-            start, stop = row.num_computed_tokens, row.num_computed_tokens + row.num_new_tokens
-            self.expect_memory(row.request, row.page_ids, start)
-            self.write_memory(row.request, row.page_ids, start, stop)
+            start = row.num_computed_tokens
+            if row.request.request_id in self.live:
+                self.expect_memory(row.request, row.page_ids, start)
+                self.write_memory(row.request, row.page_ids, start, row.end_token)
+            else:  # it ended a step before, and this one had been launched
+                self.memory[row.page_ids[start // 16]][start % 16] = -1
         sampling = [row.request.request_id for row in plan.rows if row.samples]
         result = StepResult(sampled={i: SampledToken(t) for i, t in zip(sampling, token_ids, strict=False)})
         self.hear(self.state.apply(plan, result, now_s=0.0))
         self.take_runs()
-        return plan
 
     def begin(self, plan: StepPlan) -> None:
         self.state.begin(plan, now_s=0.0)

@@ -6,7 +6,7 @@ import torch
 
 from kernels.int8_linear import Int8Weights
 from workers.engine.batch import BatchBuilder
-from workers.engine.engine_parts import EngineParts, OpenedModel
+from workers.engine.engine_parts import AtOnce, EngineParts, OpenedModel
 from workers.engine.kv_pool import KvPool
 from workers.model.cpu_operations import cpu_transformer
 from workers.model.weights import load_weights
@@ -35,5 +35,5 @@ def load_cpu_parts(
             block_size_tokens=model.layout.block_size_tokens,
             max_pages_per_request=opened.max_pages_per_request,
         ),
-        sampler=opened.sampler,
+        sampler=AtOnce(opened.sampler),
     )

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from workers.engine.device_copies import to_device
+from workers.engine.latest_tokens import LatestTokens
 from workers.model.token_batch import Chunk, ChunkBounds, TokenBatch
 from workers.request import PageId
 from workers.step import ScheduledRequest
@@ -17,8 +18,17 @@ from workers.step import ScheduledRequest
 class DeviceBatchBuilder:
     """Keeps the page table on the device from step to step and sends only rows whose pages changed."""
 
-    def __init__(self, device: torch.device, *, block_size_tokens: int, max_pages_per_request: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        latest: LatestTokens,
+        *,
+        block_size_tokens: int,
+        max_pages_per_request: int,
+    ) -> None:
+        """`latest` has the tokens that are not known here when a step after theirs is built."""
         self._device = device
+        self._latest = latest
         self._block = block_size_tokens
         self._table_RL = torch.zeros(8, max_pages_per_request, dtype=torch.int32, device=device)
         self._in_table: list[tuple[PageId, ...]] = [()] * len(self._table_RL)
@@ -36,7 +46,7 @@ class DeviceBatchBuilder:
         bounds = list(accumulate((row.num_new_tokens for row in ordered), initial=0))
         chunks = range(len(singles), len(ordered))
         batch = TokenBatch(
-            token_ids_T=self._put(torch.tensor([token for row in ordered for token in _new_tokens(row)])),
+            token_ids_T=self._token_ids(ordered),
             positions_T=positions_T,
             slots_T=pages_T * self._block + positions_T % self._block,
             rows_T=rows_T,
@@ -58,6 +68,15 @@ class DeviceBatchBuilder:
             chunk_bounds=self._chunk_bounds(ordered[len(singles) :]) if chunks else None,
         )  # fmt: skip
         return batch, [row for row in ordered if row.samples]
+
+    def _token_ids(self, ordered: list[ScheduledRequest]) -> torch.Tensor:
+        token_ids_T = self._put(torch.tensor([token for row in ordered for token in _new_tokens(row)]))
+        # Each of them is one token, so its place in the step is that of its row.
+        unknown = [number for number, row in enumerate(ordered) if not _is_known(row)]
+        if unknown:
+            latest_N = self._latest.of([ordered[number].request.request_id for number in unknown])
+            token_ids_T.index_copy_(0, self._put(torch.tensor(unknown)), latest_N)
+        return token_ids_T
 
     def _chunk_bounds(self, rows: list[ScheduledRequest]) -> ChunkBounds:
         starts = list(accumulate((row.num_new_tokens for row in rows), initial=0))
@@ -84,8 +103,12 @@ class DeviceBatchBuilder:
 
 
 def _span(row: ScheduledRequest) -> tuple[int, int]:
-    return row.num_computed_tokens, row.num_computed_tokens + row.num_new_tokens
+    return row.num_computed_tokens, row.end_token
+
+
+def _is_known(row: ScheduledRequest) -> bool:
+    return row.num_computed_tokens < row.request.num_tokens
 
 
 def _new_tokens(row: ScheduledRequest) -> list[int]:
-    return row.request.token_range(*_span(row))
+    return row.request.token_range(*_span(row)) if _is_known(row) else [0]

@@ -16,9 +16,12 @@ from workers.engine.engine import Engine
 from workers.engine.engine_parts import EngineParts, Forward, OpenedModel
 from workers.engine.graph_capture import Capture, GraphCapture
 from workers.engine.largest_step import LargestStep
+from workers.engine.latest_tokens import LatestTokens
 from workers.engine.measure_memory import measure_memory
 from workers.engine.pool_size import num_pages_that_fit
 from workers.model.kv_pages import allocate_pages
+from workers.model.quantized_checkpoint import QuantizedCheckpoint
+from workers.model.stored_products import stored_product
 from workers.model.weights import ModelWeights, load_weights
 from workers.step import StepPlan
 
@@ -46,10 +49,13 @@ def load_device_model(
     opened: OpenedModel, *, device: torch.device, attention: str, on_progress: Callable[[float], None]
 ) -> DeviceModel:
     """Raises `CheckpointError`."""
-    dtype = getattr(torch, opened.info.layout.dtype)
+    checkpoint, stored = opened.checkpoint, None
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        stored = partial(stored_product, checkpoint)
     weights = load_weights(
-        opened.checkpoint, opened.config, dtype=dtype, device=device, on_progress=on_progress
-    )
+        checkpoint, opened.config, dtype=getattr(torch, opened.info.layout.dtype), device=device, stored=stored,
+        on_progress=on_progress,
+    )  # fmt: skip
     return DeviceModel(opened=opened, weights=weights, device=device, attention=attention)
 
 
@@ -70,13 +76,17 @@ def device_parts(model: DeviceModel, *, num_pages: int, captured: CapturedSizes 
             device=model.device,
         )
         forward = CapturedForward(forward, rows, capture=captured.capture)
+    latest = LatestTokens()
     return EngineParts(
         forward=forward,
         kv_pool=DeviceKvPool(info.layout, pages.pages_LP2GBC, num_pages=num_pages),
         batches=DeviceBatchBuilder(
-            model.device, block_size_tokens=block, max_pages_per_request=model.opened.max_pages_per_request
+            model.device,
+            latest,
+            block_size_tokens=block,
+            max_pages_per_request=model.opened.max_pages_per_request,
         ),
-        sampler=DeviceSampler(backend.sample, adjusting=model.opened.sampler),
+        sampler=DeviceSampler(backend.sample, latest, adjusting=model.opened.sampler),
     )
 
 

@@ -8,12 +8,14 @@ the device, or scattered from it, and staging is copied from or to page-locked m
 
 Why nobody sees half a block:
 
-- *A copy after a step.* A step is over on the device before `step` is left, and a layer's KV lies there before
+- *A copy after a step.* A step is over on the device before its result is told, and a layer's KV lies there before
   `on_layer` names it (`workers.engine.device_forward`). Who copies a page out has heard of it by one of the two, so
   what the copy stream is given afterwards finds it there, and waits for nothing of the engine's stream.
 - *A step after a copy.* `step` makes the engine's stream wait for all that the copy stream was given until then. Pages
   that a step uses were written before it was planned.
-- *A copy beside a step.* The pages of a step are written by nobody else, as on a CPU: their owner decides that.
+- *A copy beside a step.* The pages of a step are written by nobody else, as on a CPU: their owner decides that. A step
+  that was launched ahead may write to a page of a request that has ended meanwhile; nothing is copied there before that
+  step is over, too (`workers.look_ahead`).
 - *A copy after a copy.* There is one copy stream, and it runs in order. So a page is read as the last `write` left it,
   and staging is used again only when what used it before is done. The page-locked half of staging is filled and
   emptied by this machine: under a lock, and only after the copies that it was given to are done.
@@ -73,16 +75,19 @@ class DeviceKvPool:
             self._scatter(self._words_LPW, [0], staging_NX)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> Iterator[Callable[[], None]]:
         if self._device.type != "cuda":
-            yield
+            yield lambda: None
             return
         with torch.cuda.device(self._device):
-            self._copies.precede(torch.cuda.current_stream())
+            stream, over = torch.cuda.current_stream(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copies.precede(stream)
             try:
-                yield
-            finally:  # of a step that failed, too: its pages go to others
-                torch.cuda.current_stream().synchronize()
+                yield over.synchronize
+            except BaseException:
+                stream.synchronize()  # its pages go to others
+                raise
+            over.record(stream)
 
     def read(self, *, layer: int, page_ids: Sequence[int], into: memoryview) -> None:
         self._check_pages(page_ids)

@@ -11,54 +11,71 @@ import torch
 
 from workers.engine.device_copies import Launched, to_device
 from workers.engine.draws import StepDraws, draws_of
-from workers.engine.engine_parts import TokenSampler
-from workers.request import Request, RequestId
-from workers.step import SampledToken
+from workers.engine.engine_parts import Drawn, TokenSampler
+from workers.engine.latest_tokens import LatestTokens
+from workers.request import RequestId
+from workers.step import SampledToken, ScheduledRequest
 
 Draw = Callable[[torch.Tensor, StepDraws], torch.Tensor]
 
 
 class DeviceSampler:
-    def __init__(self, draw: Draw, *, adjusting: TokenSampler) -> None:
+    def __init__(self, draw: Draw, latest: LatestTokens, *, adjusting: TokenSampler) -> None:
         self._draw = draw
+        self._latest = latest
         self._adjusting = adjusting
 
-    def sample(self, requests: Sequence[Request], logits_SV: torch.Tensor) -> list[SampledToken]:
-        adjusted = [row for row, request in enumerate(requests) if needs_logits(request)]
+    def draw(self, rows: Sequence[ScheduledRequest], logits_SV: torch.Tensor) -> Drawn:
+        """Waits for the device only where a row asks for more than a draw."""
+        adjusted = [place for place, row in enumerate(rows) if needs_logits(row)]
         if not adjusted:
-            return self._drawn(requests, logits_SV)
-        drawn = [row for row in range(len(requests)) if row not in set(adjusted)]
-        logits_of_adjusted = logits_SV[to_device(torch.tensor(adjusted), logits_SV.device)]
-        tokens: dict[int, SampledToken] = {}
-        if drawn:
-            logits_of_drawn = logits_SV[to_device(torch.tensor(drawn), logits_SV.device)]
-            sampled = self._drawn([requests[row] for row in drawn], logits_of_drawn)
-            tokens.update(zip(drawn, sampled, strict=True))
-        sampled = self._adjusting.sample([requests[row] for row in adjusted], logits_of_adjusted.cpu())
-        tokens.update(zip(adjusted, sampled, strict=True))
-        return [tokens[row] for row in range(len(requests))]
+            return self._launch(rows, logits_SV)
+        plain = [place for place in range(len(rows)) if place not in set(adjusted)]
+        drawn = self._launch([rows[place] for place in plain], _rows(logits_SV, plain)) if plain else list
+        requests = [rows[place].request for place in adjusted]
+        tokens = dict(
+            zip(adjusted, self._adjusting.sample(requests, _rows(logits_SV, adjusted).cpu()), strict=True)
+        )
+
+        def all_tokens() -> list[SampledToken]:
+            tokens.update(zip(plain, drawn(), strict=True))
+            return [tokens[place] for place in range(len(rows))]
+
+        return all_tokens
+
+    def can_draw_ahead(self, rows: Sequence[ScheduledRequest]) -> bool:
+        return not any(needs_logits(row) or row.request.sampling.stop_strings for row in rows)
 
     def forget(self, request_id: RequestId) -> None:
         self._adjusting.forget(request_id)
 
-    def _drawn(self, requests: Sequence[Request], logits_SV: torch.Tensor) -> list[SampledToken]:
-        if all(request.sampling.temperature == 0 for request in requests):
-            return [SampledToken(token_id) for token_id in Launched(logits_SV.argmax(-1)).token_ids()]
-        draws = draws_of([(request.sampling, len(request.output_token_ids)) for request in requests])
+    def _launch(self, rows: Sequence[ScheduledRequest], logits_SV: torch.Tensor) -> Drawn:
+        token_S = self._drawn(rows, logits_SV)
+        self._latest.put([row.request.request_id for row in rows], token_S)
+        launched = Launched(token_S)
+        return lambda: [SampledToken(token_id) for token_id in launched.token_ids()]
+
+    def _drawn(self, rows: Sequence[ScheduledRequest], logits_SV: torch.Tensor) -> torch.Tensor:
+        if all(row.request.sampling.temperature == 0 for row in rows):
+            return logits_SV.argmax(-1)
+        draws = draws_of([(row.request.sampling, row.num_sampled_before) for row in rows])
         on_device = {
             field.name: to_device(getattr(draws, field.name), logits_SV.device) for field in fields(draws)
         }
-        tokens = Launched(self._draw(logits_SV, StepDraws(**on_device)))
-        return [SampledToken(token_id) for token_id in tokens.token_ids()]
+        return self._draw(logits_SV, StepDraws(**on_device))
 
 
-def needs_logits(request: Request) -> bool:
+def needs_logits(row: ScheduledRequest) -> bool:
     """Whether a row asks for more than a draw."""
-    sampling = request.sampling
+    sampling = row.request.sampling
     penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
     return (
         bool(sampling.logit_bias)
-        or len(request.output_token_ids) < sampling.min_tokens
+        or row.num_sampled_before < sampling.min_tokens
         or penalties != (1.0, 0.0, 0.0)
         or sampling.num_logprobs is not None
     )
+
+
+def _rows(logits_SV: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    return logits_SV[to_device(torch.tensor(places), logits_SV.device)]

@@ -1,27 +1,32 @@
 """Executes step plans: batch, model, sampling. Composed here; decides nothing and remembers no request's progress."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from workers.compute_device import ComputeDevice
-from workers.engine.engine_parts import EngineParts, OpenedModel
+from workers.engine.engine_parts import Drawn, EngineParts, OpenedModel
 from workers.engine.find_device import find_device
 from workers.engine.largest_step import LargestStep
 from workers.model.config import load_config
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.quantized_checkpoint import open_checkpoint
 from workers.request import RequestId
-from workers.step import StepPlan, StepResult
+from workers.step import ScheduledRequest, StepPlan, StepResult
+
+if TYPE_CHECKING:  # a bare GPU machine has no tokenizers
+    from workers.engine.stop_strings import StopStrings
 
 _CPU = ComputeDevice()
 _CPU_POOL_BYTES = 512 << 20
 
 
 class Engine:
-    """One model on one device. Every method is called from one thread at a time."""
+    """One model on one device. Steps are launched and read by one thread; `forget` comes from any, but never while a
+    step is launched that samples for this request."""
 
     def __init__(self, opened: OpenedModel, parts: EngineParts) -> None:
         self.model = opened.info
@@ -29,33 +34,55 @@ class Engine:
         self._parts = parts
         self._stop_strings = opened.stop_strings
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Computes the rows of `plan`, all in one batch; `on_layer(l)` follows the last KV write of layer l."""
-        if not plan.rows:
-            return StepResult(sampled={})
-        with self.kv_pool.step():
-            return self._execute(plan, on_layer)
+        return self.launch(plan, on_layer=on_layer).result() if plan.rows else StepResult(sampled={})
 
-    def _execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> StepResult:
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, *, on_layer: Callable[[int], None] | None = None) -> "LaunchedStep":
+        """As `execute`, but a device may still compute when this returns."""
         parts = self._parts
-        batch, sampling = parts.batches.build(plan.rows)
-        logits_SV = parts.forward(batch, on_layer=on_layer)
-        if not sampling:
-            return StepResult(sampled={})
-        requests = [row.request for row in sampling]
-        sampled = {}
-        for request, token in zip(requests, parts.sampler.sample(requests, logits_SV), strict=True):
-            if request.sampling.stop_strings:
-                stop_string = self._stop_strings.find(request, token.token_id)
-                token = replace(token, stop_string=stop_string)
-            sampled[request.request_id] = token
-        return StepResult(sampled=sampled)
+        with self.kv_pool.step() as wait:
+            batch, sampling = parts.batches.build(plan.rows)
+            logits_SV = parts.forward(batch, on_layer=on_layer)
+            drawn: Drawn = parts.sampler.draw(sampling, logits_SV) if sampling else list
+        return LaunchedStep(sampling, drawn, wait=wait, stop_strings=self._stop_strings)
+
+    def can_launch_after(self, plan: StepPlan) -> bool:
+        """Whether the next step, with tokens that this one samples, can be launched before its result is known."""
+        return self._parts.sampler.can_draw_ahead(plan.rows)
 
     def forget(self, request_id: RequestId) -> None:
         """Drops what sampling keeps of a request. Called between steps, when the request leaves the worker."""
         self._parts.sampler.forget(request_id)
         self._stop_strings.forget(request_id)
+
+
+class LaunchedStep:
+    def __init__(
+        self,
+        sampling: Sequence[ScheduledRequest],
+        drawn: Drawn,
+        *,
+        wait: Callable[[], None],
+        stop_strings: "StopStrings",
+    ) -> None:
+        self._sampling = sampling
+        self._drawn = drawn
+        self._wait = wait
+        self._stop_strings = stop_strings
+
+    def result(self) -> StepResult:
+        """Waits until the step is over. Called once, in the order of the steps, by the thread that launches them."""
+        self._wait()
+        sampled = {}
+        for row, token in zip(self._sampling, self._drawn(), strict=True):
+            request = row.request
+            if request.sampling.stop_strings:
+                stop_string = self._stop_strings.find(request, token.token_id)
+                token = replace(token, stop_string=stop_string)
+            sampled[request.request_id] = token
+        return StepResult(sampled=sampled)
 
 
 def load_engine(

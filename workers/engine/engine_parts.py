@@ -46,12 +46,49 @@ class TokenSampler(Protocol):
         ...
 
 
+Drawn = Callable[[], list[SampledToken]]
+
+
+class RowSampler(Protocol):
+    """Called from one thread at a time."""
+
+    def draw(self, rows: Sequence[ScheduledRequest], logits_SV: torch.Tensor, /) -> Drawn:
+        """A token for every row; what is returned waits for them. Row i of the logits predicts the token that `rows[i]`
+        samples."""
+        ...
+
+    def can_draw_ahead(self, rows: Sequence[ScheduledRequest], /) -> bool:
+        """Whether the step after that of these rows can be launched before their tokens are known."""
+        ...
+
+    def forget(self, request_id: RequestId) -> None:
+        """Drops what is cached of a request; without effect if nothing is."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AtOnce:
+    """Draws what a CPU has computed: all is known when `draw` returns."""
+
+    sampler: TokenSampler
+
+    def draw(self, rows: Sequence[ScheduledRequest], logits_SV: torch.Tensor) -> Drawn:
+        tokens = self.sampler.sample([row.request for row in rows], logits_SV)
+        return lambda: tokens
+
+    def can_draw_ahead(self, rows: Sequence[ScheduledRequest]) -> bool:
+        return False
+
+    def forget(self, request_id: RequestId) -> None:
+        self.sampler.forget(request_id)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineParts:
     forward: Forward
     kv_pool: KvMemory
     batches: Batches
-    sampler: TokenSampler
+    sampler: RowSampler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,6 +55,7 @@ class KvMemory(Protocol):
         """
         ...
 
-    def step(self) -> AbstractContextManager[None]:
-        """A step computes within: it finds what was written before, and is over on the device when this is left."""
+    def step(self) -> AbstractContextManager[Callable[[], None]]:
+        """A step is launched within, and finds what was written before. Afterwards, what this gives waits until the
+        step is over on the device. One that is broken off is over when this is left."""
         ...

@@ -8,7 +8,7 @@ copy; a slot holds all layers of a block one after the other.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +72,8 @@ class KvPool:
         """Straight into the pages, in which the codec writes as in an arena."""
         decode(self.blocks_PLX, self._checked(page_ids).tolist())
 
-    def step(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def step(self) -> AbstractContextManager[Callable[[], None]]:
+        return nullcontext(lambda: None)
 
     def _as_slots(
         self, arena_SX: Arena, slots: Sequence[int], num_blocks: int

@@ -1,0 +1,132 @@
+"""What is decided about a step whose predecessor is still under way."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.workers.stepping import EOS, LIMITS, SOURCE, new_request, new_state, step
+from workers.request import FinishReason, Purpose, Request, SamplingParams
+from workers.scheduler import schedule
+from workers.state import EngineState
+from workers.step import SampledToken, StepPlan, StepResult
+
+
+def begun(state: EngineState, *requests: Request) -> StepPlan:
+    """The plan of the step that begins now."""
+    for request in requests:
+        state.add(request, now_s=0.0)
+    plan = schedule(state.view(), LIMITS)
+    state.begin(plan, now_s=0.0)
+    return plan
+
+
+def result(plan: StepPlan, token_ids: Sequence[int]) -> StepResult:
+    return StepResult(
+        sampled={
+            row.request.request_id: SampledToken(token_id)
+            for row, token_id in zip(plan.rows, token_ids, strict=True)
+        }
+    )
+
+
+def test_every_request_gets_one_more_token_behind_the_one_that_nobody_knows_yet() -> None:
+    state = new_state()
+    plan = begun(state, new_request("a"), new_request("b", prompt=range(1, 21)))
+    following = state.look_ahead(plan)
+    assert following is not None
+    assert [(row.num_computed_tokens, row.num_new_tokens, row.samples) for row in following.rows] == [
+        (3, 1, True),
+        (20, 1, True),
+    ]
+    assert [row.num_sampled_before for row in following.rows] == [1, 1]
+
+
+def test_a_request_at_the_end_of_its_pages_gets_a_free_one() -> None:
+    state = new_state(num_pages=3)
+    plan = begun(state, new_request("a", prompt=range(1, 17)))
+    following = state.look_ahead(plan)
+    assert following is not None
+    assert following.rows[0].page_ids[:1] == plan.rows[0].page_ids
+    assert len(set(following.rows[0].page_ids)) == 2
+
+
+def test_without_a_free_page_for_each_that_needs_one_nothing_is_looked_ahead() -> None:
+    for num_pages, is_enough in ((3, False), (4, True)):
+        state = new_state(num_pages=num_pages)
+        plan = begun(state, *(new_request(name, prompt=[number] * 16) for number, name in enumerate("ab", 1)))
+        assert len(plan.rows) == 2
+        assert (state.look_ahead(plan) is not None) == is_enough
+
+
+def test_one_that_has_all_its_tokens_with_this_step_has_no_row_in_the_next() -> None:
+    state = new_state()
+    last = new_request("last", sampling=SamplingParams(max_tokens=1))
+    plan = begun(state, last, new_request("other"))
+    following = state.look_ahead(plan)
+    assert following is not None
+    assert [row.request.request_id for row in following.rows] == ["other"]
+
+
+def test_a_step_in_which_all_end_is_followed_by_nothing() -> None:
+    state = new_state()
+    assert state.look_ahead(begun(state, new_request(sampling=SamplingParams(max_tokens=1)))) is None
+    short = new_state(max_model_len=4)
+    assert short.look_ahead(begun(short, new_request())) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        new_request("for another worker", purpose=Purpose.PREFILL_ONLY),
+        new_request("prompt that takes several steps", prompt=range(1, 100)),
+        new_request("pulls", prompt=range(1, 40), kv_source=SOURCE),
+    ],
+    ids=lambda request: request.request_id,
+)
+def test_beside_anything_but_decoding_nothing_is_looked_ahead(other: Request) -> None:
+    state = new_state()
+    assert state.look_ahead(begun(state, new_request(), other)) is None
+
+
+def test_while_somebody_waits_or_moves_nothing_is_looked_ahead() -> None:
+    state = new_state()
+    running = new_request("running")
+    plan = begun(state, running)
+    state.add(new_request("waits"), now_s=0.0)
+    assert state.look_ahead(plan) is None
+    moving = new_state()
+    plan = begun(moving, new_request("moves", prompt=range(1, 40)))
+    moving.apply(plan, result(plan, [1]), now_s=0.0)
+    assert moving.open_move(plan.rows[0].request.request_id, num_pages=10)
+    plan = begun(moving)
+    assert moving.look_ahead(plan) is None
+
+
+def test_what_a_step_gives_for_a_request_that_ended_with_the_one_before_is_dropped() -> None:
+    state = new_state()
+    plan = begun(state, new_request("ends"), new_request("goes-on"))
+    following = state.look_ahead(plan)
+    assert following is not None
+    state.begin(following, now_s=0.0)
+    first = state.apply(plan, result(plan, [EOS, 7]), now_s=0.0)
+    assert [output.finish_reason for output in first] == [FinishReason.STOP, None]
+    # Its id may be in use again by then.
+    state.add(new_request("ends"), now_s=0.0)
+    second = state.apply(following, result(following, [8, 9]), now_s=0.0)
+    assert [(output.request_id, output.token_ids) for output in second] == [("goes-on", (9,))]
+    state.check()
+    assert state.num_requests == 2
+
+
+def test_a_step_that_failed_leaves_its_rows_where_the_one_before_took_them() -> None:
+    state = new_state()
+    request = new_request()
+    plan = begun(state, request)
+    following = state.look_ahead(plan)
+    assert following is not None
+    state.begin(following, now_s=0.0)
+    state.apply(plan, result(plan, [7]), now_s=0.0)
+    state.step_failed(following)
+    state.check()
+    assert (request.num_computed_tokens, request.num_scheduled_tokens) == (3, 3)
+    assert [output.token_ids for output in step(state, 5)] == [(5,)]
