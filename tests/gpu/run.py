@@ -2,7 +2,7 @@
 
     python3 tests/gpu/run.py              on the GPU there is; else interpreted by Triton on the CPU
     python3 tests/gpu/run.py --compile    compiled for Hopper, where no GPU is needed
-    python3 tests/gpu/run.py --engine     not the kernels one by one, but the offline engine on small models
+    python3 tests/gpu/run.py --engine     not the kernels one by one, but the engines on small models
     ... run.py WORD                       only what has WORD in its name
     PENSTOCK_SEED=7 ... run.py            with the inputs of an earlier run, whose seed it printed
 
