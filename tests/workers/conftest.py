@@ -102,7 +102,7 @@ async def start_worker(checkpoint: Path) -> AsyncIterator[StartWorker]:
                 "model_name": "tiny", "num_pages": 64, "max_num_seqs": 16, "max_num_batched_tokens": 64,
             }  # fmt: skip
             config = WorkerConfig(**(defaults | settings))
-            engine = load_engine(model_path=checkpoint, num_pages=config.num_pages)
+            engine = load_engine(model_path=checkpoint, num_pages=config.num_pages, compute=config.compute)
             worker, stop, drain = Worker(config, engine), asyncio.Event(), Drain(timeout_s=TIMEOUT_S)
             ready: asyncio.Future[Identity] = asyncio.get_running_loop().create_future()
             task = asyncio.create_task(worker.serve(stop=stop, drain=drain, on_ready=ready.set_result))

@@ -5,6 +5,7 @@ that a pool's copies give the bytes of the CPU's in test_device_kv_pool.py. Here
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from noise import FAMILIES, Noise, make_model
 
 from workers.engine.device_engine import DeviceModel, device_parts, make_engine
 from workers.engine.device_kv_pool import DeviceKvPool
-from workers.engine.engine import Engine
+from workers.engine.engine import Engine, LaunchedStep
 from workers.engine.engine_parts import OpenedModel
 from workers.engine.largest_step import LargestStep
 from workers.model.info import ModelInfo, kv_layout
@@ -107,6 +108,45 @@ def check_answers_of_every_family_are_the_formulas() -> None:
             )
             got = answers(plain_engine(family, device=DEVICE, attention="triton"), temperature=temperature)
             assert got == expected, (family, temperature)
+
+
+def check_steps_launched_before_the_one_before_is_read_say_the_same() -> None:
+    if IS_INTERPRETED:  # nothing runs late there
+        return
+    model = served("llama_bias", device=DEVICE, attention="triton")
+    largest = LargestStep(max_num_seqs=16, max_num_batched_tokens=256)
+    for engine in (
+        Engine(model.opened, device_parts(model, num_pages=NUM_PAGES)),
+        make_engine(model, num_pages=NUM_PAGES, largest=largest),  # with captured steps
+    ):
+        for temperature in (0.0, 0.8):
+            expected = answers(engine, temperature=temperature)
+            assert answers_ahead(engine, temperature=temperature) == expected, temperature
+
+
+def answers_ahead(engine: Engine, *, temperature: float) -> list[list[int]]:
+    """As `answers`, but of two decode steps the second is launched before the first is read."""
+    requests = new_requests(temperature)
+    advance(engine, requests, most=20)
+    while any(request.num_tokens - request.num_computed_tokens > 1 for request in requests):
+        advance(engine, requests)
+    launched: deque[LaunchedStep] = deque()
+    while launched or len(requests[0].output_token_ids) < NUM_STEPS + 1:
+        rows = tuple(
+            ScheduledRequest(
+                request=request, num_computed_tokens=request.num_tokens - 1 + len(launched), num_new_tokens=1,
+                page_ids=pages_of(number), samples=True,
+            )
+            for number, request in enumerate(requests)
+        )  # fmt: skip
+        if len(requests[0].output_token_ids) + len(launched) < NUM_STEPS + 1:
+            launched.append(engine.launch(StepPlan(rows=rows)))
+            if len(launched) == 1:
+                continue
+        sampled = launched.popleft().result().sampled
+        for request in requests:
+            request.output_token_ids.append(sampled[request.request_id].token_id)
+    return [request.output_token_ids for request in requests]
 
 
 def check_a_prompt_handed_over_layer_by_layer_goes_on_there() -> None:

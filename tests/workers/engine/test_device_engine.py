@@ -1,5 +1,6 @@
 """The engine on a device, which is the CPU here, with the formulas of a GPU's kernels: it says what the CPU's says."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from workers.compute_device import ATTENTIONS, ComputeDevice
 from workers.engine.backends import BACKENDS
 from workers.engine.device_engine import CapturedSizes, device_parts, load_device_model
 from workers.engine.device_kv_pool import DeviceKvPool
-from workers.engine.engine import Engine, load_engine
+from workers.engine.engine import Engine, LaunchedStep, load_engine
 from workers.engine.engine_parts import OpenedModel
 from workers.engine.graph_capture import Run
 from workers.engine.largest_step import LargestStep
@@ -93,6 +94,56 @@ def test_tokens_are_those_of_the_cpu(engines: tuple[Engine, Engine], sampling: d
     expected = answers(cpu, new_requests(**sampling))
     assert answers(device, new_requests(**sampling)) == expected
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_steps_launched_before_the_one_before_is_read_say_the_same(
+    engines: tuple[Engine, Engine], temperature: float
+) -> None:
+    cpu, device = engines
+    expected = answers(cpu, new_requests(temperature=temperature), num_steps=12)
+    requests = new_requests(temperature=temperature)
+    advance(device, requests, most=11)
+    advance(device, requests)  # all of the last prompt but a few tokens
+    advance(device, requests)
+    advance(device, requests)
+    launched: deque[LaunchedStep] = deque()
+    for number in range(9):
+        plan = StepPlan(
+            rows=tuple(
+                ScheduledRequest(
+                    request=request, num_computed_tokens=request.num_tokens - 1 + len(launched), num_new_tokens=1,
+                    page_ids=tuple(PageId(31 - 8 * place - page) for page in range(8)), samples=True,
+                )
+                for place, request in reversed(list(enumerate(requests)))
+            )
+        )  # fmt: skip
+        assert device.can_launch_after(plan)
+        launched.append(device.launch(plan))
+        while launched and (len(launched) == 2 or number == 8):
+            sampled = launched.popleft().result().sampled
+            for request in requests:
+                request.output_token_ids.append(sampled[request.request_id].token_id)
+    assert [request.output_token_ids for request in requests] == expected
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"num_logprobs": 1}, {"presence_penalty": 0.5}, {"min_tokens": 3}, {"logit_bias": ((7, 1.0),)},
+     {"stop_strings": ("a",)}],
+    ids=str,
+)  # fmt: skip
+def test_what_needs_the_last_token_here_is_not_launched_ahead(
+    engines: tuple[Engine, Engine], sampling: dict[str, Any]
+) -> None:
+    cpu, device = engines
+    for given, expected in (({}, True), (sampling, False)):
+        row = ScheduledRequest(
+            request=new_requests(**given)[0], num_computed_tokens=0, num_new_tokens=5, page_ids=(PageId(0),),
+            samples=True,
+        )  # fmt: skip
+        assert device.can_launch_after(StepPlan(rows=(row,))) == expected
+        assert not cpu.can_launch_after(StepPlan(rows=(row,)))
 
 
 def test_rows_that_ask_for_more_than_a_draw_leave_the_others_alone(engines: tuple[Engine, Engine]) -> None:
