@@ -18,16 +18,8 @@ from workers.errors import CheckpointError
 from workers.model.checkpoint import Checkpoint
 from workers.model.stored_quantization import StoredQuantization
 
-_AWQ_OUTPUTS = (
-    0,
-    2,
-    4,
-    6,
-    1,
-    3,
-    5,
-    7,
-)  # the output of a word's numbers, counted from the word's first output
+# The output of each of a word's numbers, counted from the first output of the word.
+_AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACES = [_AWQ_OUTPUTS.index(output) for output in range(8)]
 
 

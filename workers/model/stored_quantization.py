@@ -36,7 +36,7 @@ def parse_stored_quantization(raw: Mapping[str, Any]) -> StoredQuantization | No
     if not isinstance(given, dict):
         raise CheckpointError(f"config.json: quantization_config must be an object, got {given!r}")
     method = given.get("quant_method")
-    if method not in _FORMATS:
+    if method not in tuple(_FORMATS):  # compared, not hashed: it may be anything that JSON has
         raise CheckpointError(
             f"unsupported quant_method {method!r} in config.json; supported: awq, gptq, and whole weights"
         )
@@ -60,7 +60,10 @@ def _refuse(given: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"unsupported {name} {given[name]!r} in quantization_config; supported: {supported[0]!r}"
             )
-    for pattern, changes in (given.get("dynamic") or {}).items():
+    dynamic = given.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise CheckpointError(f"quantization_config: dynamic must be an object, got {dynamic!r}")
+    for pattern, changes in dynamic.items():
         if changes and not pattern.startswith("-:"):
             raise CheckpointError(
                 f"unsupported dynamic {pattern!r} in quantization_config: {changes!r}; supported: layers left"

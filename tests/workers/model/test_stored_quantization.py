@@ -59,6 +59,7 @@ def test_layers_may_be_left_whole_by_rule() -> None:
             "unsupported quant_method None in config.json; supported: awq, gptq, and whole weights",
         ),
         ({"quant_method": "bitsandbytes"}, "unsupported quant_method 'bitsandbytes'"),
+        ({"quant_method": ["awq"]}, r"unsupported quant_method \['awq'\]"),
         (AWQ | {"bits": 3}, "unsupported bits 3 of awq in quantization_config; supported: 4"),
         (AWQ | {"version": "gemv"}, "unsupported format gemv of awq .*; supported: one of gemm"),
         (AWQ | {"backend": "llm-awq"}, "unsupported format gemm, llm-awq of awq"),
@@ -78,6 +79,7 @@ def test_layers_may_be_left_whole_by_rule() -> None:
         (GPTQ | {"adapter": {"rank": 8}}, "unsupported adapter {'rank': 8} .*; supported: None"),
         (GPTQ | {"rotation": "hadamard"}, "unsupported rotation 'hadamard'"),
         (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, r"unsupported dynamic .* {'bits': 8}; .* alike"),
+        (GPTQ | {"dynamic": ["-:.*down.*"]}, r"dynamic must be an object, got \['-:"),
         (GPTQ | {"group_size": 0}, "group_size must be a number of inputs, or -1 for all, got 0"),
         (GPTQ | {"group_size": "128"}, "group_size must be .*, got '128'"),
         (
