@@ -104,7 +104,9 @@ class Residency:
         at_s = self._tick(now_s)
         # Before the index knows of slots that nothing is known of yet.
         parent = self._slot_of(continued_by(run))
+        num_left = len(self._reserved) - len(slots)
         self._reserved.difference_update(slots)
+        assert len(self._reserved) == num_left, "a slot is committed to that is not reserved"
         is_new = self._index.put_each(run.keys, slots)
         for start, stop in stretches(is_new):
             if start:

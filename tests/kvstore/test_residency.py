@@ -120,6 +120,15 @@ def test_reserved_slots_hold_nothing_and_can_be_given_back() -> None:
     tier.check()
 
 
+def test_nothing_is_committed_to_a_slot_that_is_not_reserved() -> None:
+    tier = Residency(2, policy="lru")
+    keep(tier, run_of("a"), now_s=0.0)
+    taken = tier.get(key_of("a"))
+    assert taken is not None
+    with pytest.raises(AssertionError, match="not reserved"):
+        tier.commit([taken], run=run_of("b"), now_s=1.0)
+
+
 def test_the_second_of_two_writers_of_a_block_loses_quietly() -> None:
     tier = Residency(2, policy="lru")
     run = run_of("a")
@@ -191,6 +200,7 @@ def test_a_peer_that_lies_about_a_root_breaks_nothing() -> None:
         [run_of("a", after="b", first_position=5), run_of("b", after="a", first_position=5)],
         [run_of("a", after="b", first_position=1), run_of("b", after="a", first_position=2)],
         [run_of("c", "a", after="b", first_position=3), run_of("a", "b", "c")],
+        [run_of("a", after="b", first_position=6), run_of("a", "b", after="z", first_position=4)],
     ],
 )
 def test_a_peer_that_lies_about_what_continues_what_makes_no_block_stay_for_ever(
@@ -213,6 +223,30 @@ def test_a_run_that_claims_to_continue_its_own_end_can_leave_whatever_its_slots_
     tier.remove(run_of("x", "y").keys)
     keep(tier, run_of("a", "b", after="b", first_position=first_position), now_s=1.0)
     assert len(keep(tier, run_of("new", "er"), now_s=2.0)) == 2
+
+
+def test_what_comes_with_blocks_that_are_held_already_continues_those() -> None:
+    tier = Residency(6, policy="lru")
+    chain = run_of("a", "b", "c", "d", "e")
+    keep(tier, run_of("a", "b"), now_s=0.0)
+    keep(tier, run_of("d", after="c", first_position=3), now_s=0.0)
+    tier.remove([key_of("a")])
+    slots, _ = tier.reserve(4, now_s=1.0)
+    assert tier.commit(slots, run=chain.part(0, 4), now_s=1.0) == [True, False, True, False]
+    tier.check()
+    slots, _ = tier.reserve(2, now_s=2.0)
+    assert tier.commit(slots, run=chain.part(3, 5), now_s=2.0) == [False, True]
+    tier.check()
+    assert tier.run(chain.keys) == chain
+
+
+def test_a_block_that_comes_back_was_of_use_to_nobody_yet() -> None:
+    tier = Residency(1, policy="lru")
+    keep(tier, run_of("a"), now_s=0.0)
+    tier.touch([key_of("a")], now_s=1.0)
+    tier.remove([key_of("a")])
+    keep(tier, run_of("a"), now_s=2.0)
+    assert [prefix.num_hits for prefix in tier.prefixes(1, now_s=3.0)] == [0]
 
 
 def test_a_run_that_names_a_block_twice_holds_it_once() -> None:
@@ -306,8 +340,19 @@ class Books(RuleBasedStateMachine):
     @rule(name=st.text("ab", min_size=1, max_size=4), root=st.sampled_from(ROOTS), data=st.data())
     def commit(self, name: str, root: BlockKey, data: st.DataObject) -> None:
         run = self.chain(name, root)
-        part = run.part(data.draw(st.integers(0, len(name) - 1)), len(name))
-        part = part.part(0, min(len(part.keys), len(self.reserved)))
+        self.put(run.part(data.draw(st.integers(0, len(name) - 1)), len(name)))
+
+    @rule(name=st.text("ab", min_size=1, max_size=4), root=st.sampled_from(ROOTS))
+    def keep(self, name: str, root: BlockKey) -> None:
+        """A chain from its beginning, which is often held."""
+        slots, dropped = self.tier.reserve(len(name), now_s=self.now_s)
+        self.left(dropped)
+        self.reserved += slots
+        if self.reserved:
+            self.put(self.chain(name, root))
+
+    def put(self, run: BlockRun) -> None:
+        part = run.part(0, min(len(run.keys), len(self.reserved)))
         slots = [self.reserved.pop() for _ in part.keys]
         is_new = self.tier.commit(slots, run=part, now_s=self.now_s)
         for slot, key, is_held in zip(slots, part.keys, is_new, strict=True):
