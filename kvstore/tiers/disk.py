@@ -284,5 +284,6 @@ class DiskTier:
         for block in blocks:
             if block.shape != shape or block.strides != (1,):
                 raise ValueError(
-                    f"a block is one row of {self._block_bytes} bytes, got {block.shape} of {block.dtype}"
+                    f"a block is one row of {self._block_bytes} bytes, one behind the other, got {block.shape} of"
+                    f" {block.dtype}, {block.strides} bytes apart"
                 )

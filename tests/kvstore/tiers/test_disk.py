@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,12 +85,32 @@ def test_two_threads_write_the_same_chains_once(disk: "Disk") -> None:
     assert [disk.read(tier, chain) for chain in chains] == [4] * 8
 
 
+def test_a_run_that_names_a_block_twice_is_kept_once_wherever_it_moves(disk: "Disk") -> None:
+    capacity_bytes = 1024 * disk.settings.block_bytes  # all lies in one segment
+    tier = disk.open(capacity_bytes=capacity_bytes)
+    chain, other = disk.chain(2), disk.chain(1, salt="other")
+    run = replace(chain.run, keys=(*chain.run.keys, chain.run.keys[0]))
+    disk.write(tier, other)
+    tier.write(run, [*chain.blocks, chain.blocks[0]])
+    tier.check()
+    tier.drop(other.run.root)
+    tier.erase_dropped()
+    tier.check()
+    assert disk.read(tier, chain) == tier.stats().num_blocks == 2
+    tier.close()
+    tier = disk.open(capacity_bytes=capacity_bytes)
+    tier.check()
+    assert disk.read(tier, chain) == tier.stats().num_blocks == 2
+
+
 def test_what_is_no_block_is_refused(disk: "Disk") -> None:
     tier, chain = disk.open(), disk.chain(2)
     with pytest.raises(ValueError, match="2 blocks comes with as many, got 1"):
         tier.write(chain.run, [chain.blocks[0]])
     with pytest.raises(ValueError, match="4096 bytes"):
         tier.write(chain.run, [chain.blocks[0, :-1], chain.blocks[1]])
+    with pytest.raises(ValueError, match=r"got \(4096,\) of uint8, \(2,\) bytes apart"):
+        tier.write(chain.run, list(chain.blocks.repeat(2, axis=1)[:, ::2]))
     assert tier.stats().num_errors == 0
 
 

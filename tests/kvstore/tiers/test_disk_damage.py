@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blocks import BlockKey, root_key
-from kvstore.tiers import placed
+from kvstore.tiers import disk_writer, placed
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_settings import DiskSettings
 from kvstore.tiers.record import header_bytes
@@ -47,6 +47,21 @@ def test_a_flipped_bit_ends_a_run_and_costs_one_block(disk: "Disk", key: bytes |
     assert disk.read(tier, chain) == 3
     tier.close()
     assert disk.read(disk.open(key=key, capacity_bytes=capacity_bytes), chain) == 3
+
+
+def test_a_sealed_block_that_was_changed_along_with_its_checksum_does_not_open(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checksums have no secret: whoever changes a block can make the one that fits."""
+    for module in (disk_writer, placed):
+        monkeypatch.setattr(module, "block_checksums", lambda keys, stored: (0,) * len(keys))
+    tier = disk.open(key=bytes(32), capacity_bytes=1024 * disk.settings.block_bytes)
+    chain = disk.chain(3)
+    disk.write(tier, chain)
+    (path,) = disk.segments()
+    flip(path, path.stat().st_size - disk.settings.block_bytes - 300)  # in the second of three
+    assert disk.read(tier, chain) == 1
+    assert [number for number, key in enumerate(chain.run.keys) if key not in tier] == [1]
 
 
 def test_all_damage_in_what_is_read_is_found_at_once(disk: "Disk") -> None:

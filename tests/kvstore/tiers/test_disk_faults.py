@@ -211,6 +211,24 @@ def test_a_disk_that_cannot_be_read_is_not_asked_again_and_again_for_what_should
     assert tier.stats().num_blocks == 0
 
 
+@pytest.mark.parametrize("most_bytes", [1000, 4096, 5000])
+def test_a_disk_that_takes_a_part_of_what_it_is_given_is_given_the_rest(
+    disk: "Disk", monkeypatch: pytest.MonkeyPatch, most_bytes: int
+) -> None:
+    capacity_bytes = 1024 * disk.settings.block_bytes  # one record has all of them
+    tier, chain = disk.open(capacity_bytes=capacity_bytes), disk.chain(3)
+
+    def short(fd: int, buffers: list[bytes], offset: int) -> int:
+        return os.pwrite(fd, b"".join(buffers)[:most_bytes], offset)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(os, "pwritev", short)
+        disk.write(tier, chain)
+    assert disk.read(tier, chain) == 3
+    tier.close()
+    assert disk.read(disk.open(capacity_bytes=capacity_bytes), chain) == 3
+
+
 def test_a_header_that_does_not_fit_the_disk_is_no_damage_later(
     disk: "Disk", monkeypatch: pytest.MonkeyPatch
 ) -> None:
