@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from heapq import heappop, heappush
 
 from kvstore.placement import Policy, cost_class, retention_value
@@ -9,6 +10,8 @@ from kvstore.placement import Policy, cost_class, retention_value
 _LAST_POSITION = 2**32 - 1
 _SLOT_BITS = 32
 _TIME_SHIFT = 64
+# As many as the longest chains of today have blocks: 131,072 tokens. What is behind them is found anew, 0.6 us each.
+_NUM_KNOWN_CLASSES = 8192
 
 
 class EvictionOrder:
@@ -20,8 +23,11 @@ class EvictionOrder:
     """
 
     def __init__(self, num_slots: int, *, policy: Policy, block_size_tokens: int) -> None:
-        self._policy = policy
-        self._block_size_tokens = block_size_tokens
+        # Found when it is wanted, as most blocks are continued by others and not queued for long; then kept, as a drop
+        # or a wave of evictions queues every block.
+        self._class_at = lru_cache(_NUM_KNOWN_CLASSES)(
+            lambda position: cost_class(policy(position * block_size_tokens))
+        )
         self._queues: dict[int, list[int]] = {}
         self._last_used_s = array("d", [0.0]) * num_slots
         self._last_used_bits = memoryview(self._last_used_s).cast("B").cast("q")
@@ -95,8 +101,7 @@ class EvictionOrder:
                 self.queue(slot)
 
     def _class_of(self, slot: int) -> int:
-        """Found when it is wanted: most blocks are continued by others and are not queued for long."""
-        return cost_class(self._policy(self._positions[slot] * self._block_size_tokens))
+        return self._class_at(self._positions[slot])
 
     def _entry(self, slot: int) -> int:
         after_position = _LAST_POSITION - self._positions[slot]
