@@ -87,14 +87,17 @@ class Residency:
     ) -> tuple[list[int], list[BlockKey]]:
         """Slots, and the keys that were dropped for them; fewer slots than wanted if the rest is in use. The block
         `beside`, which what they are for continues, stays."""
-        dropped: list[BlockKey] = []
-        if len(self._free) < num_slots:
-            pinned = [] if beside is None else self.pin([beside])
-            dropped = self._evict(num_slots - len(self._free), now_s=now_s)
-            self.unpin(pinned)
+        at_s = self._tick(now_s)
         num_left = max(0, len(self._free) - num_slots)
         slots = self._free[num_left:][::-1]
         del self._free[num_left:]
+        dropped: list[BlockKey] = []
+        if len(slots) < num_slots:
+            pinned = [] if beside is None else self.pin([beside])
+            dropped = self._evict(num_slots - len(slots), at_s=at_s)
+            self.unpin(pinned)
+            slots += self._free
+            self._free.clear()
         self._reserved.update(slots)
         return slots, dropped
 
@@ -240,9 +243,8 @@ class Residency:
         self._now_s = max(now_s, math.nextafter(self._now_s, math.inf))
         return self._now_s
 
-    def _evict(self, num_blocks: int, *, now_s: float) -> list[BlockKey]:
+    def _evict(self, num_blocks: int, *, at_s: float) -> list[BlockKey]:
         """Fewer if the rest is in use."""
-        at_s = self._tick(now_s)
         dropped: list[BlockKey] = []
         while len(dropped) < num_blocks:
             slot = self._order.next(now_s=at_s, may_leave=self._may_leave)
