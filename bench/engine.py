@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 from bench.int8_quality import qualities
 from bench.report import Claim, write_report
 from workers.engine.engine import Engine, load_engine
-from workers.quantization import QUANTIZATIONS
+from workers.quantization import CPU_QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest, StepPlan
 
@@ -72,7 +72,7 @@ def main() -> None:
         peer, model_bytes = make_checkpoint(Path(directory))
         engines = [
             load_engine(model_path=Path(directory), quantize=quantize, num_pages=640, num_threads=NUM_THREADS)
-            for quantize in QUANTIZATIONS
+            for quantize in CPU_QUANTIZATIONS
         ]
     sides = [partial(theirs_generate, peer), *(partial(ours_generate, engine) for engine in engines)]
     for generate in sides:

@@ -11,7 +11,7 @@ import torch
 from bench.kv_quality import Model
 from tools.demo_corpus import load_documents
 from tools.demo_eval import TEXT_TOKENS, Figures, evaluate
-from workers.quantization import QUANTIZATIONS
+from workers.quantization import CPU_QUANTIZATIONS
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
 NUM_WINDOWS = 16  # of TEXT_TOKENS tokens, for the error of the logits
@@ -26,7 +26,7 @@ class Quality:
 
 def qualities(*, num_samples: int) -> list[Quality]:
     """Of float32 and of int8, from so many problems a task and all held-out documents."""
-    models = [Model(MODEL, quantize=quantize) for quantize in QUANTIZATIONS]
+    models = [Model(MODEL, quantize=quantize) for quantize in CPU_QUANTIZATIONS]
     tokens = models[0].encoder.documents(load_documents(held_out=True))
     logits = [
         torch.cat([model.logits(tokens[None, start : start + TEXT_TOKENS]) for start in _starts(len(tokens))])

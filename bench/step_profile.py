@@ -22,7 +22,7 @@ import kernels
 from bench.engine import NUM_THREADS, PREFILL_TOKENS, make_checkpoint, prefilled, random_prompts, step
 from kernels.team import Call, Program
 from workers.engine.engine import Engine, load_engine
-from workers.quantization import QUANTIZATIONS
+from workers.quantization import CPU_QUANTIZATIONS
 
 # (name, batch of decode or 0 for prefill, steps of a round)
 STEPS = (("decode, batch 1", 1, 32), ("decode, batch 32", 32, 16), ("prefill 512", 0, 1))
@@ -50,7 +50,7 @@ def main() -> None:
         make_checkpoint(Path(directory))
         engines = [
             load_engine(model_path=Path(directory), quantize=quantize, num_pages=640, num_threads=NUM_THREADS)
-            for quantize in QUANTIZATIONS
+            for quantize in CPU_QUANTIZATIONS
         ]
     columns: dict[str, Seconds] = {}
     for name, batch, num_steps in STEPS:

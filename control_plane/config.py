@@ -29,13 +29,14 @@ class ModelConfig:
     name: str = "penstock-demo"  # what clients put into "model"
     path: Path = PROJECT_ROOT / "models" / "demo"  # a directory in Hugging Face's layout
     dtype: Literal["float32", "bfloat16"] = "float32"
-    quantize: Literal["none", "int8"] = "none"  # the weights of products
+    # The weights of products: int8 on a CPU, the last three on a GPU.
+    quantize: Literal["none", "int8", "w8a16", "w4a16", "fp8"] = "none"
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint says
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name is empty, but clients must be able to name the model")
-        if self.quantize != "none" and self.dtype != "float32":
+        if self.quantize == "int8" and self.dtype != "float32":
             raise ValueError(f"quantize is {self.quantize}, which needs dtype float32, not {self.dtype}")
         bounded("max_model_len", self.max_model_len, low=16, high=1 << 24)
 
@@ -175,7 +176,7 @@ class ClusterConfig:
                 "through Redis: set directory.redis_url"
             )
         self._refuse_tiers_without_memory()
-        self._refuse_int8_on_gpus()
+        self._refuse_weights_of_other_kernels()
         bounded("directory.port", self.directory.port, low=0, high=65536 - self.gateway.replicas)
         self._refuse_shared_ports()
         length = len(str(self.socket_dir).encode())
@@ -198,13 +199,19 @@ class ClusterConfig:
                     "memory, and memory_tier_bytes is 0"
                 )
 
-    def _refuse_int8_on_gpus(self) -> None:
+    def _refuse_weights_of_other_kernels(self) -> None:
         for name, pool in self.pools.by_name().items():
-            if self.model.quantize != "none" and (pool.is_on_gpu or pool.attention not in (None, "numba")):
-                setting = f"device is {pool.device}" if pool.is_on_gpu else f"attention is {pool.attention}"
+            if self.model.quantize == "none" or name == "store":
+                continue
+            has_cpus = not pool.is_on_gpu and pool.attention in (None, "numba")
+            setting = "attention" if pool.attention is not None and not pool.is_on_gpu else "device"
+            given = f"pools.{name}.{setting} is {getattr(pool, setting) or 'cpu'}"
+            if self.model.quantize == "int8" and not has_cpus:
+                raise ValueError(f"{given}, but model.quantize is int8, which only a CPU's own kernels serve")
+            if self.model.quantize != "int8" and has_cpus and pool.replicas:
                 raise ValueError(
-                    f"pools.{name}.{setting}, but model.quantize is {self.model.quantize}, which only a CPU's own "
-                    "kernels serve"
+                    f"{given}, but model.quantize is {self.model.quantize}, which only a GPU's kernels serve: "
+                    "on a CPU it is none or int8"
                 )
 
     def _refuse_shared_ports(self) -> None:

@@ -4,6 +4,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from workers.quantization import GPU_QUANTIZATIONS
+
 ATTENTIONS = ("numba", "triton", "reference")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -34,6 +36,10 @@ class ComputeDevice:
         return self.attention or ("triton" if self.is_cuda else "numba")
 
     def check_quantization(self, quantize: str) -> None:
-        """Raises `ValueError`. int8 of the CPU and of a GPU round differently: their KV would pass for the same."""
-        if quantize != "none" and self.backend != "numba":
-            raise ValueError(f"quantize {quantize} is served with attention numba alone, got {self.backend}")
+        """Raises `ValueError`."""
+        if quantize == "int8" and self.backend != "numba":
+            raise ValueError(f"quantize int8 is served with attention numba alone, got {self.backend}")
+        if quantize in GPU_QUANTIZATIONS and self.backend == "numba":
+            raise ValueError(
+                f"quantize {quantize} is served with attention triton or reference, got numba; int8 is for a CPU"
+            )

@@ -24,7 +24,7 @@ from workers.errors import CheckpointError
 from workers.model.checkpoint import PROFILE_FILE
 from workers.model.info import load_model_info
 from workers.model.quantized_checkpoint import open_checkpoint
-from workers.quantization import QUANTIZATIONS
+from workers.quantization import CPU_QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest, StepPlan
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dtype", choices=sorted(ITEM_BYTES), default="float32", help="what workers compute in"
     )
     parser.add_argument(
-        "--quantize", choices=QUANTIZATIONS, default="none", help="how workers keep the weights"
+        "--quantize", choices=CPU_QUANTIZATIONS, default="none", help="how workers keep the weights"
     )
     parser.add_argument("--max-tokens", type=int, default=32_768, help="how much of the text to read")
     parser.add_argument(

@@ -1,13 +1,19 @@
 """Which weights a worker may keep quantized, and beside which dtype."""
 
-QUANTIZATIONS = ("none", "int8")
+# Weights and, for each token, activations of 8 bits: products of integers.
+CPU_QUANTIZATIONS = ("none", "int8")
+# Weights of 8 or 4 bits with a scale for each group of inputs; activations stay whole.
+GPU_QUANTIZATIONS = ("w8a16", "w4a16", "fp8")
+# Each is another model to every cache, and says by its name which kernels compute it: what a worker computes passes to
+# others that say the same.
+QUANTIZATIONS = (*CPU_QUANTIZATIONS, *GPU_QUANTIZATIONS)
 
 
 def check_quantization(quantize: str, *, dtype: str) -> None:
     """Raises `ValueError`."""
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
-    if quantize != "none" and dtype != "float32":
+    if quantize == "int8" and dtype != "float32":
         raise ValueError(
             f"quantize {quantize} needs dtype float32, got {dtype!r}: what is not int8 is float32"
         )

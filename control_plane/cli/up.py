@@ -24,7 +24,8 @@ def up(
     ] = None,
     model_name: Annotated[str | None, typer.Option(metavar="NAME", help="The name clients use.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(metavar="KIND", help="int8: weights of a byte, on the CPU. (default: none)")
+        str | None,
+        typer.Option(metavar="KIND", help="int8 on a CPU; w8a16, w4a16 or fp8 on a GPU. (default: none)"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N, of all pools. (default: cpu)")

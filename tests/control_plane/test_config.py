@@ -179,7 +179,7 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
         ("1: 2", "^.*1 is not a setting"),
         ("gatway: {}", "gatway is not a setting; did you mean gateway?"),
         ("model: {dtype: float23}", "must be one of: float32, bfloat16$"),
-        ("model: {quantize: int4}", "must be one of: none, int8$"),
+        ("model: {quantize: int4}", "must be one of: none, int8, w8a16, w4a16, fp8$"),
         (
             "model: {quantize: int8, dtype: bfloat16}",
             r"model\.quantize is int8, which needs dtype float32, not bfloat16",
@@ -200,6 +200,10 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
         (
             "{model: {quantize: int8}, pools: {mixed: {attention: reference}}}",
             r"pools\.mixed\.attention is reference, but model\.quantize is int8",
+        ),
+        (
+            "{model: {quantize: w4a16}, pools: {prefill: {device: cuda}}}",
+            r"pools\.decode\.device is cpu, but model\.quantize is w4a16, which only a GPU's kernels serve",
         ),
         ("model: {name: 8}", r"model\.name is 8 \(a number\), but it must be text"),
         (

@@ -41,8 +41,11 @@ def test_what_does_not_go_together_is_refused_by_its_value(
         ComputeDevice(**settings)
 
 
-def test_quantized_weights_are_served_by_the_cpus_kernels_alone() -> None:
+def test_quantized_weights_are_served_by_the_kernels_that_have_them() -> None:
     ComputeDevice().check_quantization("int8")
-    ComputeDevice(device="cuda").check_quantization("none")
+    for quantize in ("none", "w8a16", "w4a16", "fp8"):
+        ComputeDevice(device="cuda").check_quantization(quantize)
+    with pytest.raises(ValueError, match="w4a16 is served with attention triton or reference, got numba"):
+        ComputeDevice().check_quantization("w4a16")
     with pytest.raises(ValueError, match="int8 is served with attention numba alone, got triton"):
         ComputeDevice(device="cuda").check_quantization("int8")

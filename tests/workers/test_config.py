@@ -19,7 +19,7 @@ def test_the_required_settings_alone_make_a_valid_configuration() -> None:
     [
         ({"worker_id": ""}, "worker_id must not be empty"),
         ({"dtype": "int4"}, "dtype must be one of float32, bfloat16, got 'int4'"),
-        ({"quantize": "int4"}, "quantize must be one of none, int8, got 'int4'"),
+        ({"quantize": "int4"}, "quantize must be one of none, int8, w8a16, w4a16, fp8, got 'int4'"),
         ({"quantize": "int8", "dtype": "bfloat16"}, "quantize int8 needs dtype float32, got 'bfloat16'"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, cuda:N, got 'tpu'"),
         ({"device": "cuda", "attention": "numba"}, "attention numba computes on the cpu, got device cuda"),

@@ -20,6 +20,7 @@ from workers.engine.latest_tokens import LatestTokens
 from workers.engine.measure_memory import measure_memory
 from workers.engine.pool_size import num_pages_that_fit
 from workers.model.kv_pages import allocate_pages
+from workers.model.quantize import quantize_weights
 from workers.model.quantized_checkpoint import QuantizedCheckpoint
 from workers.model.stored_products import stored_product
 from workers.model.weights import ModelWeights, load_weights
@@ -46,16 +47,23 @@ class CapturedSizes:
 
 
 def load_device_model(
-    opened: OpenedModel, *, device: torch.device, attention: str, on_progress: Callable[[float], None]
+    opened: OpenedModel,
+    *,
+    device: torch.device,
+    attention: str,
+    quantize: str = "none",
+    on_progress: Callable[[float], None],
 ) -> DeviceModel:
-    """Raises `CheckpointError`."""
+    """Raises `CheckpointError`, or `ValueError` for a layer that cannot be quantised."""
     checkpoint, stored = opened.checkpoint, None
-    if isinstance(checkpoint, QuantizedCheckpoint):
+    if isinstance(checkpoint, QuantizedCheckpoint) and quantize == "none":  # else it has to be whole first
         stored = partial(stored_product, checkpoint)
     weights = load_weights(
         checkpoint, opened.config, dtype=getattr(torch, opened.info.layout.dtype), device=device, stored=stored,
         on_progress=on_progress,
     )  # fmt: skip
+    if quantize != "none":
+        weights = quantize_weights(weights, quantize)
     return DeviceModel(opened=opened, weights=weights, device=device, attention=attention)
 
 

@@ -123,7 +123,9 @@ def load_engine(
         )
     from workers.engine.device_engine import load_device_model, make_engine
 
-    model = load_device_model(opened, device=device, attention=compute.backend, on_progress=on_progress)
+    model = load_device_model(
+        opened, device=device, attention=compute.backend, quantize=quantize, on_progress=on_progress
+    )
     return make_engine(model, num_pages=num_pages, largest=largest_step)
 
 

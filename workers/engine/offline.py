@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--attention", help="numba, triton or reference: the kernels, by default the device's"
     )
     parser.add_argument("--dtype", help="of weights: float32, bfloat16 or float16")
-    parser.add_argument("--quantize", help="weights of the layers: int8, int4 or fp8")
+    parser.add_argument("--quantize", help="weights of the layers: w8a16, w4a16 or fp8")
     parser.add_argument("--kv-dtype", help="of pages: that of the weights, int8 or fp8")
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--num-pages", type=int, help="of 16 tokens; by default what fits")

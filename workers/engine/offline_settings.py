@@ -6,9 +6,9 @@ import torch
 
 from workers.compute_device import ComputeDevice
 from workers.model.kv_pages import PAGE_DTYPES
+from workers.quantization import GPU_QUANTIZATIONS
 
 _WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
-_QUANTIZED = ("int8", "int4", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +19,7 @@ class OfflineSettings:
     attention: str | None = None  # of all operations; None: triton on cuda, numba on cpu
     dtype: str | None = None  # of weights and computing; None: bfloat16 on cuda, float32 on cpu
     quantize: str | None = (
-        None  # weights of the layers: int8, int4 or fp8 with a scale for each group of inputs
+        None  # weights of the layers: w8a16, w4a16 or fp8, with a scale for each group of inputs
     )
     kv_dtype: str | None = None  # of the pages; None: that of the weights
     max_model_len: int | None = None  # None: the model's
@@ -35,7 +35,7 @@ class OfflineSettings:
         _one_of("dtype", self.weight_dtype_name, _WEIGHT_DTYPES)
         _one_of("kv_dtype", self.page_dtype_name, tuple(PAGE_DTYPES))
         if self.quantize is not None:
-            _one_of("quantize", self.quantize, _QUANTIZED)
+            _one_of("quantize", self.quantize, GPU_QUANTIZATIONS)
             if self.backend == "numba":
                 raise ValueError(f"attention numba has whole weights, got quantize {self.quantize}")
         for name in ("num_slots", "max_step_tokens"):

@@ -72,4 +72,4 @@ def _divisors(scales: torch.Tensor) -> torch.Tensor:
 
 
 Quantizer = Callable[[torch.Tensor], QuantizedWeight]
-QUANTIZERS: dict[str, Quantizer] = {"int8": _int8, "int4": _int4, "fp8": _fp8}
+QUANTIZERS: dict[str, Quantizer] = {"w8a16": _int8, "w4a16": _int4, "fp8": _fp8}

@@ -27,7 +27,7 @@ def stored_product(
     if packed and len(names_E) > 1:
         raise CheckpointError(
             f"{packed[0]} is quantised, and a GPU's kernels multiply experts that are whole: what is loaded with"
-            " --quantize (int8, int4, fp8; of the other layers), or on the CPU with --attention numba"
+            " --quantize (w8a16, w4a16, fp8; of the other layers), or on the CPU with --attention numba"
         )
     if not packed or len(packed) < len(names_E[0]):
         return None

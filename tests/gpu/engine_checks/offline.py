@@ -88,7 +88,7 @@ def check_pages_of_int8_give_the_formulas_answers() -> None:
 def check_quantised_weights_give_the_formulas_answers() -> None:
     if IS_INTERPRETED:  # as above
         return
-    for kind in ("int8", "int4", "fp8"):
+    for kind in ("w8a16", "w4a16", "fp8"):
         expected = answers("llama_wide", device="cpu", attention="reference", quantize=kind)
         assert answers("llama_wide", device=DEVICE, attention="triton", quantize=kind) == expected, kind
 

@@ -1,5 +1,6 @@
 """The engine on a device, which is the CPU here, with the formulas of a GPU's kernels: it says what the CPU's says."""
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from workers.compute_device import ATTENTIONS, ComputeDevice
 from workers.engine.backends import BACKENDS
@@ -36,6 +38,20 @@ def engines(checkpoint: Path) -> tuple[Engine, Engine]:
         for compute in (ComputeDevice(), REFERENCE)
     )
     return cpu, device
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose layers have inputs in whole groups of 128."""
+    path = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    shutil.copy(checkpoint / "tokenizer.json", path)
+    return path
 
 
 def new_requests(**sampling: Any) -> list[Request]:
@@ -125,6 +141,21 @@ def test_steps_launched_before_the_one_before_is_read_say_the_same(
             for request in requests:
                 request.output_token_ids.append(sampled[request.request_id].token_id)
     assert [request.output_token_ids for request in requests] == expected
+
+
+@pytest.mark.parametrize("quantize", ["w8a16", "w4a16", "fp8"])
+def test_quantised_weights_answer_as_another_model(quantize: str, wide_checkpoint: Path) -> None:
+    whole, quantised = (
+        load_engine(model_path=wide_checkpoint, num_pages=32, compute=REFERENCE, quantize=kind)
+        for kind in ("none", quantize)
+    )
+    assert quantised.model.fingerprint != whole.model.fingerprint
+    logits = []
+    for engine in (whole, quantised):
+        requests = new_requests(temperature=0.0, num_logprobs=5)
+        logits.append([token.logprobs for token in advance(engine, requests).values()])
+    ours, theirs = (torch.tensor([one.logprob for one in found if one]) for found in logits)
+    assert 0.0 < (ours - theirs).abs().max() < 0.3
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_a_quantized_model_has_a_fingerprint_of_its_own_and_the_layout_of_float3
     ("dtype", "quantize", "message"),
     [
         ("bfloat16", "int8", "quantize int8 needs dtype float32, got 'bfloat16'"),
-        ("float32", "int4", "quantize must be one of none, int8, got 'int4'"),
+        ("float32", "int4", "quantize must be one of none, int8, w8a16, w4a16, fp8, got 'int4'"),
     ],
 )
 def test_what_cannot_be_computed_has_none(

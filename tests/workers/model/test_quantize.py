@@ -32,14 +32,14 @@ class Noise:
         target.copy_(0.2 * torch.randn(target.shape, generator=self.generator))
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("int8", 254), ("int4", 15)])
+@pytest.mark.parametrize(("kind", "steps"), [("w8a16", 254), ("w4a16", 15)])
 def test_a_number_is_off_by_half_a_step_of_its_group_at_most(kind: str, steps: int) -> None:
     weight_NK = torch.randn(5, 384, generator=torch.Generator().manual_seed(2)) * torch.rand(5, 1) * 3
     quantized = QUANTIZERS[kind](weight_NK)
     groups = weight_NK.unflatten(1, (3, 128))
-    extent = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
-    # int4's zero is rounded too, and may push the last number off its scale by half a step more.
-    allowed = extent / steps * (0.5001 if kind == "int8" else 1.0001)
+    extent = 2 * groups.abs().amax(-1) if kind == "w8a16" else groups.amax(-1) - groups.amin(-1)
+    # The zero of 4 bits is rounded too, and may push the last number off its scale by half a step more.
+    allowed = extent / steps * (0.5001 if kind == "w8a16" else 1.0001)
     assert ((quantized.whole() - weight_NK).abs().unflatten(1, (3, 128)).amax(-1) <= allowed).all()
 
 
@@ -62,12 +62,12 @@ def test_a_model_answers_as_one_with_the_weights_that_its_own_stand_for(kind: st
 
 def test_inputs_that_are_not_whole_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="100 inputs is not whole groups of 128"):
-        QUANTIZERS["int8"](torch.zeros(2, 100))
+        QUANTIZERS["w8a16"](torch.zeros(2, 100))
 
 
 @pytest.mark.parametrize(
     ("quantize", "message"),
-    [("int3", "one of int8, int4, fp8, got 'int3'"), ("int8", "numba has whole weights")],
+    [("int8", "one of w8a16, w4a16, fp8, got 'int8'"), ("w8a16", "numba has whole weights")],
 )
 def test_settings_say_what_cannot_be_quantised(quantize: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

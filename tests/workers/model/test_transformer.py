@@ -13,7 +13,7 @@ from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
 from workers.model.cpu_operations import cpu_transformer
 from workers.model.weights import load_weights
-from workers.quantization import QUANTIZATIONS
+from workers.quantization import CPU_QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest
 
@@ -133,7 +133,7 @@ def test_a_batch_of_mixed_lengths_and_phases_matches_the_oracle(
         assert_close(logits, expected[name])
 
 
-@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+@pytest.mark.parametrize("quantize", CPU_QUANTIZATIONS)
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_token_comes_out_the_same_to_the_last_bit_whatever_it_is_computed_with(
     num_threads: int, quantize: str, family: str, checkpoint_of: Callable[[str], OracleAndPath]
