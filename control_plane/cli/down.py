@@ -1,6 +1,7 @@
 """`penstock down`: stops the cluster of a run directory, also one whose launcher was killed."""
 
 import signal
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from control_plane.cli.failures import CommandFailed, clean_errors
 from control_plane.runtimes.errors import AlreadyRunning
 from control_plane.runtimes.stale import clear_stale, wait_gone
 from control_plane.runtimes.state import lock, read_state
+
+LOCK_TIMEOUT_S = 2.0
 
 
 def down(
@@ -43,9 +46,14 @@ def stop_cluster(run_dir: Path, *, timeout_s: float) -> str:
 
 
 def _clear(run_dir: Path, done: str, *, timeout_s: float) -> str:
-    try:
-        with lock(run_dir):
-            clear_stale(run_dir, timeout_s=timeout_s)
-    except AlreadyRunning as e:
-        raise CommandFailed(f"another cluster has just been started in {run_dir}") from e
-    return f"{done} in {run_dir}."
+    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            with lock(run_dir):
+                clear_stale(run_dir, timeout_s=timeout_s)
+            return f"{done} in {run_dir}."
+        except AlreadyRunning as e:
+            # Or the launcher that was killed: its other threads hold its files a moment longer than it seems to live.
+            if time.monotonic() > deadline_s:
+                raise CommandFailed(f"another cluster has just been started in {run_dir}") from e
+            time.sleep(0.02)

@@ -1,5 +1,7 @@
+import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typer.testing import CliRunner
 
 from control_plane.cli.__main__ import app
 from control_plane.runtimes.stale import wait_gone
-from control_plane.runtimes.state import RunState, read_state
+from control_plane.runtimes.state import RunState, lock, read_state
 
 Launch = Callable[..., Any]
 
@@ -40,6 +42,21 @@ def test_kills_a_launcher_that_does_not_stop_in_time(launch: Launch, run_dir: Pa
     cluster.read_until("chunk.choices[0]")
     cluster.state()
     assert down(run_dir, "--timeout", "0.5").startswith("Killed: it did not stop within 0.5 s")
+    cluster.assert_nothing_left()
+
+
+def test_waits_for_the_last_threads_of_a_launcher_that_was_killed(launch: Launch, run_dir: Path) -> None:
+    cluster = launch()
+    cluster.read_until("chunk.choices[0]")
+    cluster.state()
+    os.kill(cluster.pid, signal.SIGKILL)
+    cluster.wait()
+    held = contextlib.ExitStack()
+    held.enter_context(lock(run_dir))
+    last_thread = threading.Timer(0.1, held.close)
+    last_thread.start()
+    assert "removed what it left" in down(run_dir)
+    last_thread.join()
     cluster.assert_nothing_left()
 
 

@@ -58,7 +58,7 @@ def test_experts_are_whole_on_the_cpu_and_refused_where_no_product_takes_them(
         load(tmp_path)
     with torch.no_grad():
         expected = oracle(torch.tensor([TOKENS])).logits[0, -1]
-    assert (logits(load(tmp_path, quantize="int8"), TOKENS) - expected).norm() < 0.05 * expected.norm()
+    assert (logits(load(tmp_path, quantize="w8a16"), TOKENS) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_layers_that_were_left_whole_stay_so(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_it_may_be_quantised_anew(tmp_path: Path) -> None:
     oracle = make(tmp_path, "qwen2", PACKINGS["awq"])
     with torch.no_grad():
         expected = oracle(torch.tensor([TOKENS])).logits[0, -1]
-    anew = load(tmp_path, quantize="int8")
+    anew = load(tmp_path, quantize="w8a16")
     assert all(weight.numbers_NK.dtype == torch.int8 for weight in products(anew))
     assert (logits(anew, TOKENS) - expected).norm() < 0.05 * expected.norm()
 
