@@ -250,6 +250,7 @@ class RequestLoop:
         launched: Launched | None = None
         began_s = time.monotonic()
         while True:
+            self._step_number += 1
             ahead: tuple[StepPlan, Launched] | None = None
             if (following := self._look_ahead(plan)) is not None:
                 launched = launched or engine.launch(plan)
@@ -288,7 +289,6 @@ class RequestLoop:
             self._tiers.step_began(plan, preempted)
         for pull in plan.pulls:
             self._pulls.start(pull)
-        self._step_number += 1
 
     def _look_ahead(self, plan: StepPlan) -> StepPlan | None:
         if self._inbox or not self._engine.can_launch_after(plan):

@@ -280,10 +280,13 @@ class EngineState:
 
     def apply(self, plan: StepPlan, result: StepResult, *, now_s: float) -> tuple[RequestOutput, ...]:
         """Records what the rows of a step that began have computed by `now_s`. Rows of a step that was looked ahead to
-        are dropped if their requests have ended with the one before."""
-        rows = (row for row in plan.rows if self._requests.get(row.request.request_id) is row.request)
+        are dropped if their requests have ended with the one before, or stand still for their puller since."""
+        rows = (row for row in plan.rows if self._still_runs(row.request))
         outputs = (self._apply_row(row, result, now_s=now_s) for row in rows)
         return tuple(output for output in outputs if output is not None)
+
+    def _still_runs(self, request: Request) -> bool:
+        return self._requests.get(request.request_id) is request and request.status is Status.RUNNING
 
     def step_failed(self, plan: StepPlan) -> None:
         """Instead of `apply`, if the step broke off: its rows are where they were. Whether they end is the caller's."""

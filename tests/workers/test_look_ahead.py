@@ -118,6 +118,22 @@ def test_what_a_step_gives_for_a_request_that_ended_with_the_one_before_is_dropp
     assert state.num_requests == 2
 
 
+def test_what_a_step_gives_for_a_request_that_stands_still_since_the_one_before_is_dropped() -> None:
+    state = new_state()
+    request = new_request()
+    plan = begun(state, request)
+    following = state.look_ahead(plan)
+    assert following is not None
+    state.begin(following, now_s=0.0)
+    assert state.open_move(request.request_id, num_pages=1)  # while both are under way
+    state.apply(plan, result(plan, [7]), now_s=0.0)
+    assert state.freeze(request.request_id, now_s=0.0)
+    assert state.apply(following, result(following, [8]), now_s=0.0) == ()
+    assert (request.output_token_ids, request.num_computed_tokens) == ([7], 3)
+    assert state.end_move(request.request_id, now_s=0.0)
+    assert [output.token_ids for output in step(state, 8)] == [(8,)]
+
+
 def test_a_step_that_failed_leaves_its_rows_where_the_one_before_took_them() -> None:
     state = new_state()
     request = new_request()

@@ -104,7 +104,7 @@ async def test_a_step_that_fails_takes_the_one_launched_after_it_along_and_the_w
     monkeypatch.setattr(ahead.engine, "launch", tenth_breaks)
     failed = await (await session.submit("r", PROMPTS[0], **GREEDY)).wait()
     assert failed.last.failure.code == worker_pb2.Failure.INTERNAL
-    assert "out of luck" in failed.last.failure.message
+    assert "step 10 failed: RuntimeError: out of luck" in failed.last.failure.message
     await ahead.settled()
     assert [len(answer) for answer in await all_answers(session)] == [40, 40, 40]
     await ahead.settled()
