@@ -94,9 +94,11 @@ class DeviceBatchBuilder:
             return
         changed_NL = torch.zeros(len(changed), self._table_RL.shape[1], dtype=torch.int32)
         for pages_L, number in zip(changed_NL, changed, strict=True):
-            page_ids = self._in_table[number] = rows[number].page_ids
+            page_ids = rows[number].page_ids
             pages_L[: len(page_ids)] = torch.tensor(page_ids, dtype=torch.int32)
         self._table_RL.index_copy_(0, self._put(torch.tensor(changed)), self._put(changed_NL))
+        for number in changed:  # only now: a device without memory for the copy has the old ones
+            self._in_table[number] = rows[number].page_ids
 
     def _put(self, x: torch.Tensor) -> torch.Tensor:
         return to_device(x, self._device)

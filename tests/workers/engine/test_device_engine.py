@@ -12,12 +12,14 @@ import transformers
 
 from workers.compute_device import ATTENTIONS, ComputeDevice
 from workers.engine.backends import BACKENDS
+from workers.engine.device_batch import DeviceBatchBuilder
 from workers.engine.device_engine import CapturedSizes, device_parts, load_device_model
 from workers.engine.device_kv_pool import DeviceKvPool
 from workers.engine.engine import Engine, LaunchedStep, load_engine
 from workers.engine.engine_parts import OpenedModel
 from workers.engine.graph_capture import Run
 from workers.engine.largest_step import LargestStep
+from workers.engine.latest_tokens import LatestTokens
 from workers.engine.sampler import Sampler
 from workers.engine.stop_strings import StopStrings
 from workers.model.checkpoint import Checkpoint
@@ -255,6 +257,24 @@ def test_more_rows_than_ever_before_fit(checkpoint: Path) -> None:
         advance(engine, requests[:1])
         answers.append(engine.execute(StepPlan(rows=tuple(rows))).sampled)
     assert answers[0] == answers[1]
+
+
+def test_the_pages_of_rows_whose_step_could_not_be_built_are_sent_with_the_next() -> None:
+    batches = DeviceBatchBuilder(
+        torch.device("cpu"), LatestTokens(), block_size_tokens=16, max_pages_per_request=2
+    )
+    fits, too_long = (
+        ScheduledRequest(
+            request=request, num_computed_tokens=0, num_new_tokens=1, page_ids=page_ids, samples=False
+        )
+        for request, page_ids in zip(
+            new_requests(), ((PageId(7), PageId(8)), (PageId(1), PageId(2), PageId(3))), strict=False
+        )
+    )
+    with pytest.raises(RuntimeError):
+        batches.build([fits, too_long])
+    batch, _ = batches.build([fits])
+    assert batch.table_RL.tolist() == [[7, 8]]
 
 
 def test_blocks_move_between_the_cpu_and_a_device(engines: tuple[Engine, Engine]) -> None:
