@@ -26,7 +26,7 @@ _CPU_POOL_BYTES = 512 << 20
 
 class Engine:
     """One model on one device. Steps are launched and read by one thread; `forget` comes from any, but never while a
-    step is launched that samples for this request."""
+    step samples for this request, unless it was launched ahead: then nothing is kept of the request."""
 
     def __init__(self, opened: OpenedModel, parts: EngineParts) -> None:
         self.model = opened.info
@@ -53,7 +53,7 @@ class Engine:
         return self._parts.sampler.can_draw_ahead(plan.rows)
 
     def forget(self, request_id: RequestId) -> None:
-        """Drops what sampling keeps of a request. Called between steps, when the request leaves the worker."""
+        """Drops what sampling keeps of a request, when it leaves the worker."""
         self._parts.sampler.forget(request_id)
         self._stop_strings.forget(request_id)
 
