@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,6 +108,49 @@ async def test_a_step_that_fails_takes_the_one_launched_after_it_along_and_the_w
     assert "step 10 failed: RuntimeError: out of luck" in failed.last.failure.message
     await ahead.settled()
     assert [len(answer) for answer in await all_answers(session)] == [40, 40, 40]
+    await ahead.settled()
+
+
+async def test_outputs_carry_the_number_of_the_step_that_computed_them(
+    ahead: Any, plans_ahead: list[StepPlan], connect: Fixture
+) -> None:
+    session = connect(ahead.identity)
+    await session.open()
+    answer = await session.submit("r", PROMPTS[0], **(GREEDY | {"max_tokens": 5}))
+    numbers = []
+    while not answer.ended.is_set():
+        event = await session.call.read()
+        numbers.append(event.step.number)
+        for output in event.step.outputs:
+            answer.take(output)
+    assert numbers == [1, 2, 3, 4, 5]
+    assert plans_ahead
+
+
+async def test_one_that_stands_still_for_its_puller_says_nothing_beyond_what_is_handed_over(
+    ahead: Any, open_session: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event_loop, launch, loop = asyncio.get_running_loop(), ahead.engine.launch, ahead.worker.loop
+    num_launched = 0
+
+    def moves_beside_the_fourth(plan: StepPlan, **keywords: Any) -> LaunchedStep:
+        nonlocal num_launched
+        num_launched += 1
+        if num_launched == 4:  # two steps are under way, and the puller has no page for more than they give
+            event_loop.call_soon_threadsafe(partial(loop.open_move, "r", num_pages=1))
+        launched: LaunchedStep = launch(plan, **keywords)
+        return launched
+
+    monkeypatch.setattr(ahead.engine, "launch", moves_beside_the_fourth)
+    answer = await (await open_session(ahead)).submit("r", PROMPTS[0], **(GREEDY | {"max_tokens": 10}))
+    async with asyncio.timeout(20.0):
+        while not any(progress.handoff for progress in ahead.worker.state.export_progress()):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    (progress,) = ahead.worker.state.export_progress()
+    loop.lease_ended("r", released=True)
+    await answer.wait()
+    assert answer.finish_reason == "handed_over"
+    assert answer.token_ids == list(progress.handoff.output_token_ids)
     await ahead.settled()
 
 
