@@ -293,7 +293,7 @@ class RequestLoop:
     def _look_ahead(self, plan: StepPlan) -> StepPlan | None:
         if self._inbox or not self._engine.can_launch_after(plan):
             return None
-        return self._state.look_ahead(plan)
+        return self._state.look_ahead(plan, self._limits.step)
 
     def _step_done(self, plan: StepPlan, *, step_s: float) -> None:
         if plan.rows or plan.preempted:

@@ -82,6 +82,14 @@ def schedule(view: SchedulerView, limits: SchedulerLimits) -> StepPlan:
     )
 
 
+def can_admit(view: SchedulerView, limits: SchedulerLimits, *, num_step_tokens: int) -> bool:
+    """Whether one of those who wait finds room beside a step of so many tokens for those who run. Mutates nothing."""
+    draft = _Draft(view, limits)
+    draft.spend(num_step_tokens)
+    draft.admit()
+    return bool(draft.admissions or draft.pulls)
+
+
 class _Draft:
     """A plan in the making."""
 
@@ -95,6 +103,9 @@ class _Draft:
         self.pulls: list[Pull] = []
         self.preempted: dict[RequestId, None] = {}
         self._num_growing = 0  # requests that may soon ask for one more page
+
+    def spend(self, num_tokens: int) -> None:
+        self._budget_tokens -= num_tokens
 
     def continue_decodes(self) -> None:
         for rank, request in enumerate(self._view.running):

@@ -41,7 +41,7 @@ from workers.request import (
     Status,
 )
 from workers.rings import IsPulled, Ring, find_ring
-from workers.scheduler import SchedulerView
+from workers.scheduler import SchedulerLimits, SchedulerView
 from workers.step import SampledToken, ScheduledRequest, StepPlan, StepResult
 from workers.tenants import Tenants
 from workers.validation import check_prefilled, check_request, handed_over_tokens
@@ -274,9 +274,9 @@ class EngineState:
             row.request.page_ids = row.page_ids
             row.request.num_scheduled_tokens = row.end_token
 
-    def look_ahead(self, plan: StepPlan) -> StepPlan | None:
+    def look_ahead(self, plan: StepPlan, limits: SchedulerLimits) -> StepPlan | None:
         """The step after `plan`, which has begun, if it can be known before the result of `plan` is."""
-        return look_ahead(plan, self.view(), max_request_tokens=self.max_request_tokens)
+        return look_ahead(plan, self.view(), limits, max_request_tokens=self.max_request_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult, *, now_s: float) -> tuple[RequestOutput, ...]:
         """Records what the rows of a step that began have computed by `now_s`. Rows of a step that was looked ahead to

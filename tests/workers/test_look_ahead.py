@@ -1,6 +1,7 @@
 """What is decided about a step whose predecessor is still under way."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -32,7 +33,7 @@ def result(plan: StepPlan, token_ids: Sequence[int]) -> StepResult:
 def test_every_request_gets_one_more_token_behind_the_one_that_nobody_knows_yet() -> None:
     state = new_state()
     plan = begun(state, new_request("a"), new_request("b", prompt=range(1, 21)))
-    following = state.look_ahead(plan)
+    following = state.look_ahead(plan, LIMITS)
     assert following is not None
     assert [(row.num_computed_tokens, row.num_new_tokens, row.samples) for row in following.rows] == [
         (3, 1, True),
@@ -44,7 +45,7 @@ def test_every_request_gets_one_more_token_behind_the_one_that_nobody_knows_yet(
 def test_a_request_at_the_end_of_its_pages_gets_a_free_one() -> None:
     state = new_state(num_pages=3)
     plan = begun(state, new_request("a", prompt=range(1, 17)))
-    following = state.look_ahead(plan)
+    following = state.look_ahead(plan, LIMITS)
     assert following is not None
     assert following.rows[0].page_ids[:1] == plan.rows[0].page_ids
     assert len(set(following.rows[0].page_ids)) == 2
@@ -55,23 +56,23 @@ def test_without_a_free_page_for_each_that_needs_one_nothing_is_looked_ahead() -
         state = new_state(num_pages=num_pages)
         plan = begun(state, *(new_request(name, prompt=[number] * 16) for number, name in enumerate("ab", 1)))
         assert len(plan.rows) == 2
-        assert (state.look_ahead(plan) is not None) == is_enough
+        assert (state.look_ahead(plan, LIMITS) is not None) == is_enough
 
 
 def test_one_that_has_all_its_tokens_with_this_step_has_no_row_in_the_next() -> None:
     state = new_state()
     last = new_request("last", sampling=SamplingParams(max_tokens=1))
     plan = begun(state, last, new_request("other"))
-    following = state.look_ahead(plan)
+    following = state.look_ahead(plan, LIMITS)
     assert following is not None
     assert [row.request.request_id for row in following.rows] == ["other"]
 
 
 def test_a_step_in_which_all_end_is_followed_by_nothing() -> None:
     state = new_state()
-    assert state.look_ahead(begun(state, new_request(sampling=SamplingParams(max_tokens=1)))) is None
+    assert state.look_ahead(begun(state, new_request(sampling=SamplingParams(max_tokens=1))), LIMITS) is None
     short = new_state(max_model_len=4)
-    assert short.look_ahead(begun(short, new_request())) is None
+    assert short.look_ahead(begun(short, new_request()), LIMITS) is None
 
 
 @pytest.mark.parametrize(
@@ -85,27 +86,47 @@ def test_a_step_in_which_all_end_is_followed_by_nothing() -> None:
 )
 def test_beside_anything_but_decoding_nothing_is_looked_ahead(other: Request) -> None:
     state = new_state()
-    assert state.look_ahead(begun(state, new_request(), other)) is None
+    assert state.look_ahead(begun(state, new_request(), other), LIMITS) is None
 
 
-def test_while_somebody_waits_or_moves_nothing_is_looked_ahead() -> None:
+def test_while_somebody_moves_nothing_is_looked_ahead() -> None:
     state = new_state()
-    running = new_request("running")
-    plan = begun(state, running)
+    plan = begun(state, new_request("moves", prompt=range(1, 40)))
+    state.apply(plan, result(plan, [1]), now_s=0.0)
+    assert state.open_move(plan.rows[0].request.request_id, num_pages=10)
+    assert state.look_ahead(begun(state), LIMITS) is None
+
+
+@pytest.mark.parametrize(("max_num_seqs", "is_full"), [(2, True), (3, False)])
+def test_while_somebody_waits_it_is_looked_ahead_only_if_no_seat_is_free(max_num_seqs: int, is_full: bool) -> None:
+    limits = replace(LIMITS, max_num_seqs=max_num_seqs)
+    state = new_state()
+    plan = begun(state, new_request("a"), new_request("b"))
     state.add(new_request("waits"), now_s=0.0)
-    assert state.look_ahead(plan) is None
-    moving = new_state()
-    plan = begun(moving, new_request("moves", prompt=range(1, 40)))
-    moving.apply(plan, result(plan, [1]), now_s=0.0)
-    assert moving.open_move(plan.rows[0].request.request_id, num_pages=10)
-    plan = begun(moving)
-    assert moving.look_ahead(plan) is None
+    assert (state.look_ahead(plan, limits) is not None) == is_full
+
+
+@pytest.mark.parametrize(("num_pages", "is_full"), [(4, True), (6, False)])
+def test_while_somebody_waits_it_is_looked_ahead_only_if_no_page_is_free(num_pages: int, is_full: bool) -> None:
+    state = new_state(num_pages=num_pages)
+    plan = begun(state, new_request("a", prompt=range(1, 20)))
+    state.add(new_request("waits", prompt=range(101, 130)), now_s=0.0)
+    assert (state.look_ahead(plan, LIMITS) is not None) == is_full
+
+
+def test_one_who_waits_gets_the_seat_of_one_that_ends_for_certain_in_the_step_after_its_end() -> None:
+    limits = replace(LIMITS, max_num_seqs=2)
+    state = new_state()
+    plan = begun(state, new_request("last", sampling=SamplingParams(max_tokens=1)), new_request("b"))
+    assert state.look_ahead(plan, limits) is not None
+    state.add(new_request("waits"), now_s=0.0)
+    assert state.look_ahead(plan, limits) is None
 
 
 def test_what_a_step_gives_for_a_request_that_ended_with_the_one_before_is_dropped() -> None:
     state = new_state()
     plan = begun(state, new_request("ends"), new_request("goes-on"))
-    following = state.look_ahead(plan)
+    following = state.look_ahead(plan, LIMITS)
     assert following is not None
     state.begin(following, now_s=0.0)
     first = state.apply(plan, result(plan, [EOS, 7]), now_s=0.0)
@@ -122,7 +143,7 @@ def test_what_a_step_gives_for_a_request_that_stands_still_since_the_one_before_
     state = new_state()
     request = new_request()
     plan = begun(state, request)
-    following = state.look_ahead(plan)
+    following = state.look_ahead(plan, LIMITS)
     assert following is not None
     state.begin(following, now_s=0.0)
     assert state.open_move(request.request_id, num_pages=1)  # while both are under way
@@ -138,7 +159,7 @@ def test_a_step_that_failed_leaves_its_rows_where_the_one_before_took_them() -> 
     state = new_state()
     request = new_request()
     plan = begun(state, request)
-    following = state.look_ahead(plan)
+    following = state.look_ahead(plan, LIMITS)
     assert following is not None
     state.begin(following, now_s=0.0)
     state.apply(plan, result(plan, [7]), now_s=0.0)

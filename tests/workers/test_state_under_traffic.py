@@ -129,7 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Steps that are launched before the one before them is over, as long as that can be, as the loop has it."""
         plan = self.begin_step()
         for _ in range(most):
-            following = self.state.look_ahead(plan)
+            following = self.state.look_ahead(plan, self.limits)
             if following is not None:
                 self.begin(following)
             self.end_step(plan, token_ids)
