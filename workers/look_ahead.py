@@ -27,7 +27,9 @@ def look_ahead(
         return None
     going_on = [row for row in plan.rows if not _ends_for_certain(row, max_request_tokens=max_request_tokens)]
     is_awaited = any(True for _ in view.waiting)
-    if is_awaited and (len(going_on) < len(plan.rows) or can_admit(view, limits, num_step_tokens=len(going_on))):
+    if is_awaited and (
+        len(going_on) < len(plan.rows) or can_admit(view, limits, num_step_tokens=len(going_on))
+    ):
         return None
     fresh = view.pages.available_in_order()
     num_available = view.pages.num_available

@@ -5,6 +5,7 @@ import torch
 
 from bench import gpu_engine, gpu_peers
 from bench.gpu_limits import Limits
+from workers.compute_device import ComputeDevice
 from workers.engine.offline_settings import OfflineSettings
 
 TINY = {
@@ -17,7 +18,12 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(gpu_engine, "LLAMA_3_8B", TINY)
-    settings = OfflineSettings(dtype="float32", num_slots=64, max_step_tokens=80, num_pages=1024)
+    settings = OfflineSettings(
+        compute=ComputeDevice(attention="reference"),
+        max_num_seqs=64,
+        max_num_batched_tokens=80,
+        num_pages=1024,
+    )
     monkeypatch.setattr(gpu_engine, "SETTINGS", settings)
     monkeypatch.setattr(gpu_engine, "CONTEXT", 20)
     monkeypatch.setattr(gpu_engine, "PROMPT", 80)

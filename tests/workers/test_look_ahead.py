@@ -98,7 +98,9 @@ def test_while_somebody_moves_nothing_is_looked_ahead() -> None:
 
 
 @pytest.mark.parametrize(("max_num_seqs", "is_full"), [(2, True), (3, False)])
-def test_while_somebody_waits_it_is_looked_ahead_only_if_no_seat_is_free(max_num_seqs: int, is_full: bool) -> None:
+def test_while_somebody_waits_it_is_looked_ahead_only_if_no_seat_is_free(
+    max_num_seqs: int, is_full: bool
+) -> None:
     limits = replace(LIMITS, max_num_seqs=max_num_seqs)
     state = new_state()
     plan = begun(state, new_request("a"), new_request("b"))
@@ -107,7 +109,9 @@ def test_while_somebody_waits_it_is_looked_ahead_only_if_no_seat_is_free(max_num
 
 
 @pytest.mark.parametrize(("num_pages", "is_full"), [(4, True), (6, False)])
-def test_while_somebody_waits_it_is_looked_ahead_only_if_no_page_is_free(num_pages: int, is_full: bool) -> None:
+def test_while_somebody_waits_it_is_looked_ahead_only_if_no_page_is_free(
+    num_pages: int, is_full: bool
+) -> None:
     state = new_state(num_pages=num_pages)
     plan = begun(state, new_request("a", prompt=range(1, 20)))
     state.add(new_request("waits", prompt=range(101, 130)), now_s=0.0)

@@ -1,7 +1,4 @@
-"""What computes the layers and draws the tokens, by name.
-
-A backend is imported when it is chosen: a bare GPU machine has no numba, and serving on a CPU has no Triton.
-"""
+"""What computes the layers and draws the tokens on a device, by name, imported when it is chosen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,30 +16,6 @@ from workers.model.weights import ModelWeights
 class Backend:
     transformer: Transformer
     sample: Callable[[torch.Tensor, StepDraws], torch.Tensor]
-
-
-def _numba(config: ModelConfig, weights: ModelWeights, pages: KvPages, max_model_len: int) -> Backend:
-    """The kernels that serve on a CPU."""
-    from kernels.sample import Draws, sample
-    from workers.model.cpu_operations import cpu_transformer
-
-    def draw(logits_RV: torch.Tensor, draws: StepDraws) -> torch.Tensor:
-        token_R: torch.Tensor = sample(
-            logits_RV,
-            Draws(
-                temperature=draws.temperature.double().numpy(),
-                top_k=draws.top_k.numpy(),
-                top_p=draws.top_p.numpy(),
-                min_p=draws.min_p.numpy(),
-                uniform=draws.uniform.numpy(),
-            ),
-        )
-        return token_R
-
-    transformer = cpu_transformer(
-        config, weights, pages_LP2GBC=pages.pages_LP2GBC, max_model_len=max_model_len
-    )
-    return Backend(transformer=transformer, sample=draw)
 
 
 def _triton(config: ModelConfig, weights: ModelWeights, pages: KvPages, max_model_len: int) -> Backend:
@@ -65,4 +38,4 @@ def _reference(config: ModelConfig, weights: ModelWeights, pages: KvPages, max_m
     return Backend(transformer=transformer, sample=REFERENCE.sample)
 
 
-BACKENDS = {"numba": _numba, "triton": _triton, "reference": _reference}
+BACKENDS = {"triton": _triton, "reference": _reference}

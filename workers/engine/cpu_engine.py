@@ -8,23 +8,29 @@ from kernels.int8_linear import Int8Weights
 from workers.engine.batch import BatchBuilder
 from workers.engine.engine_parts import AtOnce, EngineParts, OpenedModel
 from workers.engine.kv_pool import KvPool
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig
 from workers.model.cpu_operations import cpu_transformer
-from workers.model.weights import load_weights
+from workers.model.weights import ModelWeights, load_weights
 
 
-def load_cpu_parts(
-    opened: OpenedModel, *, quantize: str, num_pages: int, on_progress: Callable[[float], None]
-) -> EngineParts:
-    """Raises `CheckpointError`, or `ValueError` for less than a page."""
+def load_cpu_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    quantize: str,
+    on_progress: Callable[[float], None],
+) -> ModelWeights:
+    """Raises `CheckpointError`."""
+    packed = Int8Weights if quantize == "int8" else None
+    return load_weights(checkpoint, config, dtype=dtype, packed=packed, on_progress=on_progress)
+
+
+def cpu_parts(opened: OpenedModel, weights: ModelWeights, *, num_pages: int) -> EngineParts:
+    """Raises `ValueError` for less than a page."""
     model = opened.info
     kv_pool = KvPool(model.layout, num_pages=num_pages)
-    weights = load_weights(
-        opened.checkpoint,
-        opened.config,
-        dtype=getattr(torch, model.layout.dtype),
-        packed=Int8Weights if quantize == "int8" else None,
-        on_progress=on_progress,
-    )
     transformer = cpu_transformer(
         opened.config, weights, pages_LP2GBC=kv_pool.pages_LP2GBC, max_model_len=model.max_model_len
     )

@@ -19,6 +19,8 @@ from workers.engine.largest_step import LargestStep
 from workers.engine.latest_tokens import LatestTokens
 from workers.engine.measure_memory import measure_memory
 from workers.engine.pool_size import num_pages_that_fit
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig
 from workers.model.kv_pages import allocate_pages
 from workers.model.quantize import quantize_weights
 from workers.model.quantized_checkpoint import QuantizedCheckpoint
@@ -46,25 +48,23 @@ class CapturedSizes:
     capture: Capture
 
 
-def load_device_model(
-    opened: OpenedModel,
+def load_device_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
     *,
+    dtype: torch.dtype,
+    quantize: str,
     device: torch.device,
-    attention: str,
-    quantize: str = "none",
     on_progress: Callable[[float], None],
-) -> DeviceModel:
+) -> ModelWeights:
     """Raises `CheckpointError`, or `ValueError` for a layer that cannot be quantised."""
-    checkpoint, stored = opened.checkpoint, None
+    stored = None
     if isinstance(checkpoint, QuantizedCheckpoint) and quantize == "none":  # else it has to be whole first
         stored = partial(stored_product, checkpoint)
     weights = load_weights(
-        checkpoint, opened.config, dtype=getattr(torch, opened.info.layout.dtype), device=device, stored=stored,
-        on_progress=on_progress,
-    )  # fmt: skip
-    if quantize != "none":
-        weights = quantize_weights(weights, quantize)
-    return DeviceModel(opened=opened, weights=weights, device=device, attention=attention)
+        checkpoint, config, dtype=dtype, device=device, stored=stored, on_progress=on_progress
+    )
+    return weights if quantize == "none" else quantize_weights(weights, quantize)
 
 
 def device_parts(model: DeviceModel, *, num_pages: int, captured: CapturedSizes | None = None) -> EngineParts:

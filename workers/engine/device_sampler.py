@@ -13,7 +13,7 @@ from workers.engine.device_copies import Launched, to_device
 from workers.engine.draws import StepDraws, draws_of
 from workers.engine.engine_parts import Drawn, TokenSampler
 from workers.engine.latest_tokens import LatestTokens
-from workers.request import RequestId
+from workers.request import RequestId, SamplingParams
 from workers.step import SampledToken, ScheduledRequest
 
 Draw = Callable[[torch.Tensor, StepDraws], torch.Tensor]
@@ -27,7 +27,7 @@ class DeviceSampler:
 
     def draw(self, rows: Sequence[ScheduledRequest], logits_SV: torch.Tensor) -> Drawn:
         """Waits for the device only where a row asks for more than a draw."""
-        adjusted = [place for place, row in enumerate(rows) if needs_logits(row)]
+        adjusted = [place for place, row in enumerate(rows) if _needs_logits(row)]
         if not adjusted:
             return self._launch(rows, logits_SV)
         plain = [place for place in range(len(rows)) if place not in set(adjusted)]
@@ -44,7 +44,7 @@ class DeviceSampler:
         return all_tokens
 
     def can_draw_ahead(self, rows: Sequence[ScheduledRequest]) -> bool:
-        return not any(needs_logits(row) or row.request.sampling.stop_strings for row in rows)
+        return not any(_needs_logits(row) or row.request.sampling.stop_strings for row in rows)
 
     def forget(self, request_id: RequestId) -> None:
         self._adjusting.forget(request_id)
@@ -65,16 +65,19 @@ class DeviceSampler:
         return self._draw(logits_SV, StepDraws(**on_device))
 
 
-def needs_logits(row: ScheduledRequest) -> bool:
-    """Whether a row asks for more than a draw."""
-    sampling = row.request.sampling
+def needs_logits(sampling: SamplingParams, *, num_sampled: int) -> bool:
+    """Whether the token after so many asks for more than a draw."""
     penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
     return (
         bool(sampling.logit_bias)
-        or row.num_sampled_before < sampling.min_tokens
+        or num_sampled < sampling.min_tokens
         or penalties != (1.0, 0.0, 0.0)
         or sampling.num_logprobs is not None
     )
+
+
+def _needs_logits(row: ScheduledRequest) -> bool:
+    return needs_logits(row.request.sampling, num_sampled=row.num_sampled_before)
 
 
 def _rows(logits_SV: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

@@ -37,15 +37,14 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def draws_of(rows: Sequence[tuple[SamplingParams, int]], *, num_padding: int = 0) -> StepDraws:
-    """Of rows with the number of the token that each draws; rows of padding are greedy."""
-    greedy = SamplingParams(temperature=0.0)
-    samplings = [sampling for sampling, _ in rows] + [greedy] * num_padding
+def draws_of(rows: Sequence[tuple[SamplingParams, int]]) -> StepDraws:
+    """Of rows with the number of the token that each draws."""
+    samplings = [sampling for sampling, _ in rows]
     drawn = [uniform(sampling.seed, number) if sampling.temperature > 0 else 0.0 for sampling, number in rows]
     return StepDraws(
         temperature=torch.tensor([sampling.temperature for sampling in samplings], dtype=torch.float32),
         top_k=torch.tensor([sampling.top_k for sampling in samplings], dtype=torch.int64),
         top_p=torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64),
         min_p=torch.tensor([sampling.min_p for sampling in samplings], dtype=torch.float64),
-        uniform=torch.tensor(drawn + [0.0] * num_padding, dtype=torch.float64),
+        uniform=torch.tensor(drawn, dtype=torch.float64),
     )

@@ -3,22 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from workers.compute_device import ComputeDevice
-from workers.engine.engine_parts import Drawn, EngineParts, OpenedModel
+from workers.engine.engine_parts import Drawn, EngineParts, OpenedModel, StopFinder
 from workers.engine.find_device import find_device
 from workers.engine.largest_step import LargestStep
+from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.quantized_checkpoint import open_checkpoint
 from workers.request import RequestId
 from workers.step import ScheduledRequest, StepPlan, StepResult
-
-if TYPE_CHECKING:  # a bare GPU machine has no tokenizers
-    from workers.engine.stop_strings import StopStrings
 
 _CPU = ComputeDevice()
 _CPU_POOL_BYTES = 512 << 20
@@ -65,7 +62,7 @@ class LaunchedStep:
         drawn: Drawn,
         *,
         wait: Callable[[], None],
-        stop_strings: "StopStrings",
+        stop_strings: StopFinder,
     ) -> None:
         self._sampling = sampling
         self._drawn = drawn
@@ -110,37 +107,40 @@ def load_engine(
     compute.check_quantization(quantize)
     device = find_device(compute)
     torch.set_num_threads(num_threads)
-    opened = _open(model_path, dtype=dtype, quantize=quantize, max_model_len=max_model_len)
+    checkpoint = open_checkpoint(model_path)
+    opened = _opened(model_path, checkpoint, dtype=dtype, quantize=quantize, max_model_len=max_model_len)
     if num_pages is None:
         num_pages = _given_pages(opened.info, kv_cache_bytes, device)
     # Imported when they are chosen: a bare GPU machine has no numba, and serving on a CPU has no Triton.
     if compute.backend == "numba":
-        from workers.engine.cpu_engine import load_cpu_parts
+        from workers.engine.cpu_engine import cpu_parts, load_cpu_weights
 
-        assert num_pages is not None  # on a CPU they are always given
-        return Engine(
-            opened, load_cpu_parts(opened, quantize=quantize, num_pages=num_pages, on_progress=on_progress)
+        weights = load_cpu_weights(
+            checkpoint, opened.config, dtype=getattr(torch, dtype), quantize=quantize, on_progress=on_progress
         )
-    from workers.engine.device_engine import load_device_model, make_engine
+        assert num_pages is not None  # on a CPU they are always given
+        return Engine(opened, cpu_parts(opened, weights, num_pages=num_pages))
+    from workers.engine.device_engine import DeviceModel, load_device_weights, make_engine
 
-    model = load_device_model(
-        opened, device=device, attention=compute.backend, quantize=quantize, on_progress=on_progress
-    )
+    weights = load_device_weights(
+        checkpoint, opened.config, dtype=getattr(torch, dtype), quantize=quantize, device=device,
+        on_progress=on_progress,
+    )  # fmt: skip
+    model = DeviceModel(opened=opened, weights=weights, device=device, attention=compute.backend)
     return make_engine(model, num_pages=num_pages, largest=largest_step)
 
 
-def _open(model_path: Path, *, dtype: str, quantize: str, max_model_len: int | None) -> OpenedModel:
+def _opened(
+    model_path: Path, checkpoint: Checkpoint, *, dtype: str, quantize: str, max_model_len: int | None
+) -> OpenedModel:
     from workers.engine.sampler import Sampler
     from workers.engine.stop_strings import StopStrings
 
-    config = load_config(model_path)
-    checkpoint = open_checkpoint(model_path)
     info = load_model_info(
         model_path, checkpoint, dtype=dtype, quantize=quantize, max_model_len=max_model_len
     )
     return OpenedModel(
-        checkpoint=checkpoint,
-        config=config,
+        config=load_config(model_path),
         info=info,
         sampler=Sampler(eos_token_ids=info.eos_token_ids, vocab_size=info.vocab_size),
         stop_strings=StopStrings(model_path / "tokenizer.json"),

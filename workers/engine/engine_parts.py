@@ -11,13 +11,11 @@ import torch
 from workers.model.config import ModelConfig
 from workers.model.info import ModelInfo
 from workers.model.token_batch import TokenBatch
-from workers.model.weights import Tensors
 from workers.request import Request, RequestId
 from workers.step import SampledToken, ScheduledRequest
 
-if TYPE_CHECKING:  # a bare GPU machine has neither numpy nor tokenizers
+if TYPE_CHECKING:  # a bare GPU machine has no numpy
     from workers.engine.kv_memory import KvMemory
-    from workers.engine.stop_strings import StopStrings
 
 
 class Batches(Protocol):
@@ -42,6 +40,18 @@ class TokenSampler(Protocol):
         ...
 
     def forget(self, request_id: RequestId) -> None:
+        """Drops what is cached of a request; without effect if nothing is."""
+        ...
+
+
+class StopFinder(Protocol):
+    """Called from one thread at a time."""
+
+    def find(self, request: Request, new_token_id: int, /) -> str | None:
+        """The stop string that `new_token_id`, not yet among the request's output, completes."""
+        ...
+
+    def forget(self, request_id: RequestId, /) -> None:
         """Drops what is cached of a request; without effect if nothing is."""
         ...
 
@@ -93,13 +103,12 @@ class EngineParts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenedModel:
-    """A checkpoint that can be served, before its weights are read, and what is the same on every device."""
+    """What is known of a model without its weights, and the same on every device."""
 
-    checkpoint: Tensors
     config: ModelConfig
     info: ModelInfo
     sampler: TokenSampler  # on this machine
-    stop_strings: StopStrings
+    stop_strings: StopFinder
 
     @property
     def max_pages_per_request(self) -> int:

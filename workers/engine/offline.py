@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workers.engine.generations import Generation
-from workers.engine.offline_engine import build_engine, load_model
+from workers.compute_device import ComputeDevice
+from workers.engine.offline_engine import Generation, build_engine, load_model
 from workers.engine.offline_settings import OfflineSettings
-from workers.errors import CheckpointError
+from workers.errors import CheckpointError, InvalidRequest
+from workers.quantization import QUANTIZATIONS
 from workers.request import SamplingParams
 
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         generations = engine.generate(
             (prompt, _sampling(given, number)) for number, prompt in enumerate(prompts)
         )
-    except (CheckpointError, ValueError, OSError) as e:
+    except (CheckpointError, InvalidRequest, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     done_s = time.perf_counter()
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(_line(number, generation, tokenizer)))
     num_tokens = sum(len(generation.output_token_ids) for generation in generations)
     print(
-        f"{engine.state.limits.num_pages} pages; loaded in {loaded_s - start_s:.1f} s;"
+        f"{engine.engine.kv_pool.num_pages} pages; loaded in {loaded_s - start_s:.1f} s;"
         f" {len(generations)} prompts, {num_tokens} tokens in {done_s - loaded_s:.2f} s",
         file=sys.stderr,
     )
@@ -60,16 +61,23 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt-ids", action="append", metavar="ID,ID,...")
     source.add_argument("--prompts", type=Path, metavar="FILE")
-    parser.add_argument("--device", default=defaults.device, help="cpu or cuda")
+    parser.add_argument("--device", default=defaults.compute.device, help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--attention", help="numba, triton or reference: the kernels, by default the device's"
     )
-    parser.add_argument("--dtype", help="of weights: float32, bfloat16 or float16")
-    parser.add_argument("--quantize", help="weights of the layers: w8a16, w4a16 or fp8")
+    parser.add_argument("--dtype", help="of weights: float32 or bfloat16")
+    parser.add_argument(
+        "--quantize", default=defaults.quantize, help=f"weights of the layers: {', '.join(QUANTIZATIONS)}"
+    )
     parser.add_argument("--kv-dtype", help="of pages: that of the weights, int8 or fp8")
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--num-pages", type=int, help="of 16 tokens; by default what fits")
-    parser.add_argument("--num-slots", type=int, default=defaults.num_slots, help="answers at the same time")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=defaults.max_num_seqs, help="answers at the same time"
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="of a step"
+    )
     parser.add_argument("--max-tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -81,9 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings(given: argparse.Namespace) -> OfflineSettings:
     return OfflineSettings(
-        device=given.device, attention=given.attention, dtype=given.dtype, quantize=given.quantize,
-        kv_dtype=given.kv_dtype,
-        max_model_len=given.max_model_len, num_pages=given.num_pages, num_slots=given.num_slots,
+        compute=ComputeDevice(device=given.device, attention=given.attention), dtype=given.dtype,
+        quantize=given.quantize, kv_dtype=given.kv_dtype, max_model_len=given.max_model_len,
+        max_num_seqs=given.max_num_seqs, max_num_batched_tokens=given.max_num_batched_tokens,
+        num_pages=given.num_pages,
     )  # fmt: skip
 
 

@@ -1,65 +1,120 @@
-"""Prompts in, tokens out, without a server: composed here of the model, the device's pages and the runner."""
+"""Prompts in, tokens out, without a server: the engine and the decisions of a worker, in one thread.
 
+Nothing here is of its own kind: `EngineState` has the requests and their pages, `schedule` and `look_ahead` decide the
+steps, `Engine` computes them. A worker's loop does the same between sessions, pulls and tiers (`workers.loop`).
+"""
+
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Never
 
 import torch
 
-from kvstore.blocks import BLOCK_SIZE_TOKENS
-from workers.engine.backends import BACKENDS
-from workers.engine.device_copies import Launched
-from workers.engine.device_runner import DeviceRunner
-from workers.engine.generations import (
-    Generation,
-    OfflineLimits,
-    OfflineState,
-    OfflineStep,
-    PromptChunk,
-    next_step,
-)
-from workers.engine.graph_capture import GraphCapture
-from workers.engine.measure_memory import measure_memory
+from workers.engine.device_sampler import needs_logits
+from workers.engine.engine import Engine, LaunchedStep
+from workers.engine.engine_parts import OpenedModel, TokenSampler
+from workers.engine.find_device import find_device
+from workers.engine.largest_step import LargestStep
 from workers.engine.offline_settings import OfflineSettings
-from workers.engine.pool_size import num_pages_that_fit
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, load_config, load_eos_token_ids
-from workers.model.kv_pages import allocate_pages, page_bytes
-from workers.model.quantized_checkpoint import QuantizedCheckpoint, open_checkpoint
-from workers.model.weights import ModelWeights, Stored, load_weights
-from workers.request import SamplingParams
+from workers.model.info import ModelInfo, checked_length, kv_layout
+from workers.model.quantized_checkpoint import open_checkpoint
+from workers.model.weights import ModelWeights
+from workers.policies import fcfs
+from workers.request import FinishReason, Request, RequestId, RequestOutput, SamplingParams, SessionId
+from workers.scheduler import SchedulerLimits, schedule
+from workers.state import EngineState, StateLimits
+from workers.step import StepPlan
 
 _CPU_POOL_BYTES = 1 << 30
 
 
-class OfflineEngine:
-    """One model on one device. Not to be used by two threads at once."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class Generation:
+    """A prompt and its answer so far."""
 
-    def __init__(self, state: OfflineState, runner: DeviceRunner, *, overlaps: bool) -> None:
-        self.state = state
-        self._runner = runner
-        self._overlaps = overlaps
-        self._pending: tuple[OfflineStep, Launched] | None = None
+    request: Request
+    finish_reason: FinishReason | None = None  # None: it goes on
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.request.output_token_ids
+
+
+class OfflineEngine:
+    """One model on one device. Not to be used by two threads at once, nor again after a step that failed."""
+
+    def __init__(self, engine: Engine, limits: SchedulerLimits) -> None:
+        model = engine.model
+        self.engine = engine
+        self.state = EngineState(
+            StateLimits(
+                num_pages=engine.kv_pool.num_pages,
+                max_model_len=model.max_model_len,
+                vocab_size=model.vocab_size,
+                eos_token_ids=model.eos_token_ids,
+                model_fingerprint=model.fingerprint,
+                max_num_waiting=sys.maxsize,  # prompts are here before they are added
+            ),
+            policy=fcfs,
+        )
+        self._limits = limits
+        self._num_added = 0
+        self._generations: dict[RequestId, Generation] = {}  # those that have not ended
+        self._under_way: tuple[StepPlan, LaunchedStep] | None = None
 
     def generate(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Generation]:
-        """The answers, all complete, in the order of the prompts. Raises `ValueError` for what cannot run."""
-        generations = [self.state.add(prompt, sampling) for prompt, sampling in prompts]
+        """The answers, all complete, in the order of the prompts. Raises `InvalidRequest` for what cannot run."""
+        generations = [self.add(prompt, sampling) for prompt, sampling in prompts]
         while self.step():
             pass
         return generations
 
+    def add(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        """First come, first served. Raises `InvalidRequest`, or `ValueError` for what only a server's engine does."""
+        _check(sampling)
+        number = self._num_added
+        request = Request(
+            request_id=RequestId(str(number)),
+            session_id=SessionId(0),
+            prompt_token_ids=list(prompt_token_ids),
+            sampling=sampling,
+            arrival_s=float(number),
+        )
+        self.state.add(request, now_s=time.time())
+        self._num_added += 1
+        generation = self._generations[request.request_id] = Generation(request=request)
+        return generation
+
     def step(self) -> bool:
-        """Launches the next step, then records what the one before sampled; false: there was neither."""
-        step = next_step(self.state)
-        launched = None
-        if step is not None:
-            launched = step, self._runner.launch(step)
-            self.state.launched(step)
-        known, self._pending = (self._pending, launched) if self._overlaps else (launched, None)
-        if known is not None:
-            self.state.apply(known[0], known[1].token_ids())
-        return step is not None or known is not None
+        """Launches the step after the one under way if it can be known, then records what that one sampled; false:
+        all answers are complete."""
+        under_way = self._under_way or self._launch(schedule(self.state.view(), self._limits))
+        if under_way is None:
+            return False
+        plan, launched = under_way
+        self._under_way = None
+        if self.engine.can_launch_after(plan) and (following := self.state.look_ahead(plan, self._limits)):
+            self._under_way = self._launch(following)
+        for output in self.state.apply(plan, launched.result(), now_s=time.time()):
+            self._take(output)
+        self.state.take_computed_runs()  # nobody keeps them beyond their pages
+        return True
+
+    def _launch(self, plan: StepPlan) -> tuple[StepPlan, LaunchedStep] | None:
+        if plan.is_empty:
+            return None
+        self.state.begin(plan, now_s=time.time())
+        return plan, self.engine.launch(plan)
+
+    def _take(self, output: RequestOutput) -> None:
+        if output.finish_reason is not None:
+            self._generations.pop(output.request_id).finish_reason = output.finish_reason
+            self.engine.forget(output.request_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,103 +126,99 @@ class Model:
 
 def load_model(model_path: Path, settings: OfflineSettings, *, on_progress: Callable[[float], None]) -> Model:
     """Raises `CheckpointError` for a checkpoint that cannot be computed, `ValueError` for a missing device."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch finds none on this machine")
-    config = load_config(model_path)
-    checkpoint = open_checkpoint(model_path)
-    weights = load_weights(
-        checkpoint, config, dtype=settings.weight_dtype, device=torch.device(settings.device),
-        stored=_stored(checkpoint, settings), on_progress=on_progress,
-    )  # fmt: skip
-    if settings.quantize is not None:
-        from workers.model.quantize import quantize_weights  # needs triton, which serving on a CPU has not
-
-        weights = quantize_weights(weights, settings.quantize)
+    device, config = find_device(settings.compute), load_config(model_path)
+    weights = _load_weights(open_checkpoint(model_path), config, settings, device, on_progress)
     return Model(config=config, weights=weights, eos_token_ids=load_eos_token_ids(model_path))
 
 
-def _stored(checkpoint: Checkpoint, settings: OfflineSettings) -> Stored | None:
-    """Numba's kernels multiply whole weights, and what is to be quantised anew has to be whole first."""
-    if (
-        not isinstance(checkpoint, QuantizedCheckpoint)
-        or settings.backend == "numba"
-        or settings.quantize is not None
-    ):
-        return None
-    from workers.model.stored_products import stored_product  # needs triton, as above
+def _load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    settings: OfflineSettings,
+    device: torch.device,
+    on_progress: Callable[[float], None],
+) -> ModelWeights:
+    # As in `load_engine`: a bare GPU machine has no numba, and serving on a CPU has no Triton.
+    if settings.compute.backend == "numba":
+        from workers.engine.cpu_engine import load_cpu_weights
 
-    return partial(stored_product, checkpoint)
+        return load_cpu_weights(
+            checkpoint,
+            config,
+            dtype=settings.weight_dtype,
+            quantize=settings.quantize,
+            on_progress=on_progress,
+        )
+    from workers.engine.device_engine import load_device_weights
+
+    return load_device_weights(
+        checkpoint, config, dtype=settings.weight_dtype, quantize=settings.quantize, device=device,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 def build_engine(model: Model, settings: OfflineSettings) -> OfflineEngine:
     """Raises `ValueError` for settings that do not fit the model or the device."""
+    opened, num_pages = _opened(model, settings), settings.num_pages
+    if num_pages is None and not settings.compute.is_cuda:
+        most = settings.max_num_seqs * opened.max_pages_per_request
+        num_pages = max(1, min(_CPU_POOL_BYTES // opened.info.layout.block_bytes, most))
+    if settings.compute.backend == "numba":
+        from workers.engine.cpu_engine import cpu_parts
+
+        assert num_pages is not None  # numba computes on a CPU
+        engine = Engine(opened, cpu_parts(opened, model.weights, num_pages=num_pages))
+    else:
+        from workers.engine.device_engine import DeviceModel, make_engine
+
+        largest = LargestStep(
+            max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens
+        )
+        on_device = DeviceModel(
+            opened=opened, weights=model.weights, device=find_device(settings.compute),
+            attention=settings.compute.backend,
+        )  # fmt: skip
+        engine = make_engine(on_device, num_pages=num_pages, largest=largest)
+    return OfflineEngine(engine, settings.limits)
+
+
+def _opened(model: Model, settings: OfflineSettings) -> OpenedModel:
     config = model.config
-    max_model_len = config.max_positions if settings.max_model_len is None else settings.max_model_len
-    if not 1 <= max_model_len <= config.max_positions:
+    info = ModelInfo(
+        fingerprint=b"",  # nobody else sees its KV
+        vocab_size=config.vocab_size,
+        max_model_len=checked_length(config, settings.max_model_len),
+        eos_token_ids=model.eos_token_ids,
+        layout=kv_layout(config, dtype=settings.page_dtype_name),
+    )
+    return OpenedModel(config=config, info=info, sampler=_sampler(info, settings), stop_strings=_Unasked())
+
+
+def _sampler(info: ModelInfo, settings: OfflineSettings) -> TokenSampler:
+    if settings.compute.backend != "numba":
+        return _Unasked()
+    from workers.engine.sampler import Sampler
+
+    return Sampler(eos_token_ids=info.eos_token_ids, vocab_size=info.vocab_size)
+
+
+def _check(sampling: SamplingParams) -> None:
+    """What needs numba or a tokenizer, which a bare GPU machine has not, is done by no offline engine."""
+    if needs_logits(sampling, num_sampled=0) or sampling.stop_strings:
         raise ValueError(
-            f"max_model_len must be between 1 and the model's {config.max_positions}, got {max_model_len}"
+            "penalties, logit_bias, min_tokens, logprobs and stop strings need the server's engine, got"
+            f" {sampling}"
         )
-    limits = OfflineLimits(
-        num_slots=settings.num_slots, num_pages=0, block_size_tokens=BLOCK_SIZE_TOKENS,
-        max_step_tokens=settings.max_step_tokens, max_model_len=max_model_len, vocab_size=config.vocab_size,
-    )  # fmt: skip
-    num_pages = settings.num_pages
-    if num_pages is None:
-        num_pages = _num_pages(model, settings, limits)
-    limits = replace(limits, num_pages=num_pages)
-    return OfflineEngine(
-        OfflineState(limits, eos_token_ids=model.eos_token_ids),
-        _runner(model, settings, limits),
-        overlaps=settings.overlaps,
-    )
 
 
-def _runner(model: Model, settings: OfflineSettings, limits: OfflineLimits) -> DeviceRunner:
-    device = torch.device(settings.device)
-    pages = allocate_pages(
-        model.config, num_pages=limits.num_pages + 1, block=limits.block_size_tokens,
-        dtype=settings.page_dtype, device=device,
-    )  # fmt: skip
-    backend = BACKENDS[settings.backend](model.config, model.weights, pages, limits.max_model_len)
-    can_capture = settings.device == "cuda" and settings.backend == "triton"
-    return DeviceRunner(
-        limits,
-        forward=backend.transformer.forward,
-        sample=backend.sample,
-        device=device,
-        capture=GraphCapture(device) if settings.captures and can_capture else None,
-    )
+class _Unasked:
+    """In place of what works on logits and texts on this machine, and needs packages for it."""
 
+    def sample(self, requests: Sequence[Request], logits_SV: torch.Tensor) -> Never:
+        raise AssertionError(f"requests {[request.request_id for request in requests]} ask for logits")
 
-def _num_pages(model: Model, settings: OfflineSettings, limits: OfflineLimits) -> int:
-    num_bytes = page_bytes(model.config, block=limits.block_size_tokens, dtype=settings.page_dtype)
-    if settings.device == "cpu":
-        return max(
-            1, min(_CPU_POOL_BYTES // num_bytes, limits.num_slots * limits.pages_for(limits.max_model_len))
-        )
-    runner = _runner(model, replace(settings, captures=False), limits)
-    # Their tokens all go to the one page of the padding.
-    decode, prompt = (partial(_run, runner, step) for step in largest_steps(limits))
-    memory = measure_memory(torch.device(settings.device), [prompt], captured=decode)
-    return (
-        num_pages_that_fit(memory, share=settings.memory_share, page_bytes=num_bytes) - 1
-    )  # one for padding
+    def find(self, request: Request, new_token_id: int) -> Never:
+        raise AssertionError(f"request {request.request_id!r} has stop strings")
 
-
-def _run(runner: DeviceRunner, step: OfflineStep) -> None:
-    runner.launch(step).token_ids()
-
-
-def largest_steps(limits: OfflineLimits) -> tuple[OfflineStep, OfflineStep]:
-    """A token in every slot; then as many prompt tokens as a step may have, of prompts as long as may be."""
-    sampling, length = SamplingParams(temperature=0.0), min(limits.max_step_tokens, limits.max_model_len)
-    slots = [
-        Generation(prompt_token_ids=(0,) * length, sampling=sampling, slot=slot)
-        for slot in range(limits.num_slots)
-    ]
-    num_prompts = max(1, min(limits.num_slots, limits.max_step_tokens // length))
-    chunks = tuple(
-        PromptChunk(generation=generation, slot=generation.slot, page_ids=(), start=0, stop=length)
-        for generation in slots[:num_prompts]
-    )
-    return OfflineStep(decoding=tuple(slots)), OfflineStep(chunks=chunks)
+    def forget(self, request_id: RequestId) -> None:
+        pass

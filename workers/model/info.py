@@ -32,11 +32,7 @@ def load_model_info(
     """Reads the config and hashes the weights. Raises `CheckpointError`, or `ValueError` for the settings."""
     check_quantization(quantize, dtype=dtype)
     config = load_config(model_path)
-    length = config.max_positions if max_model_len is None else max_model_len
-    if not 1 <= length <= config.max_positions:
-        raise ValueError(
-            f"max_model_len must be between 1 and the model's {config.max_positions}, got {length}"
-        )
+    length = checked_length(config, max_model_len)  # before all weights are read
     return ModelInfo(
         fingerprint=_fingerprint(config, checkpoint, dtype=dtype, quantize=quantize),
         vocab_size=config.vocab_size,
@@ -44,6 +40,16 @@ def load_model_info(
         eos_token_ids=load_eos_token_ids(model_path),
         layout=kv_layout(config, dtype=dtype),
     )
+
+
+def checked_length(config: ModelConfig, max_model_len: int | None) -> int:
+    """The longest request, the model's own bound by default. Raises `ValueError`."""
+    length = config.max_positions if max_model_len is None else max_model_len
+    if not 1 <= length <= config.max_positions:
+        raise ValueError(
+            f"max_model_len must be between 1 and the model's {config.max_positions}, got {length}"
+        )
+    return length
 
 
 def kv_layout(config: ModelConfig, *, dtype: str) -> KvLayout:

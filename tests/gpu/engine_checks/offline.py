@@ -1,4 +1,5 @@
-"""Whole answers with the kernels in Triton against the same engine with their formulas, computed on the CPU.
+"""Whole answers with the kernels in Triton against the same engine with their formulas, computed on the CPU: the
+decisions, the engine and, on a GPU, the captured steps that workers serve with.
 
 That those formulas give what the CPU's own engine gives is proven in tests/workers/engine/test_offline.py, on a machine
 that has its kernels.
@@ -15,6 +16,7 @@ from inputs import DEVICE, IS_INTERPRETED
 from noise import FAMILIES, SIZES, make_model, named_noise
 
 from tests.packed_checkpoints import Packing, pack_all, write_file
+from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import Model, build_engine, load_model
 from workers.engine.offline_settings import OfflineSettings
 from workers.model.quantize import quantize_weights
@@ -24,15 +26,21 @@ LENGTHS = (1, 21, 5) if IS_INTERPRETED else (1, 21, 5, 33, 16, 64, 2)
 MAX_TOKENS = 2 if IS_INTERPRETED else 40
 
 
-def answers(
-    family: str, *, device: str, attention: str, temperature: float = 0.0, **settings: Any
-) -> list[list[int]]:
-    given = OfflineSettings(
-        device=device, attention=attention, num_slots=3, max_step_tokens=30, num_pages=32, max_model_len=112,
-        **{"dtype": "float32", **settings},
+def settings(device: str, attention: str, **others: Any) -> OfflineSettings:
+    return OfflineSettings(
+        **{
+            "compute": ComputeDevice(device=device, attention=attention), "max_num_seqs": 3,
+            "max_num_batched_tokens": 30, "num_pages": 32, "max_model_len": 112, "dtype": "float32", **others,
+        }
     )  # fmt: skip
+
+
+def answers(
+    family: str, *, device: str, attention: str, temperature: float = 0.0, **others: Any
+) -> list[list[int]]:
+    given = settings(device, attention, **others)
     model = make_model(family, device=device, dtype=given.weight_dtype)
-    if given.quantize is not None:
+    if given.quantize != "none":
         model = replace(model, weights=quantize_weights(model.weights, given.quantize))
     return answers_of(model, given, temperature=temperature)
 
@@ -63,17 +71,6 @@ def check_drawn_answers_are_the_formulas() -> None:
     expected = answers("qwen3", device="cpu", attention="reference", temperature=0.8)
     assert expected != answers("qwen3", device="cpu", attention="reference")
     assert answers("qwen3", device=DEVICE, attention="triton", temperature=0.8) == expected
-
-
-def check_captured_steps_and_late_results_change_nothing() -> None:
-    if IS_INTERPRETED:  # nothing is captured there, and being late is tested without kernels
-        return
-    for temperature in (0.0, 0.8):
-        plain = answers(
-            "llama_bias", device=DEVICE, attention="triton", temperature=temperature, captures=False,
-            overlaps=False,
-        )  # fmt: skip
-        assert answers("llama_bias", device=DEVICE, attention="triton", temperature=temperature) == plain
 
 
 def check_pages_of_int8_give_the_formulas_answers() -> None:
@@ -108,14 +105,8 @@ def check_packed_checkpoints_give_the_formulas_answers() -> None:
             (path / "config.json").write_text(json.dumps(config))
             got, expected = (
                 answers_of(load_model(path, given, on_progress=lambda share: None), given)
-                for given in (
-                    OfflineSettings(
-                        device=device, attention=attention, dtype="float32", num_slots=3, max_step_tokens=30,
-                        num_pages=32, max_model_len=112,
-                    )
-                    for device, attention in ((DEVICE, "triton"), ("cpu", "reference"))
-                )
-            )  # fmt: skip
+                for given in (settings(DEVICE, "triton"), settings("cpu", "reference"))
+            )
             assert got == expected, packing
 
 
@@ -128,14 +119,3 @@ def check_bfloat16_begins_its_answers_as_the_formulas_do() -> None:
         # Rounding may turn a token that is nearly as likely as another, and all that follow it.
         same = sum(ours[0] == theirs[0] for ours, theirs in zip(got, expected, strict=True))
         assert same >= len(LENGTHS) - 1, (family, got, expected)
-
-
-def check_as_many_pages_are_taken_as_memory_leaves() -> None:
-    if IS_INTERPRETED:
-        return
-    torch.cuda.empty_cache()
-    settings = OfflineSettings(device=DEVICE, dtype="float32", num_slots=3, memory_share=0.5)
-    engine = build_engine(make_model("llama_bias", device=DEVICE), settings)
-    engine.generate([([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=20))])
-    free, total = torch.cuda.mem_get_info()
-    assert 0.45 <= (total - free) / total <= 0.52, (free, total)

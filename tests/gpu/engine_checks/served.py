@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from inputs import BLOCK, DEVICE, IS_INTERPRETED
-from noise import FAMILIES, Noise, make_model
+from noise import FAMILIES, make_model
 
 from workers.engine.device_engine import DeviceModel, device_parts, make_engine
 from workers.engine.device_kv_pool import DeviceKvPool
@@ -43,9 +43,7 @@ def served(family: str, *, device: str, attention: str, dtype: str = "float32") 
         fingerprint=b"", vocab_size=model.config.vocab_size, max_model_len=MAX_LEN,
         eos_token_ids=model.eos_token_ids, layout=kv_layout(model.config, dtype=dtype),
     )  # fmt: skip
-    opened = OpenedModel(
-        checkpoint=Noise(), config=model.config, info=info, sampler=Likeliest(), stop_strings=None
-    )
+    opened = OpenedModel(config=model.config, info=info, sampler=Likeliest(), stop_strings=None)
     index = torch.device(device, 0) if device == "cuda" else torch.device(device)
     return DeviceModel(opened=opened, weights=model.weights, device=index, attention=attention)
 

@@ -13,7 +13,7 @@ import transformers
 from workers.compute_device import ATTENTIONS, ComputeDevice
 from workers.engine.backends import BACKENDS
 from workers.engine.device_batch import DeviceBatchBuilder
-from workers.engine.device_engine import CapturedSizes, device_parts, load_device_model
+from workers.engine.device_engine import CapturedSizes, DeviceModel, device_parts, load_device_weights
 from workers.engine.device_kv_pool import DeviceKvPool
 from workers.engine.engine import Engine, LaunchedStep, load_engine
 from workers.engine.engine_parts import OpenedModel
@@ -197,22 +197,24 @@ def test_rows_that_ask_for_more_than_a_draw_leave_the_others_alone(engines: tupl
     assert [log for _, log in ours.top] == pytest.approx([log for _, log in theirs.top], abs=1e-4)
 
 
-def opened(checkpoint: Path) -> OpenedModel:
-    files = Checkpoint(checkpoint)
+def device_model(checkpoint: Path) -> DeviceModel:
+    files, config, device = Checkpoint(checkpoint), load_config(checkpoint), torch.device("cpu")
     info = load_model_info(checkpoint, files, dtype="float32", max_model_len=128)
-    return OpenedModel(
-        checkpoint=files, config=load_config(checkpoint), info=info,
+    opened = OpenedModel(
+        config=config, info=info,
         sampler=Sampler(eos_token_ids=info.eos_token_ids, vocab_size=info.vocab_size),
         stop_strings=StopStrings(checkpoint / "tokenizer.json"),
     )  # fmt: skip
+    weights = load_device_weights(
+        files, config, dtype=torch.float32, quantize="none", device=device, on_progress=lambda share: None
+    )
+    return DeviceModel(opened=opened, weights=weights, device=device, attention="reference")
 
 
 def test_steps_filled_up_to_the_size_that_was_captured_say_the_same_and_write_no_page_of_others(
     checkpoint: Path,
 ) -> None:
-    model = load_device_model(
-        opened(checkpoint), device=torch.device("cpu"), attention="reference", on_progress=lambda share: None
-    )
+    model = device_model(checkpoint)
     captured: list[Run] = []
     sizes = CapturedSizes(max_num_seqs=5, capture=lambda run: captured.append(run) or run)  # type: ignore[func-returns-value]
     found = []
@@ -339,7 +341,7 @@ def test_the_largest_step_runs_on_a_pool_of_one_page(checkpoint: Path) -> None:
 
 
 def test_every_kind_of_attention_has_a_backend() -> None:
-    assert set(ATTENTIONS) == set(BACKENDS)
+    assert set(ATTENTIONS) == {"numba", *BACKENDS}
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path) -> None:

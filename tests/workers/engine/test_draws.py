@@ -13,11 +13,11 @@ def test_random_numbers_are_those_of_the_cpus_kernel(seed: int) -> None:
     assert [uniform(seed, number) for number in range(50)] == expected
 
 
-def test_rows_of_padding_are_greedy_and_follow_the_others() -> None:
+def test_a_greedy_row_uses_nothing_of_the_row_before() -> None:
     drawn = SamplingParams(temperature=0.5, top_k=3, top_p=0.75, min_p=0.25, seed=9)
-    draws = draws_of([(drawn, 4), (SamplingParams(temperature=0.0), 2)], num_padding=2)
-    assert draws.temperature.tolist() == [0.5, 0, 0, 0]
-    assert draws.top_k.tolist() == [3, 0, 0, 0]
-    assert draws.top_p.tolist() == [0.75, 1, 1, 1]
-    assert draws.min_p.tolist() == [0.25, 0, 0, 0]
-    assert draws.uniform.tolist() == [uniform(9, 4), 0, 0, 0]
+    draws = draws_of([(drawn, 4), (SamplingParams(temperature=0.0), 2)])
+    assert draws.temperature.tolist() == [0.5, 0]
+    assert draws.top_k.tolist() == [3, 0]
+    assert draws.top_p.tolist() == [0.75, 1]
+    assert draws.min_p.tolist() == [0.25, 0]
+    assert draws.uniform.tolist() == [uniform(9, 4), 0]

@@ -8,15 +8,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-from kvstore.blocks import BLOCK_SIZE_TOKENS
-from workers.engine.backends import BACKENDS
-from workers.engine.device_runner import DeviceRunner
-from workers.engine.engine import load_engine
-from workers.engine.generations import OfflineLimits, OfflineState
-from workers.engine.offline_engine import OfflineEngine, build_engine, largest_steps, load_model
+from workers.compute_device import ComputeDevice
+from workers.engine.engine import LaunchedStep, load_engine
+from workers.engine.offline_engine import OfflineEngine, build_engine, load_model
 from workers.engine.offline_settings import OfflineSettings
+from workers.errors import InvalidRequest
 from workers.model.kv_pages import allocate_pages, page_bytes
-from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
+from workers.request import FinishReason, PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest, StepPlan
 
 SIZES: dict[str, Any] = {
@@ -77,8 +75,13 @@ def answers(engine: OfflineEngine, *, temperature: float = 0.0) -> list[list[int
     return [generation.output_token_ids for generation in generations]
 
 
-def offline(path: Path, **settings: Any) -> OfflineEngine:
-    given = OfflineSettings(num_slots=3, max_step_tokens=23, num_pages=24, max_model_len=64, **settings)
+def offline(path: Path, *, attention: str = "numba", **settings: Any) -> OfflineEngine:
+    given = OfflineSettings(
+        **{
+            "compute": ComputeDevice(attention=attention), "max_num_seqs": 3, "max_num_batched_tokens": 23,
+            "num_pages": 24, "max_model_len": 64, **settings,
+        }
+    )  # fmt: skip
     return build_engine(load_model(path, given, on_progress=lambda share: None), given)
 
 
@@ -119,40 +122,54 @@ def test_drawn_tokens_are_those_of_the_served_engine(llama: Path) -> None:
     assert answers(offline(llama, attention="reference"), temperature=0.8) == expected
 
 
-def test_results_read_at_once_or_late_are_the_same_tokens(llama: Path) -> None:
-    assert answers(offline(llama, overlaps=False)) == answers(offline(llama, overlaps=True))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_steps_padded_to_the_size_that_was_captured_give_the_same_tokens(
-    llama: Path, temperature: float
+def test_steps_are_launched_before_the_one_before_is_read_although_others_wait(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = OfflineSettings(attention="reference")
-    model = load_model(llama, settings, on_progress=lambda share: None)
-    limits = OfflineLimits(
-        num_slots=5, num_pages=24, block_size_tokens=BLOCK_SIZE_TOKENS, max_step_tokens=23, max_model_len=64,
-        vocab_size=97,
-    )  # fmt: skip
-    pages = allocate_pages(
-        model.config, num_pages=25, block=BLOCK_SIZE_TOKENS, dtype=torch.float32, device=torch.device("cpu")
+    engine = offline(llama, attention="reference")
+    launch, ahead = engine.engine.launch, []
+
+    def watched(plan: StepPlan) -> LaunchedStep:
+        if any(row.num_computed_tokens == row.request.num_tokens for row in plan.rows):
+            ahead.append(any(True for _ in engine.state.view().waiting))
+        return launch(plan)
+
+    monkeypatch.setattr(engine.engine, "launch", watched)
+    assert answers(engine) == answers(offline(llama))
+    assert ahead.count(True) > 4
+    assert ahead.count(False) > 4
+
+
+def test_prompts_that_do_not_fit_beside_each_other_take_turns_and_say_the_same(llama: Path) -> None:
+    expected = answers(offline(llama))
+    for attention in ("numba", "reference"):
+        assert answers(offline(llama, attention=attention, num_pages=5)) == expected
+
+
+def test_an_answer_ends_at_the_longest_the_model_can_have(llama: Path) -> None:
+    (generation,) = offline(llama).generate(
+        [([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=99, ignore_eos=True))]
     )
-    pages.pages_LP2GBC.fill_(torch.nan)  # what padding reads must not show
-    backend = BACKENDS["reference"](model.config, model.weights, pages, 64)
-    captured = []
-    runner = DeviceRunner(
-        limits, forward=backend.transformer.forward, sample=backend.sample, device=torch.device("cpu"),
-        capture=lambda run: captured.append(run) or run,  # type: ignore[func-returns-value]
-    )  # fmt: skip
-    engine = OfflineEngine(OfflineState(limits, eos_token_ids=model.eos_token_ids), runner, overlaps=True)
-    assert answers(engine, temperature=temperature) == answers(offline(llama), temperature=temperature)
-    assert 2 <= len(captured) <= 4  # of sizes 1, 2, 4, 5
+    assert generation.finish_reason is FinishReason.LENGTH
+    assert len(generation.output_token_ids) == 61
+
+
+@pytest.mark.parametrize(
+    "asked", [{"logit_bias": ((5, 1.0),)}, {"num_logprobs": 1}, {"stop_strings": ("a",)}, {"min_tokens": 1}]
+)
+def test_what_takes_the_servers_engine_is_refused(llama: Path, asked: dict[str, Any]) -> None:
+    engine = offline(llama)
+    with pytest.raises(ValueError, match="need the server's engine"):
+        engine.add([5], SamplingParams(**asked))
+    with pytest.raises(InvalidRequest, match="token id 97 is not in the vocabulary of 97"):
+        engine.add([97], SamplingParams())
+    assert not engine.step()
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_pages_of_8_bits_take_the_memory_that_is_reckoned_and_give_answers(
     llama: Path, kv_dtype: str
 ) -> None:
-    settings = OfflineSettings(attention="reference", kv_dtype=kv_dtype)
+    settings = OfflineSettings(compute=ComputeDevice(attention="reference"), kv_dtype=kv_dtype)
     config = load_model(llama, settings, on_progress=lambda share: None).config
     pages = allocate_pages(
         config, num_pages=3, block=16, dtype=settings.page_dtype, device=torch.device("cpu")
@@ -166,34 +183,14 @@ def test_pages_of_8_bits_take_the_memory_that_is_reckoned_and_give_answers(
     assert sum(ours[0] == theirs[0] for ours, theirs in zip(got, exact, strict=True)) >= 4
 
 
-def test_the_largest_steps_are_as_large_as_any_that_can_come_and_need_no_pages(llama: Path) -> None:
-    settings = OfflineSettings(attention="reference")
-    model = load_model(llama, settings, on_progress=lambda share: None)
-    limits = OfflineLimits(
-        num_slots=3, num_pages=0, block_size_tokens=16, max_step_tokens=90, max_model_len=32, vocab_size=97
-    )
-    decode, prompt = largest_steps(limits)
-    assert [generation.slot for generation in decode.decoding] == [0, 1, 2]
-    assert [chunk.stop for chunk in prompt.chunks] == [32, 32]
-    pages = allocate_pages(
-        model.config, num_pages=1, block=16, dtype=torch.float32, device=torch.device("cpu")
-    )
-    backend = BACKENDS["reference"](model.config, model.weights, pages, 32)
-    runner = DeviceRunner(
-        limits, forward=backend.transformer.forward, sample=backend.sample, device=torch.device("cpu")
-    )
-    assert [len(runner.launch(step).token_ids()) for step in (decode, prompt)] == [3, 2]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
-        ({"attention": "flash"}, "attention must be one of numba, triton, reference, got 'flash'"),
-        ({"attention": "numba", "device": "cuda"}, "computes on the cpu, got device cuda"),
+        ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, got 'float64'"),
         ({"kv_dtype": "int8"}, "numba has pages of float32, got int8"),
-        ({"attention": "triton"}, "needs TRITON_INTERPRET=1"),
-        ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
+        ({"quantize": "w4a16"}, "quantize w4a16 is served with attention triton or reference, got numba"),
+        ({"max_num_seqs": 0}, "max_num_seqs and max_num_pulls must be at least 1, got 0"),
+        ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_their_value(settings: dict[str, Any], message: str) -> None:

@@ -73,9 +73,10 @@ def test_a_file_of_texts_and_of_token_ids_is_answered_line_by_line(
     ("arguments", "message"),
     [
         (["--prompt-ids=5,x"], "'x'"),
-        (["--prompt-ids=5,64"], "in 0..63, got 64"),
+        (["--prompt-ids=5,64"], "token id 64 is not in the vocabulary of 64"),
         (["--prompts=nowhere"], "nowhere"),
-        (["--prompt-ids=5", "--max-tokens=300"], "exceed max_model_len 256"),
+        (["--prompt-ids=5", "--device=tpu"], "device must be one of cpu, cuda, cuda:N, got 'tpu'"),
+        (["--prompt-ids=5", "--num-pages=0"], "num_pages must be at least 1, got 0"),
         (["--prompt-ids=5", "--max-model-len=999"], "the model's 256, got 999"),
         (["--prompt-ids=5", "--temperature=-1"], "temperature must be between 0.0 and 100.0, got -1.0"),
         (["--prompt-ids=5", "--kv-dtype=int4"], "kv_dtype must be one of"),

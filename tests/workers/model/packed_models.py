@@ -10,9 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.packed_checkpoints import Packing, pack_all
+from workers.compute_device import ComputeDevice
 from workers.engine.backends import BACKENDS
 from workers.engine.offline_engine import Model, load_model
 from workers.engine.offline_settings import OfflineSettings
+from workers.model.cpu_operations import cpu_transformer
 from workers.model.kv_pages import allocate_pages
 from workers.model.token_batch import Chunk, ChunkBounds, TokenBatch
 from workers.model.weights import DenseMlp
@@ -77,7 +79,7 @@ def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
 
 
 def load(path: Path, *, attention: str = "reference", **settings: Any) -> Model:
-    given = OfflineSettings(attention=attention, **settings)
+    given = OfflineSettings(compute=ComputeDevice(attention=attention), **settings)
     return load_model(path, given, on_progress=lambda share: None)
 
 
@@ -94,8 +96,13 @@ def logits(model: Model, tokens: Sequence[int], *, attention: str = "reference")
         chunks=(Chunk(start=0, stop=count, num_prefix=0, pages=page[0]),), sampled_S=torch.tensor([count - 1]),
         chunk_bounds=ChunkBounds(starts=torch.tensor([0, count]), lengths_N=torch.tensor([count])),
     )  # fmt: skip
-    backend = BACKENDS[attention](model.config, model.weights, pages, 64)
-    return backend.transformer.forward(batch)[0]
+    if attention == "numba":
+        transformer = cpu_transformer(
+            model.config, model.weights, pages_LP2GBC=pages.pages_LP2GBC, max_model_len=64
+        )
+    else:
+        transformer = BACKENDS[attention](model.config, model.weights, pages, 64).transformer
+    return transformer.forward(batch)[0]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.gpu.quantized_linear import QuantizedWeight
+from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import Model, build_engine
 from workers.engine.offline_settings import OfflineSettings
 from workers.model.config import parse_config
@@ -65,17 +66,10 @@ def test_inputs_that_are_not_whole_groups_are_refused() -> None:
         QUANTIZERS["w8a16"](torch.zeros(2, 100))
 
 
-@pytest.mark.parametrize(
-    ("quantize", "message"),
-    [("int8", "one of w8a16, w4a16, fp8, got 'int8'"), ("w8a16", "numba has whole weights")],
-)
-def test_settings_say_what_cannot_be_quantised(quantize: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OfflineSettings(quantize=quantize)
-
-
 def answer(weights: ModelWeights) -> list[int]:
-    settings = OfflineSettings(attention="reference", num_slots=1, num_pages=4)
+    settings = OfflineSettings(
+        compute=ComputeDevice(attention="reference"), max_num_seqs=1, num_pages=4, max_num_batched_tokens=64
+    )
     engine = build_engine(Model(config=CONFIG, weights=weights, eos_token_ids=frozenset()), settings)
     [generation] = engine.generate([([5, 9, 60, 33], SamplingParams(temperature=0.0, max_tokens=20))])
     return generation.output_token_ids

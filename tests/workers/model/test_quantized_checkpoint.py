@@ -20,6 +20,7 @@ from tests.workers.model.packed_models import (
     make,
     products,
 )
+from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import build_engine
 from workers.engine.offline_settings import OfflineSettings
 from workers.errors import CheckpointError
@@ -114,7 +115,9 @@ def test_matrices_of_one_product_whose_groups_differ_become_whole(tmp_path: Path
 
 def test_greedy_answers_are_the_oracles(tmp_path: Path) -> None:
     oracle = make(tmp_path, "qwen3_tied", PACKINGS["gptq_acts_in_order"])
-    settings = OfflineSettings(attention="reference", num_slots=1, num_pages=4)
+    settings = OfflineSettings(
+        compute=ComputeDevice(attention="reference"), max_num_seqs=1, num_pages=4, max_num_batched_tokens=64
+    )
     engine = build_engine(load(tmp_path), settings)
     [generation] = engine.generate(
         [(TOKENS, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))]
