@@ -15,7 +15,8 @@ RETRY_AFTER_S = 0.5
 
 
 class LiveMoves:
-    """All methods are called in the event loop's thread, and all but `open` between two steps."""
+    """All methods are called in the event loop's thread, and all but `open` between two steps, one of which may have
+    been launched ahead: what that one gives for a request that was frozen meanwhile is dropped."""
 
     def __init__(self, state: EngineState, exports: Exports, *, max_moves: int) -> None:
         self._state = state

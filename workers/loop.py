@@ -3,8 +3,8 @@
     settle the inbox    submissions, aborts, closed sessions, ended pulls, ended leases, blocks that were loaded
     plan                schedule(state.view(), limits)
     begin               pages change hands; pulls and loads into them start, so that blocks travel while it computes
-    execute             in the engine's thread; numba and torch release the interpreter lock. Where nothing but decoding
-                        goes on and the engine can, the next step is launched before this one is over
+    execute             in the engine's thread; numba and torch release the interpreter lock. Where the next step does
+                        not depend on this one and the engine can, it is launched before this one is over
     apply               tokens to their sessions, finished blocks to their pullers and to the tiers below
 
 The inbox is bounded without a bound of its own: at most `max_num_submitted` submissions, and for each request that is

@@ -7,16 +7,16 @@ import pytest
 
 from tests.workers.stepping import EOS, LIMITS, SOURCE, new_request, new_state, step
 from workers.request import FinishReason, Purpose, Request, SamplingParams
-from workers.scheduler import schedule
+from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState
 from workers.step import SampledToken, StepPlan, StepResult
 
 
-def begun(state: EngineState, *requests: Request) -> StepPlan:
+def begun(state: EngineState, *requests: Request, limits: SchedulerLimits = LIMITS) -> StepPlan:
     """The plan of the step that begins now."""
     for request in requests:
         state.add(request, now_s=0.0)
-    plan = schedule(state.view(), LIMITS)
+    plan = schedule(state.view(), limits)
     state.begin(plan, now_s=0.0)
     return plan
 
@@ -79,14 +79,55 @@ def test_a_step_in_which_all_end_is_followed_by_nothing() -> None:
     "other",
     [
         new_request("for another worker", purpose=Purpose.PREFILL_ONLY),
-        new_request("prompt that takes several steps", prompt=range(1, 100)),
+        new_request("its last chunk is next", purpose=Purpose.PREFILL_ONLY, prompt=range(1, 60)),
         new_request("pulls", prompt=range(1, 40), kv_source=SOURCE),
     ],
     ids=lambda request: request.request_id,
 )
-def test_beside_anything_but_decoding_nothing_is_looked_ahead(other: Request) -> None:
-    state = new_state()
-    assert state.look_ahead(begun(state, new_request(), other), LIMITS) is None
+def test_beside_what_others_have_a_part_in_nothing_is_looked_ahead(other: Request) -> None:
+    state, limits = new_state(), replace(LIMITS, max_num_batched_tokens=50)
+    state.add(new_request(), now_s=0.0)
+    state.add(other, now_s=0.0)
+    plan = schedule(state.view(), limits)
+    state.begin(plan, now_s=0.0)
+    assert state.look_ahead(plan, limits) is None
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+def test_prompts_go_on_chunk_by_chunk_beside_those_who_decode(purpose: Purpose) -> None:
+    state, limits = new_state(), replace(LIMITS, max_num_batched_tokens=50)
+    long = new_request("long", prompt=range(1, 400), purpose=purpose, arrival_s=1.0)
+    later = new_request("later", prompt=range(500, 540), arrival_s=2.0)
+    plan = begun(state, new_request("decodes"), long, limits=limits)
+    state.add(later, now_s=0.0)
+    chunks = []
+    while (following := state.look_ahead(plan, limits)) is not None:
+        state.begin(following, now_s=0.0)
+        state.apply(plan, result(plan, [7] * len(plan.rows)), now_s=0.0)
+        state.check()
+        chunks.append([(row.num_computed_tokens, row.num_new_tokens, row.samples) for row in following.rows])
+        plan = following
+    assert chunks[:2] == [[(3, 1, True), (47, 49, False)], [(4, 1, True), (96, 49, False)]]
+    # The last chunk leaves room for the next prompt, and is told of layer by layer if it is for another worker.
+    assert chunks[-1] == [(9, 1, True), (341, 49, False)]
+
+
+def test_a_prompt_of_which_the_last_step_had_no_token_has_its_turn() -> None:
+    state, limits = new_state(), replace(LIMITS, max_num_batched_tokens=50)
+    plan = begun(
+        state,
+        new_request("a", prompt=range(1, 100)),
+        new_request("b", prompt=range(101, 120)),
+        limits=replace(LIMITS, max_num_batched_tokens=110),
+    )
+    state.apply(plan, result(plan, [7, 7]), now_s=0.0)
+    assert [row.num_new_tokens for row in plan.rows] == [99, 11]
+    following = state.look_ahead(begun(state, limits=limits), limits)
+    assert following is not None
+    assert [(row.num_computed_tokens, row.num_new_tokens, row.samples) for row in following.rows] == [
+        (100, 1, True),
+        (19, 1, True),
+    ]
 
 
 def test_while_somebody_moves_nothing_is_looked_ahead() -> None:

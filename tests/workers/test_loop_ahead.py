@@ -30,7 +30,7 @@ def plans_ahead(ahead: Any, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
     launch: Launch = ahead.engine.launch
 
     def watched(plan: StepPlan, **keywords: Any) -> LaunchedStep:
-        if any(row.num_computed_tokens == row.request.num_tokens for row in plan.rows):
+        if any(row.num_computed_tokens > row.request.num_computed_tokens for row in plan.rows):
             plans.append(plan)
         return launch(plan, **keywords)
 
@@ -53,6 +53,20 @@ async def test_answers_are_those_of_a_worker_that_takes_one_step_at_a_time(
     expected = await all_answers(await open_session(await start_worker()), temperature=temperature)
     assert await all_answers(await open_session(ahead), temperature=temperature) == expected
     assert len(plans_ahead) > 20
+    await ahead.settled()
+
+
+async def test_long_prompts_are_computed_chunk_after_chunk_ahead_beside_those_who_decode(
+    ahead: Any, plans_ahead: list[StepPlan], start_worker: Fixture, open_session: Fixture
+) -> None:
+    long = [7 * i % 250 + 3 for i in range(230)]
+    found = []
+    for worker in (await start_worker(), ahead):
+        session = await open_session(worker)
+        answers = [await session.submit(name, p, **GREEDY) for name, p in (("s", PROMPTS[0]), ("l", long))]
+        found.append([(await answer.wait()).token_ids for answer in answers])
+    assert found[0] == found[1]
+    assert any(row.num_new_tokens > 1 for plan in plans_ahead for row in plan.rows)
     await ahead.settled()
 
 
@@ -162,7 +176,10 @@ async def test_a_storm_of_requests_that_come_end_and_are_aborted_leaves_nothing_
     async def client(number: int) -> None:
         session = await open_session(ahead)
         for turn in range(8):
-            name, prompt = f"{number}/{turn}", [rng.randrange(3, 250) for _ in range(rng.randrange(1, 40))]
+            name, prompt = (
+                f"{number}/{turn}",
+                [rng.randrange(3, 250) for _ in range(rng.choice([5, 40, 150]))],
+            )
             stop = [rng.randrange(250) for _ in range(10)]
             asked = GREEDY | {"max_tokens": rng.randrange(1, 60), "stop_token_ids": stop}
             answer = await session.submit(name, prompt, **asked)

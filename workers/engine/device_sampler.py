@@ -44,7 +44,8 @@ class DeviceSampler:
         return all_tokens
 
     def can_draw_ahead(self, rows: Sequence[ScheduledRequest]) -> bool:
-        return not any(_needs_logits(row) or row.request.sampling.stop_strings for row in rows)
+        drawn = [row for row in rows if row.samples]
+        return not any(_needs_logits(row) or row.request.sampling.stop_strings for row in drawn)
 
     def forget(self, request_id: RequestId) -> None:
         self._adjusting.forget(request_id)
