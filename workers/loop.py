@@ -2,10 +2,9 @@
 
     settle the inbox    submissions, aborts, closed sessions, ended pulls, ended leases, blocks that were loaded
     plan                schedule(state.view(), limits)
-    begin               pages change hands; pulls and loads into them start, so that blocks travel while it computes
-    execute             in the engine's thread; numba and torch release the interpreter lock. Where the next step does
-                        not depend on this one and the engine can, it is launched before this one is over
-    apply               tokens to their sessions, finished blocks to their pullers and to the tiers below
+    step                as `workers.steps` has it. Pulls and loads into its pages start with it, so that blocks travel
+                        while it computes; after it, tokens go to their sessions, finished blocks to their pullers and
+                        to the tiers below
 
 The inbox is bounded without a bound of its own: at most `max_num_submitted` submissions, and for each request that is
 here at most one abort, one end of a pull, one end of a lease, and a message for each chunk that is loaded for it or
@@ -17,11 +16,11 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from workers.engine.engine import Engine
-from workers.engine_thread import EngineThread, Launched
+from workers.engine_thread import EngineThread
 from workers.errors import (
     EngineFailed,
     InvalidRequest,
@@ -65,11 +64,10 @@ from workers.request import (
 from workers.ring_watch import RingWatch
 from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState
-from workers.step import ScheduledRequest, StepPlan, StepResult
+from workers.step import ScheduledRequest, StepPlan
+from workers.steps import Steps
 from workers.tier_traffic import TierTraffic
 
-# A step that fails may be the fault of one request; so many in a row are the fault of this process.
-MAX_FAILED_STEPS = 3
 RETRY_AFTER_S = 0.5
 # Proving the invariants takes about a microsecond a page: not after every request of a quiet worker.
 CHECK_EVERY_S = 5.0
@@ -122,8 +120,7 @@ class RequestLoop:
             set()
         )  # those of them that are to end, now or when the inbox is settled
         self._doomed: set[RequestId] = set()  # have said their last word, but their pull has not ended
-        self._step_number = 0
-        self._num_failed_steps = 0
+        self._steps = Steps(state, parts.engine, limits.step, listener=self)
         self._last_check_s = 0.0
 
     # What sessions ask.
@@ -226,7 +223,7 @@ class RequestLoop:
                         self._rest()
                         await self._wake.wait()
                     else:
-                        await self._step(plan, engine)
+                        await self._steps.run(plan, engine)
             finally:
                 self._rings.close()
                 await self._pulls.close()
@@ -235,7 +232,7 @@ class RequestLoop:
 
     def _rest(self) -> None:
         self._metrics.set_load(self._state.load())
-        self._rings.rested(step_number=self._step_number)
+        self._rings.rested(step_number=self._steps.number)
         if self._tiers is not None:
             self._tiers.rested()
         now_s = time.monotonic()
@@ -244,58 +241,20 @@ class RequestLoop:
             self._state.check()
         self._settled.set()
 
-    async def _step(self, plan: StepPlan, engine: EngineThread) -> None:
-        """One step, and those after it that can be launched before the one before them is over."""
-        self._begin(plan)
-        launched: Launched | None = None
-        began_s = time.monotonic()
-        while True:
-            self._step_number += 1
-            ahead: tuple[StepPlan, Launched] | None = None
-            if (following := self._look_ahead(plan)) is not None:
-                launched = launched or engine.launch(plan)
-                self._begin(following)
-                ahead = following, engine.launch(following)
-            try:
-                if launched is None:
-                    result = await self._execute(plan, engine)
-                else:
-                    result = await engine.result(launched)
-            except Exception as error:
-                _logger.exception("step_failed")
-                if ahead is not None:  # its rows are among these, and fail with them
-                    await engine.drop(ahead[1])
-                    self._state.step_failed(ahead[0])
-                self._fail_rows(plan, error)
-                return
-            ended_s = time.monotonic()
-            self._apply(plan, result, step_s=ended_s - began_s)
-            if ahead is None:
-                return
-            self._tell_tiers()  # before the next step takes the pages of what was computed
-            (plan, launched), began_s = ahead, ended_s
+    # What steps tell (`workers.steps.Listener`).
 
-    def _apply(self, plan: StepPlan, result: StepResult, *, step_s: float) -> None:
-        self._num_failed_steps = 0
-        outputs = self._state.apply(plan, result, now_s=time.time())
-        self._step_done(plan, step_s=step_s)
-        self._deliver(outputs)
-        self._metrics.set_load(self._state.load())
+    @property
+    def waits_for_gap(self) -> bool:
+        return bool(self._inbox)
 
-    def _begin(self, plan: StepPlan) -> None:
-        self._state.begin(plan, now_s=time.time())
+    def step_began(self, plan: StepPlan) -> None:
         if self._tiers is not None:
             preempted = [self._requests[request_id] for request_id in plan.preempted]
             self._tiers.step_began(plan, preempted)
         for pull in plan.pulls:
             self._pulls.start(pull)
 
-    def _look_ahead(self, plan: StepPlan) -> StepPlan | None:
-        if self._inbox or not self._engine.can_launch_after(plan):
-            return None
-        return self._state.look_ahead(plan, self._limits.step)
-
-    def _step_done(self, plan: StepPlan, *, step_s: float) -> None:
+    def step_ended(self, plan: StepPlan, outputs: Sequence[RequestOutput], *, step_s: float) -> None:
         if plan.rows or plan.preempted:
             self._metrics.step_done(plan, step_s=step_s)
             if self._tiers is not None:
@@ -303,6 +262,24 @@ class RequestLoop:
         for request_id in self._moves.step_ended():
             self._stop_loading(request_id)
         self._report_progress()
+        self._deliver(outputs)
+        self._metrics.set_load(self._state.load())
+        self._tell_tiers()  # before the next step takes the pages of what was computed
+
+    def step_failed(self, plan: StepPlan, failure: EngineFailed) -> None:
+        self._metrics.step_failed()
+        for row in plan.rows:
+            if self._requests.get(row.request.request_id) is row.request:  # it may have ended a step before
+                self._end(row.request.request_id, failure=failure)
+
+    def layer_computed(self, rows: Sequence[ScheduledRequest], layer: int) -> None:
+        for row in rows:
+            self._exports.layer_progress(
+                row.request.request_id,
+                page_ids=row.page_ids,
+                num_ready_tokens=row.end_token,
+                num_layers=layer + 1,
+            )
 
     def _report_progress(self) -> None:
         for progress in self._state.export_progress():
@@ -316,30 +293,6 @@ class RequestLoop:
         computed = self._state.take_computed_runs()
         if self._tiers is not None:
             self._tiers.moved(computed)
-
-    async def _execute(self, plan: StepPlan, engine: EngineThread) -> StepResult:
-        if not plan.rows:
-            return StepResult(sampled={})
-        loop = asyncio.get_running_loop()
-        # The last chunk of a prompt that somebody waits for: its blocks leave layer by layer.
-        exported = [row for row in plan.rows if row.samples and row.request.purpose is Purpose.PREFILL_ONLY]
-
-        def on_layer(layer: int) -> None:
-            loop.call_soon_threadsafe(self._report_layer, exported, layer)
-
-        return await engine.execute(plan, on_layer=on_layer if exported else None)
-
-    def _fail_rows(self, plan: StepPlan, error: Exception) -> None:
-        """The rows of the plan are where they were; they end here."""
-        self._num_failed_steps += 1
-        self._metrics.step_failed()
-        self._state.step_failed(plan)
-        failure = EngineFailed(f"step {self._step_number} failed: {type(error).__name__}: {error}")
-        for row in plan.rows:
-            if self._requests.get(row.request.request_id) is row.request:  # it may have ended a step before
-                self._end(row.request.request_id, failure=failure)
-        if self._num_failed_steps >= MAX_FAILED_STEPS:
-            raise EngineFailed(f"{self._num_failed_steps} steps in a row have failed") from error
 
     # The inbox.
 
@@ -374,7 +327,7 @@ class RequestLoop:
                     pass  # it has woken us
 
     def _break_ring(self, message: RingLasts) -> None:
-        ring = self._rings.lasting(message, step_number=self._step_number)
+        ring = self._rings.lasting(message, step_number=self._steps.number)
         if ring is None:
             return
         for request_id in ring.giving_way:
@@ -474,15 +427,6 @@ class RequestLoop:
 
     # What is said.
 
-    def _report_layer(self, rows: Iterable[ScheduledRequest], layer: int) -> None:
-        for row in rows:
-            self._exports.layer_progress(
-                row.request.request_id,
-                page_ids=row.page_ids,
-                num_ready_tokens=row.end_token,
-                num_layers=layer + 1,
-            )
-
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
         by_session: dict[SessionId, list[RequestOutput]] = {}
         now_s = time.time()
@@ -495,7 +439,7 @@ class RequestLoop:
                 self._forget(output.request_id)
         for session_id, session_outputs in by_session.items():
             if (outbox := self._outboxes.get(session_id)) is not None:
-                outbox.put(self._step_number, session_outputs)
+                outbox.put(self._steps.number, session_outputs)
 
     def _forget(self, request_id: RequestId) -> None:
         self._moves.gone(request_id)

@@ -38,7 +38,8 @@ class Link:
         return HEADER_BYTES + CHUNK_BLOCKS * self.end.engine.model.layout.block_bytes
 
     async def forget(self) -> None:
-        """What the end knows of the prompt."""
+        """What the end knows of the prompt, when all of it has come to rest."""
+        await self.end.settled()
         self.end.state.drop(None)
         await self.end.store.drop(None)
 

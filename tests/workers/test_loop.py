@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from protos import worker_pb2
-from workers import loop
+from workers import steps
 from workers.config import Role
 from workers.errors import EngineFailed
 
@@ -229,9 +229,9 @@ async def test_an_engine_that_fails_step_after_step_ends_the_worker(
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(running.engine, "execute", break_always)
-    for number in range(loop.MAX_FAILED_STEPS):
+    for number in range(steps.MAX_FAILED_STEPS):
         answer = await session.submit(f"r{number}", LONG_PROMPT, **GREEDY)
-        if number < loop.MAX_FAILED_STEPS - 1:
+        if number < steps.MAX_FAILED_STEPS - 1:
             await answer.wait()
     with pytest.raises(EngineFailed, match="3 steps in a row"):
         async with asyncio.timeout(30):
