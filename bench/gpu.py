@@ -6,6 +6,7 @@ Runs under any Python with torch and triton, and nothing of Penstock installed: 
 """
 
 import argparse
+import gc
 import sys
 
 import torch
@@ -29,6 +30,7 @@ def main() -> None:
     print(f"copy bandwidth {limits.copy_gb_s:8.0f} GB/s")
     print(f"bf16 matrix    {limits.matrix_tflop_s:8.0f} TFLOP/s")
     claims = gpu_kernels.measure(limits) + gpu_engine.measure(limits)
+    gc.collect()  # captured graphs hold the engine that they belong to
     torch.cuda.empty_cache()
     gpu_peers.print_transformers()
     write_report("gpu", claims, keep=not quick, device=torch.cuda.get_device_name())
