@@ -36,6 +36,7 @@ import torch
 
 from kernels.gpu import copy_pages
 from kvstore.layout import KvLayout
+from workers.engine.copy_stream import CopyStream
 from workers.engine.device_copies import to_device
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class DeviceKvPool:
         num_bytes = max(staging_bytes // layout.block_bytes, 1) * layout.block_bytes
         self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         self._host = _page_locked(num_bytes, device=self._device)
-        self._copies = _CopyStream(self._device)
+        self._copies = CopyStream(self._device)
         self._lock = threading.Lock()
         with (
             self._copies.launching()
@@ -104,16 +105,10 @@ class DeviceKvPool:
     def write(self, *, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
         self._check_pages(page_ids)
         self._check_size(data, len(page_ids))
-        for start, stop in self._pieces(len(page_ids), num_layers=1):
-            with self._lock:
-                self._copies.wait()  # one of them may still read what we fill now
-                data_NX = _as_tensor(data).view(len(page_ids), -1)[start:stop]
-                host_NX = self._host[: data_NX.numel()].view_as(data_NX)
-                host_NX.copy_(data_NX)
-                with self._copies.launching():
-                    staging_NX = self._staging[: host_NX.numel()].view_as(host_NX)
-                    staging_NX.copy_(host_NX, non_blocking=True)
-                    self._scatter(self._words_LPW[layer : layer + 1], page_ids[start:stop], staging_NX)
+        if not page_ids:  # torch takes no empty memory
+            return
+        data_NX = _as_tensor(data).view(len(page_ids), -1)
+        self._put(self._words_LPW[layer : layer + 1], page_ids, data_NX)
 
     def save(self, page_ids: Sequence[int], arena_SX: Arena | torch.Tensor, slots: Sequence[int]) -> None:
         """Straight into the arena, which runs beside all else if it is page-locked."""
@@ -122,8 +117,8 @@ class DeviceKvPool:
             with self._lock:
                 with self._copies.launching():
                     staging_NX = self._gathered(self._words_LPW, page_ids[start:stop])
-                    for number, slot in enumerate(slots[start:stop]):
-                        slots_SX[slot].copy_(staging_NX[number], non_blocking=True)
+                    for places, run in consecutive(slots[start:stop]):
+                        slots_SX[run].copy_(staging_NX[places], non_blocking=True)
                 self._copies.wait()
 
     def load(self, page_ids: Sequence[int], arena_SX: Arena | torch.Tensor, slots: Sequence[int]) -> None:
@@ -132,19 +127,30 @@ class DeviceKvPool:
         for start, stop in self._pieces(len(page_ids), num_layers=self.layout.num_layers):
             with self._lock:
                 with self._copies.launching():
-                    staging_NX = self._staging[: (stop - start) * self.layout.block_bytes].view(
-                        stop - start, -1
-                    )
-                    for number, slot in enumerate(slots[start:stop]):
-                        staging_NX[number].copy_(slots_SX[slot], non_blocking=True)
+                    num_bytes = (stop - start) * self.layout.block_bytes
+                    staging_NX = self._staging[:num_bytes].view(stop - start, -1)
+                    for places, run in consecutive(slots[start:stop]):
+                        staging_NX[places].copy_(slots_SX[run], non_blocking=True)
                     self._scatter(self._words_LPW, page_ids[start:stop], staging_NX)
                 self._copies.wait()
 
     def fill(self, page_ids: Sequence[int], decode: Decode) -> None:
-        num_blocks, block_bytes = len(page_ids), self.layout.block_bytes
-        memory_NX = _page_locked(num_blocks * block_bytes, device=self._device).view(num_blocks, block_bytes)
-        decode(memory_NX.numpy(), range(num_blocks))
-        self.load(page_ids, memory_NX, range(num_blocks))
+        """By way of memory that is not page-locked: a chunk is decoded whole, and may be larger than staging."""
+        self._check_pages(page_ids)
+        memory_NX = torch.empty(len(page_ids), self.layout.block_bytes, dtype=torch.uint8)
+        decode(memory_NX.numpy(), range(len(page_ids)))
+        self._put(self._words_LPW, page_ids, memory_NX)
+
+    def _put(self, words_LPW: torch.Tensor, page_ids: Sequence[int], data_NX: torch.Tensor) -> None:
+        for start, stop in self._pieces(len(page_ids), num_layers=len(words_LPW)):
+            with self._lock:
+                self._copies.wait()  # one of them may still read what we fill now
+                host_NX = self._host[: (stop - start) * data_NX.shape[1]].view(stop - start, -1)
+                host_NX.copy_(data_NX[start:stop])
+                with self._copies.launching():
+                    staging_NX = self._staging[: host_NX.numel()].view_as(host_NX)
+                    staging_NX.copy_(host_NX, non_blocking=True)
+                    self._scatter(words_LPW, page_ids[start:stop], staging_NX)
 
     def _gathered(self, words_LPW: torch.Tensor, page_ids: Sequence[int]) -> torch.Tensor:
         num_layers, _, num_words = words_LPW.shape
@@ -194,46 +200,6 @@ class DeviceKvPool:
         return torch.as_tensor(arena_SX)
 
 
-class _CopyStream:
-    """What is launched within `launching` runs beside the engine's stream; on a CPU, at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        self._last: torch.cuda.Event | None = None  # of all that was launched
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # the pages are zeroed there
-            self._mark()
-
-    @contextmanager
-    def launching(self) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):  # makes its device the current one, too
-            try:
-                yield
-            finally:
-                self._mark()
-
-    def wait(self) -> None:
-        """Until all that was launched is done. Releases the interpreter lock."""
-        if self._last is not None:
-            self._last.synchronize()
-
-    def precede(self, stream: torch.cuda.Stream) -> None:
-        """What `stream` is given from now on begins when all that was launched is done."""
-        assert self._last is not None
-        stream.wait_event(self._last)
-
-    def _mark(self) -> None:
-        assert self._stream is not None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        self._last = event  # only now: another thread may make the engine wait for it at any time
-
-
 def _primitives(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
     """(gather_, scatter_)"""
     if device.type == "cuda":
@@ -243,6 +209,15 @@ def _primitives(device: torch.device) -> tuple[Callable[..., None], Callable[...
 
 def _gather_(pages_LPW: torch.Tensor, ids_N: torch.Tensor, staging_NLW: torch.Tensor) -> None:
     staging_NLW.copy_(copy_pages.reference_gather(pages_LPW, ids_N))
+
+
+def consecutive(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """The runs of slots that follow each other: where they stand among `slots`, and which they are."""
+    start = 0
+    for end in range(1, len(slots) + 1):
+        if end == len(slots) or slots[end] != slots[end - 1] + 1:
+            yield slice(start, end), slice(slots[start], slots[end - 1] + 1)
+            start = end
 
 
 def _page_locked(num_bytes: int, *, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvstore.codec.codec import KvCodec
 from kvstore.layout import ITEM_BYTES, KvLayout
-from workers.engine.device_kv_pool import DeviceKvPool
+from workers.engine.device_kv_pool import DeviceKvPool, consecutive
 from workers.engine.kv_pool import KvPool
 
 NUM_PAGES, NUM_SLOTS, NUM_LAYERS = 6, 5, 3
@@ -183,3 +184,13 @@ def test_slots_and_pages_that_do_not_fit_are_refused(
     for copy in (device.save, device.load):
         with pytest.raises(ValueError, match=message):
             copy(page_ids, arena_SX, slots)
+
+
+@given(st.lists(st.integers(0, 9), max_size=12))
+def test_runs_of_slots_are_all_slots_in_order_and_as_few_as_can_be(slots: list[int]) -> None:
+    runs = list(consecutive(slots))
+    assert [slot for _, run in runs for slot in range(run.start, run.stop)] == slots
+    assert [place for places, _ in runs for place in range(places.start, places.stop)] == list(
+        range(len(slots))
+    )
+    assert all(before.stop != after.start for (_, before), (_, after) in pairwise(runs))
