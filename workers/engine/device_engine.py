@@ -1,7 +1,7 @@
 """The parts of an engine on a device, with the kernels of a GPU or their formulas: importing this needs Triton."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -102,9 +102,7 @@ def make_engine(model: DeviceModel, *, num_pages: int | None, largest: LargestSt
     """With as many pages as the device has room for unless it is said. On a GPU all is compiled and captured."""
     if num_pages is None:
         num_pages = num_pages_on(model, largest)
-    captured = None
-    if model.device.type == "cuda" and model.attention == "triton":
-        captured = CapturedSizes(max_num_seqs=largest.max_num_seqs, capture=GraphCapture(model.device))
+    captured = _captured_sizes(model, largest)
     engine = Engine(model.opened, device_parts(model, num_pages=num_pages, captured=captured))
     if captured is not None:
         engine.execute(_plan(model, largest))  # so that no request waits for its kernels to be compiled
@@ -112,16 +110,25 @@ def make_engine(model: DeviceModel, *, num_pages: int | None, largest: LargestSt
 
 
 def num_pages_on(model: DeviceModel, largest: LargestStep) -> int:
-    """Runs the largest steps on a pool of one page; what they leave of the GPU's memory is for pages."""
+    """Runs the largest step on a pool of one page, whose staging counts as well, and captures what will be captured.
+
+    What all of that leaves of the GPU's memory is for pages.
+    """
     engine = Engine(model.opened, device_parts(model, num_pages=1))
-    decode = replace(largest, max_num_batched_tokens=largest.max_num_seqs)
+    captured = _captured_sizes(model, largest)
     memory = measure_memory(
         model.device,
         [partial(engine.execute, _plan(model, largest))],
-        captured=partial(engine.execute, _plan(model, decode)),
+        capture=None if captured is None else partial(device_parts, model, num_pages=1, captured=captured),
     )
     page_bytes = model.opened.info.layout.block_bytes
     return num_pages_that_fit(memory, share=_MEMORY_SHARE, page_bytes=page_bytes) - 1  # one for padding
+
+
+def _captured_sizes(model: DeviceModel, largest: LargestStep) -> CapturedSizes | None:
+    if model.device.type != "cuda" or model.attention != "triton":
+        return None
+    return CapturedSizes(max_num_seqs=largest.max_num_seqs, capture=GraphCapture(model.device))
 
 
 def _plan(model: DeviceModel, largest: LargestStep) -> StepPlan:

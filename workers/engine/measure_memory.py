@@ -10,18 +10,35 @@ Run = Callable[[], object]
 
 
 def measure_memory(
-    device: torch.device, steps: Sequence[Run], *, captured: Run | None = None
+    device: torch.device, steps: Sequence[Run], *, capture: Run | None = None
 ) -> MeasuredMemory:
-    """Runs the largest steps there are; `captured` is the largest of those that will be captured, if any is."""
+    """Runs the largest steps there are; `capture` captures those that will be, if any, and returns what holds them."""
     with torch.cuda.device(device):
         allocated = torch.cuda.memory_allocated()
-        captured_bytes = 0 if captured is None else _peak(captured) - allocated
         peaks = [_peak(step) - allocated for step in steps]
+        captured = 0 if capture is None else _kept(capture)
         free, total = torch.cuda.mem_get_info()
         return MeasuredMemory(
             total=total, free=free, reserved=torch.cuda.memory_reserved(), allocated=allocated,
-            step=max(captured_bytes, *peaks), captured=captured_bytes,
+            step=max(peaks), captured=captured,
         )  # fmt: skip
+
+
+def _kept(make: Run) -> int:
+    """Of the device: the driver's part of a graph is none of torch's memory."""
+    before = _free()
+    made = make()
+    kept = before - _free()
+    del made
+    _free()
+    return max(kept, 0)
+
+
+def _free() -> int:
+    """What is left when torch has given back all that it does not use."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def _peak(run: Run) -> int:

@@ -12,7 +12,7 @@ class MeasuredMemory:
     reserved: int  # by torch for this process
     allocated: int  # of these, by tensors that stay: the weights
     step: int  # by what the largest step needed beyond them
-    captured: int  # that captured decode steps will keep for themselves
+    captured: int  # that captured decode steps keep for themselves, graphs and what they read
 
 
 def num_pages_that_fit(memory: MeasuredMemory, *, share: float, page_bytes: int) -> int:
