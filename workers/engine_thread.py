@@ -16,11 +16,12 @@ Launched = Future[LaunchedStep]
 
 
 class EngineThread:
-    """Left, it waits for what was asked of it."""
+    """Left, it waits for what was asked of it, and for the device to be done with what was launched."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = ThreadPoolExecutor(1, "engine")
+        self._last_launched: Launched | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -29,6 +30,9 @@ class EngineThread:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown()
+        if self._last_launched is not None:
+            with contextlib.suppress(Exception):  # who asked for it has heard
+                self._last_launched.result().wait()
 
     async def execute(self, plan: StepPlan, *, on_layer: OnLayer | None) -> StepResult:
         """Raises what the engine raises, as `result` does."""
@@ -37,7 +41,8 @@ class EngineThread:
 
     def launch(self, plan: StepPlan) -> Launched:
         """Returns at once."""
-        return self._thread.submit(self._engine.launch, plan)
+        self._last_launched = self._thread.submit(self._engine.launch, plan)
+        return self._last_launched
 
     async def result(self, launched: Launched) -> StepResult:
         return await asyncio.get_running_loop().run_in_executor(self._thread, _read, launched)

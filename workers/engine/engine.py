@@ -69,9 +69,13 @@ class LaunchedStep:
         self._wait = wait
         self._stop_strings = stop_strings
 
+    def wait(self) -> None:
+        """Until the step is over on the device, and with it all that were launched before."""
+        self._wait()
+
     def result(self) -> StepResult:
         """Waits until the step is over. Called once, in the order of the steps, by the thread that launches them."""
-        self._wait()
+        self.wait()
         sampled = {}
         for row, token in zip(self._sampling, self._drawn(), strict=True):
             request = row.request
