@@ -12,7 +12,8 @@ from bench.report import Claim
 from kernels.gpu.paged_attention import paged_attention
 from kernels.gpu.paged_kv import PagedKv
 from kernels.gpu.prefill_attention import prefill_attention
-from kernels.gpu.quantized_linear import GROUP, QuantizedWeight, quantized_linear
+from kernels.gpu.quantized_linear import quantized_linear
+from kernels.gpu.quantized_weight import GROUP, QuantizedWeight
 from kernels.gpu.shared_prefix_attention import Prefixes, shared_prefix_attention
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.ragged_tiles import first_tile, num_tiles, request_of
+from kernels.gpu.ragged_tiles import num_tiles, rows_of
 
 _OUTPUTS, _INPUTS = 128, 64
 
@@ -35,10 +35,7 @@ def _kernel(
     x, stride_x, weight, sources, starts, num_experts, y,
     N: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    expert = request_of(starts, tile, num_experts, 1, ROWS)
-    stop = tl.load(starts + expert + 1).to(tl.int32)
-    first = tl.load(starts + expert).to(tl.int32) + (tile - first_tile(starts, expert, 1, ROWS)) * ROWS
+    expert, first, stop = rows_of(starts, tl.program_id(0), num_experts, ROWS)
     if first >= stop:
         return
     s = first + tl.arange(0, ROWS)
@@ -73,14 +70,18 @@ def grouped_matmul(
     if len(starts) != num_experts + 1 or not weight_ENK.is_contiguous():
         raise ValueError(f"{num_experts} experts need one start more, got {len(starts)}")
     num_rows = len(sources_S)
-    # A tile of the size of an expert's share.
-    tile_rows = min(128, max(16, triton.next_power_of_2(num_rows // num_experts)))
+    num_tile_rows = tile_rows(num_rows, num_experts)
     y_SN = x_TK.new_empty(num_rows, num_outputs)
     if num_rows:
-        tiles = num_tiles(num_rows, num_experts, tile_rows=tile_rows)
+        tiles = num_tiles(num_rows, num_experts, tile_rows=num_tile_rows)
         _kernel[(tiles, triton.cdiv(num_outputs, _OUTPUTS))](
             x_TK, x_TK.stride(0), weight_ENK, sources_S, starts, num_experts, y_SN,
-            N=num_outputs, K=num_inputs, OUTPUTS=_OUTPUTS, ROWS=tile_rows, INPUTS=_INPUTS,
-            num_warps=4 if tile_rows <= 64 else 8, num_stages=4,
+            N=num_outputs, K=num_inputs, OUTPUTS=_OUTPUTS, ROWS=num_tile_rows, INPUTS=_INPUTS,
+            num_warps=4 if num_tile_rows <= 64 else 8, num_stages=4,
         )  # fmt: skip
     return y_SN
+
+
+def tile_rows(num_rows: int, num_experts: int) -> int:
+    """Of a tile of the size of an expert's share: 16, 32, 64 or 128."""
+    return min(128, max(16, triton.next_power_of_2(num_rows // num_experts)))

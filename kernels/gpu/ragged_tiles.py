@@ -31,3 +31,11 @@ def request_of(starts, tile, num_requests, M: tl.constexpr, ROWS: tl.constexpr):
         else:
             high = middle
     return low
+
+
+@triton.jit
+def rows_of(starts, tile, num_requests, ROWS: tl.constexpr):
+    """(request of a tile, first row, where its rows stop), of a row for each entry; no rows if they stop before."""
+    request = request_of(starts, tile, num_requests, 1, ROWS)
+    first = tl.load(starts + request).to(tl.int32) + (tile - first_tile(starts, request, 1, ROWS)) * ROWS
+    return request, first, tl.load(starts + request + 1).to(tl.int32)

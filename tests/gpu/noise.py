@@ -22,6 +22,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "moe_intermediate_size": 40, "num_experts": 6,
         "num_experts_per_tok": 2, "norm_topk_prob": True,
     },
+    "qwen3_moe_wide": {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 128, "head_dim": 64, "num_attention_heads": 2,
+        "moe_intermediate_size": 128, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True,
+    },
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 from kernels.gpu import (
     grouped_matmul,
+    grouped_quantized_matmul,
     paged_attention,
     prefill_attention,
     quantized_linear,
@@ -34,6 +35,7 @@ class Kernels:
     paged_attention: Function
     prefill_attention: Function
     grouped_matmul: Function
+    grouped_quantized_matmul: Function
     quantized_linear: Function
     sample: Function
 
@@ -46,6 +48,7 @@ TRITON = Kernels(
     paged_attention=paged_attention.paged_attention,
     prefill_attention=prefill_attention.prefill_attention,
     grouped_matmul=grouped_matmul.grouped_matmul,
+    grouped_quantized_matmul=grouped_quantized_matmul.grouped_quantized_matmul,
     quantized_linear=quantized_linear.quantized_linear,
     sample=sample.sample,
 )
@@ -78,6 +81,7 @@ REFERENCE = Kernels(
     paged_attention=_rounded(paged_attention.reference),
     prefill_attention=_rounded(prefill_attention.reference),
     grouped_matmul=_rounded(grouped_matmul.reference),
+    grouped_quantized_matmul=_rounded(grouped_quantized_matmul.reference),
     quantized_linear=_rounded(quantized_linear.reference),
     sample=lambda logits_RV, draws: sample.reference(logits_RV, draws).to(logits_RV.device),
 )

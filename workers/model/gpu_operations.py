@@ -6,7 +6,7 @@ Letters as in `workers.model.transformer`; E experts, K active experts per token
 import torch
 
 from kernels.gpu.paged_kv import PagedKv
-from kernels.gpu.quantized_linear import QuantizedWeight
+from kernels.gpu.quantized_weight import QuantizedWeight
 from kernels.gpu.rotate_and_store import Rotation
 from workers.model.config import ModelConfig
 from workers.model.gpu_kernels import Kernels
@@ -14,7 +14,7 @@ from workers.model.kv_pages import KvPages
 from workers.model.rope import cos_sin_tables
 from workers.model.token_batch import TokenBatch
 from workers.model.transformer import Transformer
-from workers.model.weights import Linear, ModelWeights, MoeMlp
+from workers.model.weights import Linear, ModelWeights, MoeMlp, Weight
 
 
 def gpu_transformer(
@@ -74,13 +74,21 @@ class GpuOperations:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         sorted_S, choices_S = experts_TK.flatten().sort(stable=True)
         starts = torch.searchsorted(sorted_S, torch.arange(num_experts + 1, device=x_TD.device))
-        multiply = self._kernels.grouped_matmul
-        gate_up_SW = multiply(x_TD, mlp.gate_up_EWD, sources_S=choices_S // num_active, starts=starts)
+        gate_up_SW = self._grouped(x_TD, mlp.gate_up_EWD, choices_S // num_active, starts)
         rows_S = torch.arange(len(sorted_S), device=x_TD.device)
-        y_SD = multiply(self.silu_mul(gate_up_SW), mlp.down_EDI, sources_S=rows_S, starts=starts)
+        y_SD = self._grouped(self.silu_mul(gate_up_SW), mlp.down_EDI, rows_S, starts)
         # Back in the order of the tokens, so that what a token adds up does not depend on those beside it.
         y_TKD = torch.empty_like(y_SD).index_copy_(0, choices_S, y_SD).view(-1, num_active, x_TD.shape[1])
         return (y_TKD.float() * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+    def _grouped(
+        self, x_TI: torch.Tensor, weight: Weight, sources_S: torch.Tensor, starts: torch.Tensor
+    ) -> torch.Tensor:
+        kernels = self._kernels
+        is_quantized = isinstance(weight, QuantizedWeight)
+        multiply = kernels.grouped_quantized_matmul if is_quantized else kernels.grouped_matmul
+        y_SN: torch.Tensor = multiply(x_TI, weight, sources_S=sources_S, starts=starts)
+        return y_SN
 
     def attend(self, qkv_TN: torch.Tensor, layer: int, batch: TokenBatch) -> torch.Tensor:
         config, pages, kernels = self._config, self._pages, self._kernels

@@ -1,9 +1,9 @@
-"""Weights of 8 or 4 bits out of whole ones, rounded to the nearest: what `kernels.gpu.quantized_linear` multiplies.
+"""Weights of 8 or 4 bits out of whole ones, rounded to the nearest: `kernels.gpu.quantized_weight`.
 
-Groups of inputs have a scale each, and in int4 a zero. Embedding, output matrix, routers and experts stay whole: the
-first three are small or sensitive, and there is no grouped product of such weights.
+Groups of inputs have a scale each, and in int4 a zero. Embedding, output matrix and routers stay whole: they are small
+or sensitive.
 
-N outputs, K inputs, J groups.
+N outputs, K inputs, J groups, E experts.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from kernels.gpu.quantized_linear import GROUP, QuantizedWeight, pack_int4
-from workers.model.weights import DenseMlp, LayerWeights, Linear, ModelWeights
+from kernels.gpu.quantized_weight import GROUP, QuantizedWeight, pack_int4, stacked
+from workers.model.weights import DenseMlp, LayerWeights, Linear, ModelWeights, MoeMlp
 
 
 def quantize_weights(weights: ModelWeights, kind: str) -> ModelWeights:
@@ -21,10 +21,22 @@ def quantize_weights(weights: ModelWeights, kind: str) -> ModelWeights:
 
 
 def _layer(layer: LayerWeights, quantize: "Quantizer") -> LayerWeights:
-    mlp = layer.mlp
+    return replace(
+        layer, qkv=_linear(layer.qkv, quantize), output=_linear(layer.output, quantize),
+        mlp=_mlp(layer.mlp, quantize),
+    )  # fmt: skip
+
+
+def _mlp(mlp: DenseMlp | MoeMlp, quantize: "Quantizer") -> DenseMlp | MoeMlp:
     if isinstance(mlp, DenseMlp):
-        mlp = DenseMlp(gate_up=_linear(mlp.gate_up, quantize), down=_linear(mlp.down, quantize))
-    return replace(layer, qkv=_linear(layer.qkv, quantize), output=_linear(layer.output, quantize), mlp=mlp)
+        return DenseMlp(gate_up=_linear(mlp.gate_up, quantize), down=_linear(mlp.down, quantize))
+    return replace(
+        mlp, gate_up_EWD=_experts(mlp.gate_up_EWD, quantize), down_EDI=_experts(mlp.down_EDI, quantize)
+    )
+
+
+def _experts(weight_ENK: torch.Tensor, quantize: "Quantizer") -> QuantizedWeight:
+    return stacked([quantize(weight_NK) for weight_NK in weight_ENK])
 
 
 def _linear(linear: Linear, quantize: "Quantizer") -> Linear:

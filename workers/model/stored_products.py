@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from kernels.gpu.quantized_linear import GROUPS, QuantizedWeight, pack_int4
-from workers.errors import CheckpointError
+from kernels.gpu.quantized_weight import GROUPS, QuantizedWeight, pack_int4, stacked
 from workers.model.grouped_numbers import GroupedNumbers, PackedMatrix
 from workers.model.quantized_checkpoint import QuantizedCheckpoint
 
@@ -19,23 +18,23 @@ def stored_product(
     num_inputs: int,
     device: torch.device,
 ) -> QuantizedWeight | None:
-    """The rows of all names as one matrix. None: they are to be whole, because some are, or no kernel takes them.
+    """The rows of all names as one matrix, one expert's below another's.
 
-    Raises `CheckpointError`, also for experts: of those there is no grouped product.
+    None: they are to be whole, because some are, or no kernel takes them. Raises `CheckpointError`.
     """
-    packed = [name for names in names_E for name in names if checkpoint.is_packed(name)]
-    if packed and len(names_E) > 1:
-        raise CheckpointError(
-            f"{packed[0]} is quantised, and a GPU's kernels multiply experts that are whole: what is loaded with"
-            " --quantize (w8a16, w4a16, fp8; of the other layers), or on the CPU with --attention numba"
-        )
-    if not packed or len(packed) < len(names_E[0]):
+    if not all(checkpoint.is_packed(name) for names in names_E for name in names):
         return None
-    matrices = [
-        PackedMatrix(name=name, num_outputs=num_outputs, num_inputs=num_inputs)
-        for name, num_outputs in names_E[0].items()
-    ]
-    return _merged([checkpoint.grouped(matrix, device) for matrix in matrices])
+    experts = []
+    for names in names_E:
+        matrices = [
+            PackedMatrix(name=name, num_outputs=num_outputs, num_inputs=num_inputs)
+            for name, num_outputs in names.items()
+        ]
+        merged = _merged([checkpoint.grouped(matrix, device) for matrix in matrices])
+        if merged is None:
+            return None
+        experts.append(merged)
+    return stacked(experts)
 
 
 def _merged(parts: Sequence[GroupedNumbers]) -> QuantizedWeight | None:
@@ -45,19 +44,20 @@ def _merged(parts: Sequence[GroupedNumbers]) -> QuantizedWeight | None:
     # What reads the same inputs has them in the same order, as it was quantised for the same inputs.
     if group_size is None or not all(_same(part.order_K, order_K) for part in parts):
         return None
+    orders_EK = None if order_K is None else order_K.unsqueeze(0)
     numbers_NK = torch.cat([part.numbers_NK for part in parts])
     zeros_NJ = torch.cat([part.zeros_NJ for part in parts])
     scales_NJ = torch.cat([part.scales_NJ for part in parts]).repeat_interleave(size // group_size, dim=1)
     if parts[0].bits == 4:
         return QuantizedWeight(
             numbers_NK=pack_int4(numbers_NK, group_size=group_size), scales_NJ=scales_NJ,
-            zeros_NJ=zeros_NJ.repeat_interleave(size // group_size, dim=1).float(), order_K=order_K,
+            zeros_NJ=zeros_NJ.repeat_interleave(size // group_size, dim=1).float(), orders_EK=orders_EK,
         )  # fmt: skip
     differences_NK = numbers_NK.to(torch.int16) - zeros_NJ.repeat_interleave(size, dim=1)
     if int(differences_NK.min()) < -128 or int(differences_NK.max()) > 127:
         return None  # int8 has no zero, and these need nine bits without theirs
     return QuantizedWeight(
-        numbers_NK=differences_NK.to(torch.int8), scales_NJ=scales_NJ, zeros_NJ=None, order_K=order_K
+        numbers_NK=differences_NK.to(torch.int8), scales_NJ=scales_NJ, zeros_NJ=None, orders_EK=orders_EK
     )
 
 

@@ -13,7 +13,7 @@ from workers.errors import CheckpointError
 from workers.model.config import ModelConfig, MoeConfig
 
 # A tensor [out, in], or [experts, out, in]; or what the kernels of a device keep of one, quantized: `Int8Weights` of
-# `kernels.int8_linear`, `QuantizedWeight` of `kernels.gpu.quantized_linear`. Neither is named here, as no machine has
+# `kernels.int8_linear`, `QuantizedWeight` of `kernels.gpu.quantized_weight`. Neither is named here, as no machine has
 # the packages of both.
 Weight = Any
 # What a checkpoint has quantised of the matrices of a product (the rows of each name, for each expert) of so many

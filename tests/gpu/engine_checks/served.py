@@ -19,6 +19,7 @@ from workers.engine.engine import Engine, LaunchedStep
 from workers.engine.engine_parts import OpenedModel
 from workers.engine.largest_step import LargestStep
 from workers.model.info import ModelInfo, kv_layout
+from workers.model.quantize import quantize_weights
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import SampledToken, ScheduledRequest, StepPlan
 
@@ -38,20 +39,21 @@ class Likeliest:
         pass
 
 
-def served(family: str, *, device: str, attention: str, dtype: str = "float32") -> DeviceModel:
-    model = make_model(family, device=device, dtype=getattr(torch, dtype))
+def served(family: str, *, device: str, attention: str, quantize: str | None = None) -> DeviceModel:
+    model = make_model(family, device=device)
+    weights = model.weights if quantize is None else quantize_weights(model.weights, quantize)
     info = ModelInfo(
         fingerprint=b"", vocab_size=model.config.vocab_size, max_model_len=MAX_LEN,
-        eos_token_ids=model.eos_token_ids, layout=kv_layout(model.config, dtype=dtype),
+        eos_token_ids=model.eos_token_ids, layout=kv_layout(model.config, dtype="float32"),
     )  # fmt: skip
     opened = OpenedModel(config=model.config, info=info, sampler=Likeliest(), stop_strings=None)
     index = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    return DeviceModel(opened=opened, weights=model.weights, device=index, attention=attention)
+    return DeviceModel(opened=opened, weights=weights, device=index, attention=attention)
 
 
-def plain_engine(family: str, *, device: str, attention: str, num_pages: int = NUM_PAGES) -> Engine:
-    model = served(family, device=device, attention=attention)
-    return Engine(model.opened, device_parts(model, num_pages=num_pages))
+def plain_engine(family: str, *, device: str, attention: str, quantize: str | None = None) -> Engine:
+    model = served(family, device=device, attention=attention, quantize=quantize)
+    return Engine(model.opened, device_parts(model, num_pages=NUM_PAGES))
 
 
 def new_requests(temperature: float) -> list[Request]:
@@ -107,6 +109,12 @@ def check_answers_of_every_family_are_the_formulas() -> None:
             )
             got = answers(plain_engine(family, device=DEVICE, attention="triton"), temperature=temperature)
             assert got == expected, (family, temperature)
+
+
+def check_quantised_experts_give_the_formulas_answers() -> None:
+    expected = answers(plain_engine("qwen3_moe_wide", device="cpu", attention="reference", quantize="w4a16"))
+    engine = plain_engine("qwen3_moe_wide", device=DEVICE, attention="triton", quantize="w4a16")
+    assert answers(engine) == expected
 
 
 def check_steps_launched_before_the_one_before_is_read_say_the_same() -> None:

@@ -42,16 +42,24 @@ def engines(checkpoint: Path) -> tuple[Engine, Engine]:
     return cpu, device
 
 
-@pytest.fixture(scope="module")
-def wide_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose layers have inputs in whole groups of 128."""
+WIDE = {
+    "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["Llama", "Qwen3Moe"])
+def wide_checkpoint(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of a model whose layers have inputs in whole groups of 128."""
     path = tmp_path_factory.mktemp("wide")
     torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64}
+    config = getattr(transformers, f"{request.param}Config")(
+        **WIDE, **(experts if request.param == "Qwen3Moe" else {})
+    )
+    getattr(transformers, f"{request.param}ForCausalLM")(config).save_pretrained(path)
     shutil.copy(checkpoint / "tokenizer.json", path)
     return path
 

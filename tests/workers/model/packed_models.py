@@ -17,7 +17,7 @@ from workers.engine.offline_settings import OfflineSettings
 from workers.model.cpu_operations import cpu_transformer
 from workers.model.kv_pages import allocate_pages
 from workers.model.token_batch import Chunk, ChunkBounds, TokenBatch
-from workers.model.weights import DenseMlp
+from workers.model.weights import DenseMlp, MoeMlp
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -121,3 +121,8 @@ def products(model: Model) -> list[Any]:
             *(linear for mlp in dense for linear in (mlp.gate_up, mlp.down)),
         ]
     ]
+
+
+def experts(model: Model) -> list[Any]:
+    mlps = [layer.mlp for layer in model.weights.layers if isinstance(layer.mlp, MoeMlp)]
+    return [weight for mlp in mlps for weight in (mlp.gate_up_EWD, mlp.down_EDI)]

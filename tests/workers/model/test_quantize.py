@@ -5,21 +5,29 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.gpu.quantized_linear import QuantizedWeight
+from kernels.gpu.quantized_weight import QuantizedWeight
+from tests.workers.model.packed_models import TOKENS, logits
 from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import Model, build_engine
 from workers.engine.offline_settings import OfflineSettings
 from workers.model.config import parse_config
 from workers.model.quantize import QUANTIZERS, quantize_weights
-from workers.model.weights import DenseMlp, Linear, ModelWeights, load_weights
+from workers.model.weights import DenseMlp, Linear, ModelWeights, MoeMlp, load_weights
 from workers.request import SamplingParams
 
-CONFIG = parse_config(
-    {
-        "architectures": ["Qwen2ForCausalLM"], "vocab_size": 97, "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    }
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 97, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    "dense": parse_config({**SIZES, "architectures": ["Qwen2ForCausalLM"]}),
+    "experts": parse_config(
+        {
+            **SIZES, "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 32, "moe_intermediate_size": 128,
+            "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        }
+    ),
+}  # fmt: skip
 
 
 class Noise:
@@ -55,10 +63,34 @@ def test_zeros_stay_zeros(kind: str) -> None:
     assert not QUANTIZERS[kind](torch.zeros(2, 128)).whole().any()
 
 
-@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
-def test_a_model_answers_as_one_with_the_weights_that_its_own_stand_for(kind: str) -> None:
-    quantized = quantize_weights(load_weights(Noise(), CONFIG, dtype=torch.float32), kind)
-    assert answer(quantized) == answer(whole(quantized))
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+def test_a_model_answers_as_one_with_the_weights_that_its_own_stand_for(kind: str, family: str) -> None:
+    model = noise_model(family)
+    quantized = replace(model, weights=quantize_weights(model.weights, kind))
+    assert answer(quantized) == answer(replace(quantized, weights=whole(quantized.weights)))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("kind", "least", "most"), [("w8a16", 1e-3, 0.02), ("w4a16", 0.02, 0.3), ("fp8", 0.02, 0.15)]
+)
+def test_logits_are_off_by_what_the_rounding_costs(kind: str, least: float, most: float, family: str) -> None:
+    model = noise_model(family)
+    expected = logits(model, TOKENS)
+    got = logits(replace(model, weights=quantize_weights(model.weights, kind)), TOKENS)
+    assert least < float((got - expected).norm() / expected.norm()) < most
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_fp8_rounds_what_is_multiplied_too(family: str) -> None:
+    model = noise_model(family)
+    quantized = replace(model, weights=quantize_weights(model.weights, "fp8"))
+    with_whole_rows = replace(quantized, weights=whole(quantized.weights))
+    errors = [
+        float((logits(one, TOKENS) - logits(model, TOKENS)).norm()) for one in (with_whole_rows, quantized)
+    ]
+    assert 1.1 * errors[0] < errors[1]
 
 
 def test_inputs_that_are_not_whole_groups_are_refused() -> None:
@@ -66,24 +98,38 @@ def test_inputs_that_are_not_whole_groups_are_refused() -> None:
         QUANTIZERS["w8a16"](torch.zeros(2, 100))
 
 
-def answer(weights: ModelWeights) -> list[int]:
+def noise_model(family: str) -> Model:
+    config = CONFIGS[family]
+    weights = load_weights(Noise(), config, dtype=torch.float32)
+    return Model(config=config, weights=weights, eos_token_ids=frozenset())
+
+
+def answer(model: Model) -> list[int]:
     settings = OfflineSettings(
         compute=ComputeDevice(attention="reference"), max_num_seqs=1, num_pages=4, max_num_batched_tokens=64
     )
-    engine = build_engine(Model(config=CONFIG, weights=weights, eos_token_ids=frozenset()), settings)
+    engine = build_engine(model, settings)
     [generation] = engine.generate([([5, 9, 60, 33], SamplingParams(temperature=0.0, max_tokens=20))])
     return generation.output_token_ids
 
 
 def whole(weights: ModelWeights) -> ModelWeights:
     def linear(quantized: Linear) -> Linear:
-        weight = quantized.weight
+        return Linear(matrix(quantized.weight), quantized.bias)
+
+    def matrix(weight: object) -> torch.Tensor:
         assert isinstance(weight, QuantizedWeight)
-        return Linear(weight.whole(), quantized.bias)
+        return weight.whole()
 
     layers = []
     for layer in weights.layers:
-        assert isinstance(layer.mlp, DenseMlp)
-        mlp = DenseMlp(gate_up=linear(layer.mlp.gate_up), down=linear(layer.mlp.down))
+        if isinstance(layer.mlp, DenseMlp):
+            mlp: DenseMlp | MoeMlp = DenseMlp(gate_up=linear(layer.mlp.gate_up), down=linear(layer.mlp.down))
+        else:
+            gate_up_EWD, down_EDI = (
+                matrix(weight).unflatten(0, (layer.mlp.config.num_experts, -1))
+                for weight in (layer.mlp.gate_up_EWD, layer.mlp.down_EDI)
+            )
+            mlp = replace(layer.mlp, gate_up_EWD=gate_up_EWD, down_EDI=down_EDI)
         layers.append(replace(layer, qkv=linear(layer.qkv), output=linear(layer.output), mlp=mlp))
     return replace(weights, layers=tuple(layers))

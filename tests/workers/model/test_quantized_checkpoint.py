@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.gpu.quantized_linear import QuantizedWeight
+from kernels.gpu.quantized_weight import QuantizedWeight
 from kernels.int8_linear import Int8Weights
 from tests.packed_checkpoints import Packing
 from tests.workers.model.packed_models import (
@@ -15,6 +15,7 @@ from tests.workers.model.packed_models import (
     assert_logits_are_the_oracles,
     change,
     edit_config,
+    experts,
     load,
     logits,
     make,
@@ -23,12 +24,13 @@ from tests.workers.model.packed_models import (
 from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import build_engine
 from workers.engine.offline_settings import OfflineSettings
-from workers.errors import CheckpointError
 from workers.model.config import load_config
 from workers.model.info import load_model_info
 from workers.model.quantized_checkpoint import open_checkpoint
 from workers.model.weights import load_weights
 from workers.request import SamplingParams
+
+EXPERTS = ("_proj.weight", "w1.weight", "w2.weight", "w3.weight")
 
 
 @pytest.mark.parametrize("name", sorted(PACKINGS))
@@ -48,18 +50,50 @@ def test_every_dense_family_is_computed(family: str, name: str, tmp_path: Path) 
     assert_logits_are_the_oracles(load(tmp_path, attention="numba"), oracle, attention="numba")
 
 
+@pytest.mark.parametrize("name", ["awq", "gptq_acts_in_order", "gptq_8_bits_acts_in_order"])
 @pytest.mark.parametrize("family", sorted(MOE))
-def test_experts_are_whole_on_the_cpu_and_refused_where_no_product_takes_them(
-    family: str, tmp_path: Path
+def test_experts_are_multiplied_as_stored_and_whole_on_the_cpu(
+    family: str, name: str, tmp_path: Path
 ) -> None:
-    ends = ("_proj.weight", "w1.weight", "w2.weight", "w3.weight")
-    oracle = make(tmp_path, family, PACKINGS["awq"], wanted=ends)
+    oracle = make(tmp_path, family, PACKINGS[name], wanted=EXPERTS)
+    model = load(tmp_path)
+    assert all(isinstance(weight, QuantizedWeight) for weight in experts(model))
+    assert_logits_are_the_oracles(model, oracle)
     assert_logits_are_the_oracles(load(tmp_path, attention="numba"), oracle, attention="numba")
-    with pytest.raises(CheckpointError, match=r"experts\.0\.\w+ is quantised, and a GPU's kernels multiply"):
-        load(tmp_path)
+
+
+def test_experts_may_be_quantised_anew(tmp_path: Path) -> None:
+    oracle = make(tmp_path, "qwen3_moe", PACKINGS["awq"], wanted=EXPERTS)
     with torch.no_grad():
         expected = oracle(torch.tensor([TOKENS])).logits[0, -1]
-    assert (logits(load(tmp_path, quantize="w8a16"), TOKENS) - expected).norm() < 0.05 * expected.norm()
+    anew = load(tmp_path, quantize="w8a16")
+    assert all(weight.numbers_NK.dtype == torch.int8 for weight in experts(anew))
+    assert (logits(anew, TOKENS) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_experts_of_which_one_was_left_whole_become_whole(tmp_path: Path) -> None:
+    oracle = make(tmp_path, "mixtral", PACKINGS["gptq"], wanted=("experts.1.w1.weight", "w2.weight"))
+    model = load(tmp_path)
+    assert [isinstance(weight, QuantizedWeight) for weight in experts(model)] == [False, True] * 2
+    assert_logits_are_the_oracles(model, oracle)
+
+
+def test_an_expert_whose_inputs_are_in_their_own_order_goes_beside_others(tmp_path: Path) -> None:
+    make(tmp_path, "mixtral", PACKINGS["gptq_acts_in_order"], wanted=EXPERTS)
+    prefix, size = "model.layers.0.block_sparse_moe.experts.2.w2.", 32
+
+    def put_in_order(tensors: dict[str, torch.Tensor]) -> None:
+        """By another input for each number, and so other weights."""
+        tensors[f"{prefix}g_idx"] = torch.arange(len(tensors[f"{prefix}g_idx"])).int() // size
+
+    change(tmp_path, put_in_order)
+    model = load(tmp_path)
+    down = experts(model)[1]
+    assert isinstance(down, QuantizedWeight)
+    assert down.orders_EK is not None
+    assert [bool((order_K.diff() == 1).all()) for order_K in down.orders_EK] == [False, False, True, False]
+    expected = logits(load(tmp_path, attention="numba"), TOKENS, attention="numba")
+    torch.testing.assert_close(logits(model, TOKENS), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_layers_that_were_left_whole_stay_so(tmp_path: Path) -> None:
