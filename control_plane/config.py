@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from control_plane.config_migration import MigrationConfig
-from control_plane.config_workers import KvConfig, PoolsConfig, bounded
+from control_plane.config_workers import KvConfig, PoolConfig, PoolsConfig, bounded
 from control_plane.gateway.tenancy import parse_weights
 from control_plane.strict_yaml import ConfigError, RawMapping, build, parse_mapping, set_override
 
@@ -31,6 +31,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     # The weights of products: int8 on a CPU, the last three on a GPU.
     quantize: Literal["none", "int8", "w8a16", "w4a16", "fp8"] = "none"
+    # Of KV: auto is dtype. The others halve bfloat16's, on a GPU.
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint says
 
     def __post_init__(self) -> None:
@@ -177,6 +179,7 @@ class ClusterConfig:
             )
         self._refuse_tiers_without_memory()
         self._refuse_weights_of_other_kernels()
+        self._refuse_pages_of_other_kernels()
         bounded("directory.port", self.directory.port, low=0, high=65536 - self.gateway.replicas)
         self._refuse_shared_ports()
         length = len(str(self.socket_dir).encode())
@@ -203,15 +206,21 @@ class ClusterConfig:
         for name, pool in self.pools.by_name().items():
             if self.model.quantize == "none" or name == "store":
                 continue
-            has_cpus = not pool.is_on_gpu and pool.attention in (None, "numba")
-            setting = "attention" if pool.attention is not None and not pool.is_on_gpu else "device"
-            given = f"pools.{name}.{setting} is {getattr(pool, setting) or 'cpu'}"
-            if self.model.quantize == "int8" and not has_cpus:
+            given = _kernels(name, pool)
+            if self.model.quantize == "int8" and not _has_cpus(pool):
                 raise ValueError(f"{given}, but model.quantize is int8, which only a CPU's own kernels serve")
-            if self.model.quantize != "int8" and has_cpus and pool.replicas:
+            if self.model.quantize != "int8" and _has_cpus(pool) and pool.replicas:
                 raise ValueError(
                     f"{given}, but model.quantize is {self.model.quantize}, which only a GPU's kernels serve: "
                     "on a CPU it is none or int8"
+                )
+
+    def _refuse_pages_of_other_kernels(self) -> None:
+        for name, pool in self.pools.by_name().items():
+            if self.model.kv_dtype != "auto" and name != "store" and _has_cpus(pool) and pool.replicas:
+                raise ValueError(
+                    f"{_kernels(name, pool)}, but model.kv_dtype is {self.model.kv_dtype}, which only a GPU's "
+                    "kernels serve: on a CPU it is auto"
                 )
 
     def _refuse_shared_ports(self) -> None:
@@ -256,6 +265,17 @@ class ClusterConfig:
             return tuple(f"unix:{self.socket_dir / directory_socket(replica)}" for replica in replicas)
         port = self.directory.port
         return tuple(f"{self.directory.host}:{replica_port(port, replica)}" for replica in replicas)
+
+
+def _has_cpus(pool: PoolConfig) -> bool:
+    """Whether it computes with the kernels of a CPU."""
+    return not pool.is_on_gpu and pool.attention in (None, "numba")
+
+
+def _kernels(name: str, pool: PoolConfig) -> str:
+    """The setting that says which kernels compute a pool's steps, with its value."""
+    setting = "attention" if pool.attention is not None and not pool.is_on_gpu else "device"
+    return f"pools.{name}.{setting} is {getattr(pool, setting) or 'cpu'}"
 
 
 def directory_socket(replica: int) -> str:

@@ -33,7 +33,7 @@ MAX_REFUSAL_BYTES = 1024
 
 
 class BlockMemory(Protocol):
-    """Pages of KV. A block in one layer: its keys [kv head, token, head dim], its values, in `layout.dtype`.
+    """Pages of KV. A block in one layer: its keys [kv head, token, head dim], its values; see `KvLayout`.
 
     Called in the event loop's thread while the engine's thread may compute on other pages.
     """

@@ -87,7 +87,7 @@ class KvLayout(_message.Message):
     head_dim: _builtins.int
     block_size_tokens: _builtins.int
     dtype: _builtins.str
-    """"float32" or "bfloat16" """
+    """"float32", "bfloat16"; "int8" or "fp8" with scales"""
     def __init__(
         self,
         *,

@@ -107,6 +107,7 @@ def _load_worker(config: WorkerConfig) -> _Serve:
         model_path=config.model_path,
         dtype=config.dtype,
         quantize=config.quantize,
+        kv_dtype=config.kv_dtype,
         num_pages=config.num_pages,
         kv_cache_bytes=config.kv_cache_bytes,
         max_model_len=config.max_model_len,

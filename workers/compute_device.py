@@ -43,3 +43,8 @@ class ComputeDevice:
             raise ValueError(
                 f"quantize {quantize} is served with attention triton or reference, got numba; int8 is for a CPU"
             )
+
+    def check_kv_dtype(self, kv_dtype: str) -> None:
+        """Raises `ValueError`."""
+        if kv_dtype != "auto" and self.backend == "numba":
+            raise ValueError(f"kv_dtype {kv_dtype} is served with attention triton or reference, got numba")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from kvstore.addresses import parse_address
-from kvstore.layout import ITEM_BYTES
+from kvstore.layout import WHOLE_DTYPES
 from workers.compute_device import ComputeDevice
 from workers.policies import POLICIES
-from workers.quantization import check_quantization
+from workers.quantization import KV_DTYPES, check_quantization
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 TIER_POLICIES = ("cost", "lru")
@@ -49,9 +49,12 @@ class WorkerConfig:
     worker_id: Annotated[str, "name of the worker, unique in its cluster"]
     model_path: Annotated[Path, "directory with config.json and *.safetensors"]
     model_name: Annotated[str, "the name clients use"]
-    dtype: Annotated[str, "of weights, activations and KV: float32 or bfloat16"] = "float32"
+    dtype: Annotated[str, "of weights and activations: float32 or bfloat16"] = "float32"
     quantize: Annotated[str, "weights of products: none (in dtype); int8; on a GPU w8a16, w4a16 or fp8"] = (
         "none"
+    )
+    kv_dtype: Annotated[str, "of KV: auto (that of weights), or int8 or fp8 with triton or reference"] = (
+        "auto"
     )
     device: Annotated[str, "what computes: cpu, cuda or cuda:N"] = "cpu"
     attention: Annotated[
@@ -100,10 +103,12 @@ class WorkerConfig:
         for name in ("worker_id", "model_name", "control_address", "data_address"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
-        _one_of("dtype", self.dtype, tuple(ITEM_BYTES))
+        _one_of("dtype", self.dtype, WHOLE_DTYPES)
         check_quantization(self.quantize, dtype=self.dtype)
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.role is not Role.STORE:  # which computes nothing, and only says whose KV it keeps
             self.compute.check_quantization(self.quantize)
+            self.compute.check_kv_dtype(self.kv_dtype)
         _one_of("log_level", self.log_level, LOG_LEVELS)
         _one_of("scheduling_policy", self.scheduling_policy, tuple(POLICIES))
         for name in _COUNTS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvstore.blocks import BLOCK_SIZE_TOKENS
 from kvstore.codec.levels import RAW, Level
-from kvstore.layout import ITEM_BYTES, KvLayout
+from kvstore.layout import KvLayout
 from kvstore.stream_estimates import LevelEstimates, LinkEstimate
 from kvstore.streaming import LevelCost, StreamLimits, StreamPlan, StreamView, plan_stream, regret_s
 from workers.cost_model import CostModel
@@ -41,7 +41,7 @@ def chunk_spans(first_block: int, end_block: int, *, chunk_blocks: int) -> list[
 def level_estimates(levels: Sequence[Level], layout: KvLayout) -> LevelEstimates:
     """What the codec says of the levels that a load may use."""
     bytes_per_token = layout.block_bytes / BLOCK_SIZE_TOKENS
-    values_per_token = bytes_per_token / ITEM_BYTES[layout.dtype]
+    values_per_token = bytes_per_token / layout.bytes_per_value
     return LevelEstimates(
         [
             LevelCost(

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvstore.codec.profile import load_profile, make_profile
-from kvstore.layout import ITEM_BYTES
+from kvstore.layout import WHOLE_DTYPES
 from workers.engine.engine import Engine, load_engine
 from workers.errors import CheckpointError
 from workers.model.checkpoint import PROFILE_FILE
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-path", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--text", type=Path, help="UTF-8 text like what the model will read")
     parser.add_argument(
-        "--dtype", choices=sorted(ITEM_BYTES), default="float32", help="what workers compute in"
+        "--dtype", choices=sorted(WHOLE_DTYPES), default="float32", help="what workers compute in"
     )
     parser.add_argument(
         "--quantize", choices=CPU_QUANTIZATIONS, default="none", help="how workers keep the weights"

@@ -1,4 +1,6 @@
-"""Which weights a worker may keep quantized, and beside which dtype."""
+"""Which weights and which KV a worker may keep quantized, and beside which dtype."""
+
+from kvstore.layout import SCALED_DTYPES
 
 # Weights and, for each token, activations of 8 bits: products of integers.
 CPU_QUANTIZATIONS = ("none", "int8")
@@ -7,6 +9,9 @@ GPU_QUANTIZATIONS = ("w8a16", "w4a16", "fp8")
 # Each is another model to every cache, and says by its name which kernels compute it: what a worker computes passes to
 # others that say the same.
 QUANTIZATIONS = (*CPU_QUANTIZATIONS, *GPU_QUANTIZATIONS)
+
+# Of pages, and so of blocks wherever they go. With a scale for each token and head, unless it is that of the weights.
+KV_DTYPES = ("auto", *SCALED_DTYPES)
 
 
 def check_quantization(quantize: str, *, dtype: str) -> None:

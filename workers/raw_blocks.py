@@ -19,7 +19,7 @@ def copy_raw(
     blocks = np.frombuffer(payload, np.uint8).reshape(len(slots), -1)
     for position, (block, slot) in enumerate(zip(blocks, slots, strict=True)):
         arena_SX[slot] = block
-        if not is_finite(arena_SX[slot], dtype=layout.dtype):
+        if not is_finite(arena_SX[slot], layout=layout):
             raise PullCorrupted(f"raw block {position} of {len(slots)} in a chunk holds NaN or infinity")
 
 
@@ -42,6 +42,6 @@ class FinitePages:
 
     def write(self, *, layer: int, page_ids: Sequence[int], data: memoryview) -> None:
         """Raises TransferCorrupted."""
-        if not is_finite(np.frombuffer(data, np.uint8), dtype=self.layout.dtype):
+        if not is_finite(np.frombuffer(data, np.uint8), layout=self.layout):
             raise TransferCorrupted(f"{len(page_ids)} blocks of layer {layer} hold NaN or infinity")
         self._pages.write(layer=layer, page_ids=page_ids, data=data)

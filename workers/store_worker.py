@@ -160,5 +160,6 @@ def load_store_model(config: WorkerConfig) -> ModelInfo:
         open_checkpoint(config.model_path),
         dtype=config.dtype,
         quantize=config.quantize,
+        kv_dtype=config.kv_dtype,
         max_model_len=config.max_model_len,
     )

@@ -65,7 +65,8 @@ def open_tiers(
 ) -> Tiers:
     """Raises TierUnusable for a disk that cannot be had: who asked for one must not find out by its absence."""
     metrics = KvMetrics(registry, model_name=config.model_name)
-    codec = KvCodec(model.layout, profile=_profile(config.model_path, model, metrics))
+    profile = None if model.layout.is_scaled else _profile(config.model_path, model, metrics)
+    codec = KvCodec(model.layout, profile=profile)
     store = BlockStore(
         MemoryTier(
             _arena(config, model.layout),

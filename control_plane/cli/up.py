@@ -27,6 +27,10 @@ def up(
         str | None,
         typer.Option(metavar="KIND", help="int8 on a CPU; w8a16, w4a16 or fp8 on a GPU. (default: none)"),
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option("--kv-dtype", metavar="KIND", help="KV in int8 or fp8, on a GPU. (default: auto)"),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N, of all pools. (default: cpu)")
     ] = None,
@@ -59,6 +63,7 @@ def up(
             model__path=model,
             model__name=model_name,
             model__quantize=quantize,
+            model__kv_dtype=kv_dtype,
             pools__prefill__device=device,
             pools__decode__device=device,
             pools__mixed__device=device,

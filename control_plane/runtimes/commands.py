@@ -50,6 +50,7 @@ def worker_command(config: ClusterConfig, place: WorkerPlace) -> list[str]:
         "model_name": config.model.name,
         "dtype": config.model.dtype,
         "quantize": config.model.quantize,
+        "kv_dtype": config.model.kv_dtype,
         "max_model_len": config.model.max_model_len,
         "num_threads": num_threads(pool, place.cores),
         "directory": ",".join(config.directory_addresses),

@@ -65,6 +65,10 @@ class KvCodec:
         """
         chunk = unpack_chunk(data, layout=self.layout, num_blocks=len(slots), profile_id=self.profile_id)
         level = chunk.header.level
+        if level >= len(self.levels):
+            raise CodecCorrupted(
+                f"a chunk of level {level}, known of {self.layout.dtype} are 0 to {len(self.levels) - 1}"
+            )
         if level == RAW:
             write_blocks_(memory, slots, self._raw_blocks(chunk), layout=self.layout)
         elif level <= NUM_CACHEGEN_LEVELS:
@@ -117,7 +121,5 @@ class KvCodec:
         values, scales = chunk.section(Section.VALUES), chunk.section(Section.SCALES)
         if level == INT8:
             return decode_int8(values, scales, shape=shape)
-        if level not in _KIVI_BITS:
-            raise CodecCorrupted(f"a chunk of level {level}, known are 0 to {len(self.levels) - 1}")
         heads, num_bits = self.layout.num_kv_heads, _KIVI_BITS[level]
         return decode_kivi(values, scales, shape=shape, num_heads=heads, num_bits=num_bits)

@@ -1,4 +1,4 @@
-"""Whether KV is numbers: a value whose exponent is all ones is NaN or infinity."""
+"""Whether KV is numbers: an exponent of ones alone is NaN or infinity; of E4M3, NaN has ones alone beside its sign."""
 
 from typing import Any
 
@@ -6,22 +6,37 @@ import numpy as np
 from numba import njit
 
 from kvstore.codec.quantize import Bytes
+from kvstore.layout import KvLayout
 
-_EXPONENTS: dict[str, np.uint32 | np.uint16] = {
-    "float32": np.uint32(0x7F800000),
+_FLOAT32 = np.uint32(0x7F800000)
+_ONES: dict[str, np.uint32 | np.uint16 | np.uint8] = {
+    "float32": _FLOAT32,
     "bfloat16": np.uint16(0x7F80),
-}
+    "fp8": np.uint8(0x7F),
+}  # every int8 is a number
 
 
-def is_finite(data: Bytes, *, dtype: str) -> bool:
-    """Of contiguous bytes that hold values of `dtype`."""
-    exponent = _EXPONENTS[dtype]
-    return bool(_largest_exponent(data.view(exponent.dtype), exponent) < exponent)
+def is_finite(data: Bytes, *, layout: KvLayout) -> bool:
+    """Of contiguous bytes that hold blocks of a layer or of all, one after the other."""
+    if not layout.is_scaled:
+        return _has_none(data, _ONES[layout.dtype])
+    layers = data.reshape(-1, layout.layer_block_bytes)
+    numbers, scales = np.split(layers, [layout.layer_numbers_bytes], axis=1)
+    are_numbers = layout.dtype not in _ONES or _has_none(numbers, _ONES[layout.dtype])
+    return are_numbers and _has_none(scales, _FLOAT32)
 
 
-@njit(["uint32(uint32[::1], uint32)", "uint16(uint16[::1], uint16)"], cache=True, nogil=True)
-def _largest_exponent(words: Any, exponent: Any) -> Any:
-    largest = exponent ^ exponent
+def _has_none(data: Bytes, ones: np.uint32 | np.uint16 | np.uint8) -> bool:
+    words = np.ascontiguousarray(data).view(ones.dtype).reshape(-1)
+    return bool(_largest(words, ones) < ones)
+
+
+@njit(
+    ["uint32(uint32[::1], uint32)", "uint16(uint16[::1], uint16)", "uint8(uint8[::1], uint8)"],
+    cache=True, nogil=True,
+)  # fmt: skip
+def _largest(words: Any, ones: Any) -> Any:
+    largest = ones ^ ones
     for word in words:
-        largest = max(largest, word & exponent)
+        largest = max(largest, word & ones)
     return largest

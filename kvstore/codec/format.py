@@ -4,7 +4,7 @@
     0       4     magic b"PNKV"
     4       1     version
     5       1     level
-    6       1     dtype: 1 float32, 2 bfloat16
+    6       1     dtype: 1 float32, 2 bfloat16, 3 int8, 4 fp8
     7       1     num_sections
     8       4     num_blocks
     12      4     block_size_tokens
@@ -37,7 +37,7 @@ PROFILE_ID_BYTES = 16
 _HEADER = struct.Struct("<4sBBBBIIIII16s")
 _SECTION = struct.Struct("<II")
 _CHECKSUM = struct.Struct("<Q")
-_DTYPES = {"float32": 1, "bfloat16": 2}
+_DTYPES = {"float32": 1, "bfloat16": 2, "int8": 3, "fp8": 4}
 
 
 class Section(IntEnum):

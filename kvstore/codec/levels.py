@@ -6,7 +6,7 @@ from the literature and there to be compared with; the controller never picks it
 
 from dataclasses import dataclass
 
-from kvstore.layout import ITEM_BYTES, KvLayout
+from kvstore.layout import KvLayout
 
 RAW = 0
 # Bins of the keys as parts of their root mean square; VALUES_PER_KEYS_BIN (`channels.py`) says what the values' are.
@@ -30,8 +30,13 @@ class Level:
 
 
 def list_levels(layout: KvLayout, *, cachegen_bits: tuple[float, ...] | None = None) -> tuple[Level, ...]:
-    """All levels, each at the index that is its number; `cachegen_bits` per value where a profile knows them."""
-    found = [Level(number=RAW, name="raw", bytes_per_value=ITEM_BYTES[layout.dtype])]
+    """All levels, each at the index that is its number; `cachegen_bits` per value where a profile knows them.
+
+    KV that is quantised already stays as it is: its numbers are 8 bits, and to round them again would add its error.
+    """
+    found = [Level(number=RAW, name="raw", bytes_per_value=layout.bytes_per_value)]
+    if layout.is_scaled:
+        return tuple(found)
     found += [
         Level(number=number, name=f"cachegen-{number}", bytes_per_value=bits / 8)
         for number, bits in enumerate(cachegen_bits or _USUAL_BITS, start=1)

@@ -34,7 +34,7 @@ NUM_SYMBOLS = 2 * MAX_STEPS + 1  # 63: the entropy coder searches a table of tha
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-_WORDS = {"float32": np.uint32, "bfloat16": np.uint16}
+_WORDS = {"float32": np.uint32, "bfloat16": np.uint16, "int8": np.uint8, "fp8": np.uint8}
 _FLOATS, _SYMBOLS = 4 * ["float32[:, ::1]"], 2 * ["uint8[:, :, ::1]"]
 _SIGNATURES = [
     f"void({word}[::1], int64[:, ::1], int64, {', '.join([*_FLOATS, *_SYMBOLS])})"
@@ -141,6 +141,8 @@ def _places(
 
 def _shift(layout: KvLayout) -> int:
     """How far a word is from the left end of a float32."""
+    if layout.is_scaled:
+        raise ValueError(f"KV of {layout.dtype} is quantised already and coded as it is")
     return 32 - 8 * ITEM_BYTES[layout.dtype]
 
 

@@ -205,6 +205,11 @@ def test_a_number_out_of_bounds_is_an_error_that_names_path_and_bounds(path: str
             "{model: {quantize: w4a16}, pools: {prefill: {device: cuda}}}",
             r"pools\.decode\.device is cpu, but model\.quantize is w4a16, which only a GPU's kernels serve",
         ),
+        ("model: {kv_dtype: int4}", "must be one of: auto, int8, fp8$"),
+        (
+            "{model: {kv_dtype: fp8}, pools: {prefill: {device: cuda}}}",
+            r"pools\.decode\.device is cpu, but model\.kv_dtype is fp8, which only a GPU's kernels serve",
+        ),
         ("model: {name: 8}", r"model\.name is 8 \(a number\), but it must be text"),
         (
             "pools: {decode: {num_pages: 1.5}}",

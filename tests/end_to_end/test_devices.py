@@ -1,4 +1,5 @@
-"""A cluster whose workers compute as on a GPU, with the formulas of its kernels: nobody who asks can tell."""
+"""A cluster whose workers compute as on a GPU, with the formulas of its kernels and KV of 8 bits: nobody who asks can
+tell."""
 
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ PROMPT = prompt(21, num_tokens=112)
 @pytest.fixture(scope="module")
 def on_devices() -> Iterator[RunningCluster]:
     settings = {
+        "model": {"kv_dtype": "int8"},
         "routing": {"prefill_threshold_tokens": 32},
         "pools": {"prefill": {"replicas": 1, **DEVICE}, "decode": {"replicas": 1, **DEVICE}},
     }

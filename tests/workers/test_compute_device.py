@@ -49,3 +49,13 @@ def test_quantized_weights_are_served_by_the_kernels_that_have_them() -> None:
         ComputeDevice().check_quantization("w4a16")
     with pytest.raises(ValueError, match="int8 is served with attention numba alone, got triton"):
         ComputeDevice(device="cuda").check_quantization("int8")
+
+
+def test_kv_of_8_bits_is_served_by_the_kernels_that_have_it() -> None:
+    ComputeDevice().check_kv_dtype("auto")
+    for compute in (ComputeDevice(device="cuda"), ComputeDevice(attention="reference")):
+        compute.check_kv_dtype("fp8")
+    with pytest.raises(
+        ValueError, match="kv_dtype fp8 is served with attention triton or reference, got numba"
+    ):
+        ComputeDevice().check_kv_dtype("fp8")

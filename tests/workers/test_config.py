@@ -21,6 +21,8 @@ def test_the_required_settings_alone_make_a_valid_configuration() -> None:
         ({"dtype": "int4"}, "dtype must be one of float32, bfloat16, got 'int4'"),
         ({"quantize": "int4"}, "quantize must be one of none, int8, w8a16, w4a16, fp8, got 'int4'"),
         ({"quantize": "int8", "dtype": "bfloat16"}, "quantize int8 needs dtype float32, got 'bfloat16'"),
+        ({"kv_dtype": "int4"}, "kv_dtype must be one of auto, int8, fp8, got 'int4'"),
+        ({"kv_dtype": "int8"}, "kv_dtype int8 is served with attention triton or reference, got numba"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, cuda:N, got 'tpu'"),
         ({"device": "cuda", "attention": "numba"}, "attention numba computes on the cpu, got device cuda"),
         ({"device": "cuda", "quantize": "int8"}, "int8 is served with attention numba alone, got triton"),

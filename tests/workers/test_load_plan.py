@@ -50,3 +50,10 @@ def test_a_request_that_has_said_something_goes_on_from_exact_kv_only(output: li
     assert (
         planner.plan(sources.levels.costs(), Moment(now_s=0.0, queue_s=0.0, time_left_s=0.5)).level == level
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_kv_of_8_bits_costs_its_bytes_with_the_scales_and_comes_raw_alone(dtype: str) -> None:
+    layout = KvLayout(num_layers=4, num_kv_heads=4, head_dim=32, dtype=dtype)
+    [cost] = level_estimates(KvCodec(layout, profile=None).levels, layout).costs()
+    assert cost.bytes_per_token == layout.block_bytes / 16 == 4 * 2 * 4 * (32 + 4)

@@ -21,7 +21,7 @@ from workers.engine.measure_memory import measure_memory
 from workers.engine.pool_size import num_pages_that_fit
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
-from workers.model.kv_pages import allocate_pages
+from workers.model.kv_pages import PAGE_DTYPES, allocate_pages
 from workers.model.quantize import quantize_weights
 from workers.model.quantized_checkpoint import QuantizedCheckpoint
 from workers.model.stored_products import stored_product
@@ -70,7 +70,7 @@ def load_device_weights(
 def device_parts(model: DeviceModel, *, num_pages: int, captured: CapturedSizes | None = None) -> EngineParts:
     """`captured`: steps that only decode are programs of these sizes."""
     config, info = model.opened.config, model.opened.info
-    block, dtype = info.layout.block_size_tokens, getattr(torch, info.layout.dtype)
+    block, dtype = info.layout.block_size_tokens, PAGE_DTYPES[info.layout.dtype]
     # One page more than the pool has, for the rows that fill up a program.
     pages = allocate_pages(config, num_pages=num_pages + 1, block=block, dtype=dtype, device=model.device)
     backend = BACKENDS[model.attention](config, model.weights, pages, info.max_model_len)
@@ -87,7 +87,7 @@ def device_parts(model: DeviceModel, *, num_pages: int, captured: CapturedSizes 
     latest = LatestTokens()
     return EngineParts(
         forward=forward,
-        kv_pool=DeviceKvPool(info.layout, pages.pages_LP2GBC, num_pages=num_pages),
+        kv_pool=DeviceKvPool(info.layout, pages, num_pages=num_pages),
         batches=DeviceBatchBuilder(
             model.device,
             latest,

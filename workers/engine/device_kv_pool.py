@@ -22,7 +22,7 @@ Why nobody sees half a block:
 
 Staging is bounded: what is larger goes in pieces. On a CPU the same runs without streams, one call after the other.
 
-L layers, P pages, W words of 8 bytes of a page, N blocks, S slots of an arena, X bytes of a block.
+N blocks, S slots of an arena, X bytes of a block.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.gpu import copy_pages
 from kvstore.layout import KvLayout
 from workers.engine.copy_stream import CopyStream
-from workers.engine.device_copies import to_device
+from workers.engine.page_words import PageWords
+from workers.model.kv_pages import KvPages
 
 if TYPE_CHECKING:
     from workers.engine.kv_memory import Arena, Decode
 
 # A piece takes a third of a millisecond over PCIe 5, in which others wait for their turn.
 STAGING_BYTES = 8 << 20
+_ALL = slice(None)  # layers
 
 
 class DeviceKvPool:
@@ -52,18 +53,19 @@ class DeviceKvPool:
     def __init__(
         self,
         layout: KvLayout,
-        pages_LP2GBC: torch.Tensor,
+        pages: KvPages,
         *,
         num_pages: int,
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
-        if not 1 <= num_pages <= pages_LP2GBC.shape[1]:
-            raise ValueError(f"num_pages must be between 1 and {pages_LP2GBC.shape[1]}, got {num_pages}")
+        num_allocated = pages.pages_LP2GBC.shape[1]
+        if not 1 <= num_pages <= num_allocated:
+            raise ValueError(f"num_pages must be between 1 and {num_allocated}, got {num_pages}")
         self.layout = layout
         self.num_pages = num_pages
-        self.pages_LP2GBC = pages_LP2GBC
-        self._device = pages_LP2GBC.device
-        self._words_LPW = pages_LP2GBC.flatten(2).view(torch.int64)
+        self.pages = pages
+        self._device = pages.pages_LP2GBC.device
+        self._words = PageWords(pages)
         num_bytes = max(staging_bytes // layout.block_bytes, 1) * layout.block_bytes
         self._staging = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         self._host = _page_locked(num_bytes, device=self._device)
@@ -71,9 +73,8 @@ class DeviceKvPool:
         self._lock = threading.Lock()
         with (
             self._copies.launching()
-        ):  # a page onto itself: compiles the kernels before somebody waits for a copy
-            staging_NX = self._gathered(self._words_LPW, [0])
-            self._scatter(self._words_LPW, [0], staging_NX)
+        ):  # a page onto itself: its kernels are compiled before somebody waits for them
+            self._scatter(_ALL, [0], self._gathered(_ALL, [0]))
 
     @contextmanager
     def step(self) -> Iterator[Callable[[], None]]:
@@ -96,7 +97,7 @@ class DeviceKvPool:
         for start, stop in self._pieces(len(page_ids), num_layers=1):
             with self._lock:
                 with self._copies.launching():
-                    staging_NX = self._gathered(self._words_LPW[layer : layer + 1], page_ids[start:stop])
+                    staging_NX = self._gathered(slice(layer, layer + 1), page_ids[start:stop])
                     host_NX = self._host[: staging_NX.numel()].view_as(staging_NX)
                     host_NX.copy_(staging_NX, non_blocking=True)
                 self._copies.wait()
@@ -108,7 +109,7 @@ class DeviceKvPool:
         if not page_ids:  # torch takes no empty memory
             return
         data_NX = _as_tensor(data).view(len(page_ids), -1)
-        self._put(self._words_LPW[layer : layer + 1], page_ids, data_NX)
+        self._put(slice(layer, layer + 1), page_ids, data_NX)
 
     def save(self, page_ids: Sequence[int], arena_SX: Arena | torch.Tensor, slots: Sequence[int]) -> None:
         """Straight into the arena, which runs beside all else if it is page-locked."""
@@ -116,7 +117,7 @@ class DeviceKvPool:
         for start, stop in self._pieces(len(page_ids), num_layers=self.layout.num_layers):
             with self._lock:
                 with self._copies.launching():
-                    staging_NX = self._gathered(self._words_LPW, page_ids[start:stop])
+                    staging_NX = self._gathered(_ALL, page_ids[start:stop])
                     for places, run in consecutive(slots[start:stop]):
                         slots_SX[run].copy_(staging_NX[places], non_blocking=True)
                 self._copies.wait()
@@ -131,7 +132,7 @@ class DeviceKvPool:
                     staging_NX = self._staging[:num_bytes].view(stop - start, -1)
                     for places, run in consecutive(slots[start:stop]):
                         staging_NX[places].copy_(slots_SX[run], non_blocking=True)
-                    self._scatter(self._words_LPW, page_ids[start:stop], staging_NX)
+                    self._scatter(_ALL, page_ids[start:stop], staging_NX)
                 self._copies.wait()
 
     def fill(self, page_ids: Sequence[int], decode: Decode) -> None:
@@ -139,10 +140,10 @@ class DeviceKvPool:
         self._check_pages(page_ids)
         memory_NX = torch.empty(len(page_ids), self.layout.block_bytes, dtype=torch.uint8)
         decode(memory_NX.numpy(), range(len(page_ids)))
-        self._put(self._words_LPW, page_ids, memory_NX)
+        self._put(_ALL, page_ids, memory_NX)
 
-    def _put(self, words_LPW: torch.Tensor, page_ids: Sequence[int], data_NX: torch.Tensor) -> None:
-        for start, stop in self._pieces(len(page_ids), num_layers=len(words_LPW)):
+    def _put(self, layers: slice, page_ids: Sequence[int], data_NX: torch.Tensor) -> None:
+        for start, stop in self._pieces(len(page_ids), num_layers=self._num(layers)):
             with self._lock:
                 self._copies.wait()  # one of them may still read what we fill now
                 host_NX = self._host[: (stop - start) * data_NX.shape[1]].view(stop - start, -1)
@@ -150,24 +151,22 @@ class DeviceKvPool:
                 with self._copies.launching():
                     staging_NX = self._staging[: host_NX.numel()].view_as(host_NX)
                     staging_NX.copy_(host_NX, non_blocking=True)
-                    self._scatter(words_LPW, page_ids[start:stop], staging_NX)
+                    self._scatter(layers, page_ids[start:stop], staging_NX)
 
-    def _gathered(self, words_LPW: torch.Tensor, page_ids: Sequence[int]) -> torch.Tensor:
-        num_layers, _, num_words = words_LPW.shape
-        num_bytes = len(page_ids) * num_layers * num_words * 8
-        staging_NLW = self._staging[:num_bytes].view(torch.int64).view(len(page_ids), num_layers, num_words)
-        gather_, _ = _primitives(self._device)
-        gather_(words_LPW, self._ids(page_ids), staging_NLW)
-        return self._staging[:num_bytes].view(len(page_ids), -1)
+    def _gathered(self, layers: slice, page_ids: Sequence[int]) -> torch.Tensor:
+        num_bytes = len(page_ids) * self._num(layers) * self.layout.layer_block_bytes
+        staging_NX = self._staging[:num_bytes].view(len(page_ids), -1)
+        self._words.gather_(layers, page_ids, self._as_words(layers, staging_NX))
+        return staging_NX
 
-    def _scatter(self, words_LPW: torch.Tensor, page_ids: Sequence[int], staging_NX: torch.Tensor) -> None:
-        num_layers, _, num_words = words_LPW.shape
-        _, scatter_ = _primitives(self._device)
-        staging_NLW = staging_NX.view(torch.int64).view(len(page_ids), num_layers, num_words)
-        scatter_(words_LPW, self._ids(page_ids), staging_NLW)
+    def _scatter(self, layers: slice, page_ids: Sequence[int], staging_NX: torch.Tensor) -> None:
+        self._words.scatter_(layers, page_ids, self._as_words(layers, staging_NX))
 
-    def _ids(self, page_ids: Sequence[int]) -> torch.Tensor:
-        return to_device(torch.tensor(page_ids, dtype=torch.int64), self._device)
+    def _as_words(self, layers: slice, staging_NX: torch.Tensor) -> torch.Tensor:
+        return staging_NX.view(torch.int64).view(len(staging_NX), self._num(layers), -1)
+
+    def _num(self, layers: slice) -> int:
+        return len(range(self.layout.num_layers)[layers])
 
     def _pieces(self, num_blocks: int, *, num_layers: int) -> Iterator[tuple[int, int]]:
         """(first, end) of as many blocks of so many layers as fit into staging."""
@@ -198,17 +197,6 @@ class DeviceKvPool:
             )
         self._check_pages(page_ids)
         return torch.as_tensor(arena_SX)
-
-
-def _primitives(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
-    """(gather_, scatter_)"""
-    if device.type == "cuda":
-        return copy_pages.gather_, copy_pages.scatter_
-    return _gather_, copy_pages.reference_scatter_
-
-
-def _gather_(pages_LPW: torch.Tensor, ids_N: torch.Tensor, staging_NLW: torch.Tensor) -> None:
-    staging_NLW.copy_(copy_pages.reference_gather(pages_LPW, ids_N))
 
 
 def consecutive(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:

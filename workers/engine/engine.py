@@ -10,7 +10,6 @@ from workers.compute_device import ComputeDevice
 from workers.engine.engine_parts import Drawn, EngineParts, OpenedModel, StopFinder
 from workers.engine.find_device import find_device
 from workers.engine.largest_step import LargestStep
-from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.quantized_checkpoint import open_checkpoint
@@ -91,6 +90,7 @@ def load_engine(
     model_path: Path,
     dtype: str = "float32",
     quantize: str = "none",
+    kv_dtype: str = "auto",
     num_pages: int | None = None,
     kv_cache_bytes: int | None = None,
     max_model_len: int | None = None,
@@ -109,10 +109,14 @@ def load_engine(
     device that is not there.
     """
     compute.check_quantization(quantize)
+    compute.check_kv_dtype(kv_dtype)
     device = find_device(compute)
     torch.set_num_threads(num_threads)
     checkpoint = open_checkpoint(model_path)
-    opened = _opened(model_path, checkpoint, dtype=dtype, quantize=quantize, max_model_len=max_model_len)
+    info = load_model_info(
+        model_path, checkpoint, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len
+    )
+    opened = _opened(model_path, info)
     if num_pages is None:
         num_pages = _given_pages(opened.info, kv_cache_bytes, device)
     # Imported when they are chosen: a bare GPU machine has no numba, and serving on a CPU has no Triton.
@@ -134,15 +138,10 @@ def load_engine(
     return make_engine(model, num_pages=num_pages, largest=largest_step)
 
 
-def _opened(
-    model_path: Path, checkpoint: Checkpoint, *, dtype: str, quantize: str, max_model_len: int | None
-) -> OpenedModel:
+def _opened(model_path: Path, info: ModelInfo) -> OpenedModel:
     from workers.engine.sampler import Sampler
     from workers.engine.stop_strings import StopStrings
 
-    info = load_model_info(
-        model_path, checkpoint, dtype=dtype, quantize=quantize, max_model_len=max_model_len
-    )
     return OpenedModel(
         config=load_config(model_path),
         info=info,

@@ -20,7 +20,7 @@ from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import Generation, build_engine, load_model
 from workers.engine.offline_settings import OfflineSettings
 from workers.errors import CheckpointError, InvalidRequest
-from workers.quantization import QUANTIZATIONS
+from workers.quantization import KV_DTYPES, QUANTIZATIONS
 from workers.request import SamplingParams
 
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantize", default=defaults.quantize, help=f"weights of the layers: {', '.join(QUANTIZATIONS)}"
     )
-    parser.add_argument("--kv-dtype", help="of pages: that of the weights, int8 or fp8")
+    parser.add_argument("--kv-dtype", default=defaults.kv_dtype, help=f"of pages: {', '.join(KV_DTYPES)}")
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--num-pages", type=int, help="of 16 tokens; by default what fits")
     parser.add_argument(

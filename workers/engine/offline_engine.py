@@ -189,6 +189,7 @@ def _opened(model: Model, settings: OfflineSettings) -> OpenedModel:
         vocab_size=config.vocab_size,
         max_model_len=checked_length(config, settings.max_model_len),
         eos_token_ids=model.eos_token_ids,
+        dtype=settings.weight_dtype_name,
         layout=kv_layout(config, dtype=settings.page_dtype_name),
     )
     return OpenedModel(config=config, info=info, sampler=_sampler(info, settings), stop_strings=_Unasked())

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstore.layout import WHOLE_DTYPES
 from workers.compute_device import ComputeDevice
-from workers.model.kv_pages import PAGE_DTYPES
-from workers.quantization import check_quantization
+from workers.quantization import KV_DTYPES, check_quantization
 from workers.scheduler import SchedulerLimits
-
-_WEIGHT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,19 +17,18 @@ class OfflineSettings:
     compute: ComputeDevice = ComputeDevice()  # noqa: RUF009 - a value like any other
     dtype: str | None = None  # of weights and computing; None: bfloat16 on cuda, float32 on cpu
     quantize: str = "none"  # weights of the layers, as `model.quantize` of a worker
-    kv_dtype: str | None = None  # of the pages; None: that of the weights
+    kv_dtype: str = "auto"  # of the pages, as `model.kv_dtype`: auto is that of the weights
     max_model_len: int | None = None  # None: the model's
     max_num_seqs: int = 64  # answers at the same time
     max_num_batched_tokens: int = 8192  # of a step
     num_pages: int | None = None  # None: what fits
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.weight_dtype_name, _WEIGHT_DTYPES)
-        _one_of("kv_dtype", self.page_dtype_name, tuple(PAGE_DTYPES))
+        _one_of("dtype", self.weight_dtype_name, WHOLE_DTYPES)
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         check_quantization(self.quantize, dtype=self.weight_dtype_name)
         self.compute.check_quantization(self.quantize)
-        if self.compute.backend == "numba" and self.page_dtype_name != self.weight_dtype_name:
-            raise ValueError(f"attention numba has pages of {self.weight_dtype_name}, got {self.kv_dtype}")
+        self.compute.check_kv_dtype(self.kv_dtype)
         if self.num_pages is not None and self.num_pages < 1:
             raise ValueError(f"num_pages must be at least 1, got {self.num_pages}")
         _ = self.limits  # has bounds of its own
@@ -50,7 +47,7 @@ class OfflineSettings:
 
     @property
     def page_dtype_name(self) -> str:
-        return self.kv_dtype or self.weight_dtype_name
+        return self.weight_dtype_name if self.kv_dtype == "auto" else self.kv_dtype
 
     @property
     def weight_dtype(self) -> torch.dtype:

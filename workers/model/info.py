@@ -7,7 +7,7 @@ from pathlib import Path
 from kvstore.layout import KvLayout
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, load_config, load_eos_token_ids
-from workers.quantization import check_quantization
+from workers.quantization import KV_DTYPES, check_quantization
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +18,7 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int]
+    dtype: str  # of weights and activations
     layout: KvLayout
 
 
@@ -27,18 +28,22 @@ def load_model_info(
     *,
     dtype: str,
     quantize: str = "none",
+    kv_dtype: str = "auto",
     max_model_len: int | None,
 ) -> ModelInfo:
     """Reads the config and hashes the weights. Raises `CheckpointError`, or `ValueError` for the settings."""
     check_quantization(quantize, dtype=dtype)
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
     config = load_config(model_path)
     length = checked_length(config, max_model_len)  # before all weights are read
     return ModelInfo(
-        fingerprint=_fingerprint(config, checkpoint, dtype=dtype, quantize=quantize),
+        fingerprint=_fingerprint(config, checkpoint, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype),
         vocab_size=config.vocab_size,
         max_model_len=length,
         eos_token_ids=load_eos_token_ids(model_path),
-        layout=kv_layout(config, dtype=dtype),
+        dtype=dtype,
+        layout=kv_layout(config, dtype=dtype if kv_dtype == "auto" else kv_dtype),
     )
 
 
@@ -53,17 +58,21 @@ def checked_length(config: ModelConfig, max_model_len: int | None) -> int:
 
 
 def kv_layout(config: ModelConfig, *, dtype: str) -> KvLayout:
-    """The KV of a model, computed in `dtype`."""
+    """The KV of a model in pages of `dtype`."""
     return KvLayout(
         num_layers=len(config.layers), num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype
     )
 
 
-def _fingerprint(config: ModelConfig, checkpoint: Checkpoint, *, dtype: str, quantize: str) -> bytes:
+def _fingerprint(
+    config: ModelConfig, checkpoint: Checkpoint, *, dtype: str, quantize: str, kv_dtype: str
+) -> bytes:
     """32 bytes over all that KV depends on: the meaning of the config, every weight, and what they are computed in."""
     digest = hashlib.sha256(b"penstock-model-1")
-    # A model that is not quantized has no part for it, so that profiles and disk tiers from before there was one hold.
-    quantized = () if quantize == "none" else (quantize.encode(),)
+    # What is not quantized has no part for it, so that profiles and disk tiers from before there was one hold.
+    quantized = [] if quantize == "none" else [quantize.encode()]
+    if kv_dtype != "auto":
+        quantized.append(f"KV in {kv_dtype}".encode())  # in words, as weights have kinds of the same names
     for part in (repr(config).encode(), dtype.encode(), checkpoint.digest(), *quantized):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

@@ -10,7 +10,7 @@ import torch
 from workers.model.config import ModelConfig
 
 PAGE_DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
 _SCALED = (torch.int8, torch.float8_e4m3fn)
@@ -31,9 +31,3 @@ def allocate_pages(
     memory = torch.zeros(*shape, config.head_dim * item_bytes, dtype=torch.uint8, device=device)
     scales = torch.zeros(shape, dtype=torch.float32, device=device) if dtype in _SCALED else None
     return KvPages(pages_LP2GBC=memory.view(dtype), scales_LP2GB=scales)
-
-
-def page_bytes(config: ModelConfig, *, block: int, dtype: torch.dtype) -> int:
-    """Of one page in all layers, with its scales."""
-    rows = len(config.layers) * 2 * config.num_kv_heads * block
-    return rows * (config.head_dim * dtype.itemsize + (4 if dtype in _SCALED else 0))

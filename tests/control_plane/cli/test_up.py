@@ -121,6 +121,10 @@ def test_a_busy_port_is_said_at_once(launch: Launch) -> None:
             ["--quantize", "int8", "--set", "model.dtype=bfloat16"],
             "model.quantize is int8, which needs dtype float32, not bfloat16",
         ),
+        (
+            ["--kv-dtype", "int8"],
+            "pools.prefill.device is cpu, but model.kv_dtype is int8, which only a GPU's kernels serve",
+        ),
         (["--device", "gpu"], "pools.prefill.device is 'gpu', but it must be cpu, cuda or cuda:N"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml: cannot be read: No such file"),
         (["--model", "/nonexistent"], "model.path is /nonexistent, but there is no such directory"),

@@ -89,6 +89,17 @@ def test_every_worker_and_store_quantizes_alike() -> None:
     assert [understood(config, place).quantize for place in places] == ["int8"] * 4
 
 
+def test_every_worker_and_store_has_kv_of_one_dtype() -> None:
+    overrides = ["model.kv_dtype=int8", "pools.store.replicas=1"]
+    overrides += [f"pools.{pool}.attention=reference" for pool in ("prefill", "decode", "mixed")]
+    config = load_config(overrides=overrides)
+    places = [
+        WorkerPlace(pool=pool, replica=0, name=f"{pool}-0", cores=(0,))
+        for pool in ("prefill", "decode", "mixed", "store")
+    ]
+    assert [understood(config, place).kv_dtype for place in places] == ["int8"] * 4
+
+
 def test_every_setting_of_the_tiers_reaches_the_workers() -> None:
     overrides = [
         "run_dir=/r",

@@ -50,6 +50,19 @@ def check_layers_may_be_apart() -> None:
     assert torch.equal(staging, reference_gather(pages, ids))
 
 
+def check_staging_may_have_other_words_beside_those_of_pages() -> None:
+    pages, ids = _numbers(3, 5, 100), _ids(5, 4)
+    wide = guarded_pool(4, 3, 130, dtype=torch.int64)
+    expected = wide.clone()
+    expected[..., 10:110] = reference_gather(pages, ids)
+    gather_(pages, ids, wide[..., 10:110])
+    assert torch.equal(wide, expected)
+    assert_guards_untouched(wide)
+    back = torch.zeros_like(pages)
+    scatter_(back, ids, wide[..., 10:110])
+    assert torch.equal(back[:, ids], pages[:, ids])
+
+
 SHIPPED = [
     Shipped(
         name=copy.__name__.strip("_"),

@@ -13,12 +13,14 @@ import torch
 from inputs import BLOCK, DEVICE, IS_INTERPRETED
 from noise import FAMILIES, make_model
 
+from kvstore.layout import KvLayout
 from workers.engine.device_engine import DeviceModel, device_parts, make_engine
 from workers.engine.device_kv_pool import DeviceKvPool
 from workers.engine.engine import Engine, LaunchedStep
 from workers.engine.engine_parts import OpenedModel
 from workers.engine.largest_step import LargestStep
 from workers.model.info import ModelInfo, kv_layout
+from workers.model.kv_pages import PAGE_DTYPES, KvPages, allocate_pages
 from workers.model.quantize import quantize_weights
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import SampledToken, ScheduledRequest, StepPlan
@@ -39,20 +41,22 @@ class Likeliest:
         pass
 
 
-def served(family: str, *, device: str, attention: str, quantize: str | None = None) -> DeviceModel:
+def served(
+    family: str, *, device: str, attention: str, quantize: str | None = None, kv_dtype: str = "float32"
+) -> DeviceModel:
     model = make_model(family, device=device)
     weights = model.weights if quantize is None else quantize_weights(model.weights, quantize)
     info = ModelInfo(
         fingerprint=b"", vocab_size=model.config.vocab_size, max_model_len=MAX_LEN,
-        eos_token_ids=model.eos_token_ids, layout=kv_layout(model.config, dtype="float32"),
+        eos_token_ids=model.eos_token_ids, dtype="float32", layout=kv_layout(model.config, dtype=kv_dtype),
     )  # fmt: skip
     opened = OpenedModel(config=model.config, info=info, sampler=Likeliest(), stop_strings=None)
     index = torch.device(device, 0) if device == "cuda" else torch.device(device)
     return DeviceModel(opened=opened, weights=weights, device=index, attention=attention)
 
 
-def plain_engine(family: str, *, device: str, attention: str, quantize: str | None = None) -> Engine:
-    model = served(family, device=device, attention=attention, quantize=quantize)
+def plain_engine(family: str, *, device: str, attention: str, **kinds: str) -> Engine:
+    model = served(family, device=device, attention=attention, **kinds)
     return Engine(model.opened, device_parts(model, num_pages=NUM_PAGES))
 
 
@@ -115,6 +119,16 @@ def check_quantised_experts_give_the_formulas_answers() -> None:
     expected = answers(plain_engine("qwen3_moe_wide", device="cpu", attention="reference", quantize="w4a16"))
     engine = plain_engine("qwen3_moe_wide", device=DEVICE, attention="triton", quantize="w4a16")
     assert answers(engine) == expected
+
+
+def check_answers_with_pages_of_8_bits_are_nearly_the_formulas() -> None:
+    """Nearly: a sum in another order rounds a number of KV to its neighbour, and later tokens follow from that."""
+    for kv_dtype in ("int8",) if IS_INTERPRETED else ("int8", "fp8"):
+        expected = answers(plain_engine("qwen3", device="cpu", attention="reference", kv_dtype=kv_dtype))
+        engine = plain_engine("qwen3", device=DEVICE, attention="triton", kv_dtype=kv_dtype)
+        got = answers(engine)
+        same = sum(ours == theirs for ours, theirs in zip(got, expected, strict=True))
+        assert 2 * same >= len(expected), (kv_dtype, got, expected)
 
 
 def check_steps_launched_before_the_one_before_is_read_say_the_same() -> None:
@@ -213,28 +227,40 @@ def check_blocks_move_beside_steps_and_neither_disturbs_the_other() -> None:
 
 
 def check_pages_and_arenas_hold_the_bytes_that_the_formulas_move() -> None:
-    device, cpu = (
-        DeviceKvPool(
-            kv_layout(make_model("qwen3", device="cpu").config, dtype="bfloat16"),
-            torch.randn(2, 9, 2, 2, BLOCK, 16, generator=torch.Generator().manual_seed(1)).bfloat16().to(where),
-            num_pages=9,
-            staging_bytes=3 * 4096,  # so that seven blocks go in pieces
+    config = make_model("qwen3", device="cpu").config
+    for dtype in ("bfloat16", "int8"):
+        pages = allocate_pages(
+            config, num_pages=9, block=BLOCK, dtype=PAGE_DTYPES[dtype], device=torch.device("cpu")
         )
-        for where in (DEVICE, "cpu")
-    )  # fmt: skip
-    pages, slots = [8, 0, 3, 1, 7, 2, 5], [6, 5, 0, 1, 2, 4, 3]
-    found = []
-    for pool in (device, cpu):
-        arena_SX = torch.zeros(7, pool.layout.block_bytes, dtype=torch.uint8)
-        layer = bytearray(7 * pool.layout.layer_block_bytes)
-        pool.save(pages, arena_SX, slots)
-        pool.load(slots, arena_SX, range(7))
-        pool.read(layer=1, page_ids=pages, into=memoryview(layer))
-        pool.write(layer=0, page_ids=pages[::-1], data=memoryview(layer))
-        after_SX = torch.zeros(9, pool.layout.block_bytes, dtype=torch.uint8)
-        pool.save(range(9), after_SX, range(9))
-        found.append((arena_SX, after_SX))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+        for part in (pages.pages_LP2GBC, pages.scales_LP2GB):
+            if part is not None:
+                part.view(torch.uint8).random_(generator=torch.Generator().manual_seed(1))
+        found = [moved(kv_layout(config, dtype=dtype), pages, where) for where in (DEVICE, "cpu")]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True)), dtype
+
+
+def moved(layout: KvLayout, pages: KvPages, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seven blocks after some copies, and then all nine."""
+    scales = pages.scales_LP2GB
+    pool = DeviceKvPool(
+        layout,
+        KvPages(
+            pages_LP2GBC=pages.pages_LP2GBC.clone().to(device),
+            scales_LP2GB=None if scales is None else scales.clone().to(device),
+        ),
+        num_pages=9,
+        staging_bytes=3 * layout.block_bytes,  # so that seven blocks go in pieces
+    )
+    page_ids, slots = [8, 0, 3, 1, 7, 2, 5], [6, 5, 0, 1, 2, 4, 3]
+    arena_SX = torch.zeros(7, layout.block_bytes, dtype=torch.uint8)
+    layer = bytearray(7 * layout.layer_block_bytes)
+    pool.save(page_ids, arena_SX, slots)
+    pool.load(slots, arena_SX, range(7))
+    pool.read(layer=1, page_ids=page_ids, into=memoryview(layer))
+    pool.write(layer=0, page_ids=page_ids[::-1], data=memoryview(layer))
+    after_SX = torch.zeros(9, layout.block_bytes, dtype=torch.uint8)
+    pool.save(range(9), after_SX, range(9))
+    return arena_SX, after_SX
 
 
 def check_a_workers_engine_takes_the_memory_there_is_and_captures_its_steps() -> None:

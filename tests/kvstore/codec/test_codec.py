@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvstore.codec.codec import KvCodec
 from kvstore.codec.levels import INT8, KIVI2, KIVI4, NUM_CACHEGEN_LEVELS, RAW
+from kvstore.codec.quantize import read_values
 from kvstore.errors import CodecCorrupted, ProfileMismatch
 from tests.kvstore.codec.coding import arena_of, largest_error, layout_of, profile_of, values_of
 
@@ -167,3 +168,32 @@ def test_kv_of_zeros_comes_back(codec: KvCodec, level: int) -> None:
     codec.decode(codec.encode(arena, range(3), level=level), out, range(3))
     bound = 5.0 if codec.profile_id and level in CACHEGEN else 1e-3
     assert np.abs(out.view(np.float32)).max() < bound
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_kv_of_8_bits_is_coded_as_it_is_and_in_no_other_way(dtype: str) -> None:
+    layout = layout_of(dtype)
+    codec = KvCodec(layout, profile=None)
+    assert [level.name for level in codec.levels] == ["raw"]
+    arena = np.random.default_rng(0).integers(0, 256, (3, layout.block_bytes), dtype=np.uint8)
+    coded, out = codec.encode(arena, [2, 0], level=RAW), np.zeros_like(arena)
+    codec.decode(coded, out, [0, 1])
+    assert np.array_equal(out[:2], arena[[2, 0]])
+    with pytest.raises(ValueError, match=r"level must be in 0\.\.0, got 1"):
+        codec.encode(arena, [0], level=1)
+    lying = bytearray(coded)
+    lying[5] = 1
+    lying[-8:] = struct.pack("<Q", xxhash.xxh3_64_intdigest(bytes(lying[:-8])))
+    with pytest.raises(CodecCorrupted, match=f"chunk of level 1, known of {dtype} are 0 to 0"):
+        codec.decode(lying, out, [0, 1])
+    other = layout_of("fp8" if dtype == "int8" else "int8")
+    with pytest.raises(CodecCorrupted, match="chunk of dtype"):
+        KvCodec(other, profile=None).decode(coded, out, [0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_values_of_8_bits_are_not_taken_for_others(dtype: str) -> None:
+    layout = layout_of(dtype)
+    arena = np.zeros((1, layout.block_bytes), np.uint8)
+    with pytest.raises(ValueError, match=f"KV of {dtype} is quantised already"):
+        read_values(arena, [0], layout=layout)

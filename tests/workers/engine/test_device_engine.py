@@ -229,11 +229,11 @@ def test_steps_filled_up_to_the_size_that_was_captured_say_the_same_and_write_no
     for given in (None, sizes):
         engine = Engine(model.opened, device_parts(model, num_pages=32, captured=given))
         assert isinstance(engine.kv_pool, DeviceKvPool)
-        engine.kv_pool.pages_LP2GBC[:, 32:] = torch.nan  # what padding reads must not show
+        engine.kv_pool.pages.pages_LP2GBC[:, 32:] = torch.nan  # what padding reads must not show
         requests = new_requests(temperature=0.8)
         answers(engine, requests, num_steps=6)
         # Fewer and fewer rows: those that have gone must write nothing any more.
-        pages = [answers(engine, requests[:number], num_steps=3) and engine.kv_pool.pages_LP2GBC[:, :32].clone()
+        pages = [answers(engine, requests[:number], num_steps=3) and engine.kv_pool.pages.pages_LP2GBC[:, :32].clone()
                  for number in (2, 1)]  # fmt: skip
         found.append(([request.output_token_ids for request in requests], pages))
     (expected, expected_pages), (got, got_pages) = found

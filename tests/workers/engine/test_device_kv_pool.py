@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvstore.codec.codec import KvCodec
 from kvstore.layout import ITEM_BYTES, KvLayout
 from workers.engine.device_kv_pool import DeviceKvPool, consecutive
 from workers.engine.kv_pool import KvPool
+from workers.model.kv_pages import PAGE_DTYPES, KvPages
 
 NUM_PAGES, NUM_SLOTS, NUM_LAYERS = 6, 5, 3
 
@@ -25,15 +27,34 @@ def layout_of(dtype: str) -> KvLayout:
 def pools(dtype: str, *, staging_blocks: int) -> tuple[KvPool, DeviceKvPool]:
     """With the same random pages; staging for so many blocks, so that calls go in pieces."""
     layout = layout_of(dtype)
-    cpu = KvPool(layout, num_pages=NUM_PAGES)
+    cpu = KvPool(as_a_cpu_has_it(layout), num_pages=NUM_PAGES)
     cpu.pages_LP2GBC.normal_(generator=torch.Generator().manual_seed(1))
+    blocks_LPX = bytes_of(cpu)
+    shape = (NUM_LAYERS, NUM_PAGES, 2, 2, 16)
+    numbers_LPX, scales_LPX = blocks_LPX.tensor_split([layout.layer_numbers_bytes], dim=2)
+    pages = KvPages(
+        pages_LP2GBC=numbers_LPX.contiguous().view(PAGE_DTYPES[dtype]).view(*shape, 8),
+        scales_LP2GB=scales_LPX.contiguous().view(torch.float32).view(shape) if layout.is_scaled else None,
+    )
     device = DeviceKvPool(
-        layout,
-        cpu.pages_LP2GBC.clone(),
-        num_pages=NUM_PAGES,
-        staging_bytes=staging_blocks * layout.block_bytes,
+        layout, pages, num_pages=NUM_PAGES, staging_bytes=staging_blocks * layout.block_bytes
     )
     return cpu, device
+
+
+def as_a_cpu_has_it(layout: KvLayout) -> KvLayout:
+    """A CPU has no pages of 8 bits: float32 whose blocks are as large, as pools ask only for bytes."""
+    return replace(layout, dtype="float32", head_dim=(8 + 4) // 4) if layout.is_scaled else layout
+
+
+def bytes_of(pool: KvPool | DeviceKvPool) -> torch.Tensor:
+    """[L, P, X]: numbers, then scales."""
+    tensors = (
+        [pool.pages_LP2GBC]
+        if isinstance(pool, KvPool)
+        else [pool.pages.pages_LP2GBC, pool.pages.scales_LP2GB]
+    )
+    return torch.cat([x.contiguous().view(torch.uint8).flatten(2) for x in tensors if x is not None], dim=2)
 
 
 def random_bytes(*shape: int, seed: int = 2) -> np.ndarray:
@@ -98,7 +119,7 @@ def test_any_calls_leave_the_same_bytes_in_both_pools(
     for method, pages, slots, layer in made:
         ours = call(device, method, pages, slots, layer, arenas[0])
         assert ours == call(cpu, method, pages, slots, layer, arenas[1])
-        assert torch.equal(device.pages_LP2GBC.view(torch.uint8), cpu.pages_LP2GBC.view(torch.uint8))
+        assert torch.equal(bytes_of(device), bytes_of(cpu))
 
 
 @pytest.mark.parametrize("level", range(1, 7))
@@ -108,12 +129,12 @@ def test_the_codec_fills_pages_as_it_does_slots(level: int) -> None:
     chunk = codec.encode(cpu.blocks_PLX, [4, 0, 2], level=level)
     for pool in (cpu, device):
         pool.fill([5, 1, 3], lambda memory, slots: codec.decode(chunk, memory, slots))
-    assert torch.equal(device.pages_LP2GBC, cpu.pages_LP2GBC)
+    assert torch.equal(bytes_of(device), bytes_of(cpu))
 
 
 def test_what_cannot_be_decoded_leaves_the_pages_alone() -> None:
     _, device = pools("float32", staging_blocks=2)
-    before = device.pages_LP2GBC.clone()
+    before = bytes_of(device)
 
     def fails(memory: np.ndarray, slots: Sequence[int]) -> None:
         memory[list(slots)] = 0
@@ -121,12 +142,13 @@ def test_what_cannot_be_decoded_leaves_the_pages_alone() -> None:
 
     with pytest.raises(OSError, match="cut short"):
         device.fill([0, 1], fails)
-    assert torch.equal(device.pages_LP2GBC, before)
+    assert torch.equal(bytes_of(device), before)
 
 
 def test_staging_holds_a_block_however_little_is_given() -> None:
     layout = layout_of("float32")
-    pool = DeviceKvPool(layout, torch.zeros(NUM_LAYERS, 2, 2, 2, 16, 8), num_pages=2, staging_bytes=1)
+    pages = KvPages(pages_LP2GBC=torch.zeros(NUM_LAYERS, 2, 2, 2, 16, 8), scales_LP2GB=None)
+    pool = DeviceKvPool(layout, pages, num_pages=2, staging_bytes=1)
     arena_SX = random_bytes(2, layout.block_bytes)
     pool.load([0, 1], arena_SX, [1, 0])
     back_SX = np.zeros_like(arena_SX)

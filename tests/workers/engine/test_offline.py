@@ -13,7 +13,6 @@ from workers.engine.engine import LaunchedStep, load_engine
 from workers.engine.offline_engine import OfflineEngine, build_engine, load_model
 from workers.engine.offline_settings import OfflineSettings
 from workers.errors import InvalidRequest
-from workers.model.kv_pages import allocate_pages, page_bytes
 from workers.request import FinishReason, PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest, StepPlan
 
@@ -166,20 +165,11 @@ def test_what_takes_the_servers_engine_is_refused(llama: Path, asked: dict[str, 
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
-def test_pages_of_8_bits_take_the_memory_that_is_reckoned_and_give_answers(
-    llama: Path, kv_dtype: str
-) -> None:
-    settings = OfflineSettings(compute=ComputeDevice(attention="reference"), kv_dtype=kv_dtype)
-    config = load_model(llama, settings, on_progress=lambda share: None).config
-    pages = allocate_pages(
-        config, num_pages=3, block=16, dtype=settings.page_dtype, device=torch.device("cpu")
-    )
-    assert pages.scales_LP2GB is not None
-    assert 3 * page_bytes(config, block=16, dtype=settings.page_dtype) == sum(
-        x.numel() * x.element_size() for x in (pages.pages_LP2GBC, pages.scales_LP2GB)
-    )
+def test_with_pages_of_8_bits_answers_begin_as_with_whole_ones(llama: Path, kv_dtype: str) -> None:
     exact = answers(offline(llama))
-    got = answers(offline(llama, attention="reference", kv_dtype=kv_dtype))
+    engine = offline(llama, attention="reference", kv_dtype=kv_dtype)
+    got = answers(engine)
+    assert engine.engine.model.layout.dtype == kv_dtype
     assert sum(ours[0] == theirs[0] for ours, theirs in zip(got, exact, strict=True)) >= 4
 
 
@@ -187,7 +177,7 @@ def test_pages_of_8_bits_take_the_memory_that_is_reckoned_and_give_answers(
     ("settings", "message"),
     [
         ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, got 'float64'"),
-        ({"kv_dtype": "int8"}, "numba has pages of float32, got int8"),
+        ({"kv_dtype": "int8"}, "kv_dtype int8 is served with attention triton or reference, got numba"),
         ({"quantize": "w4a16"}, "quantize w4a16 is served with attention triton or reference, got numba"),
         ({"max_num_seqs": 0}, "max_num_seqs and max_num_pulls must be at least 1, got 0"),
         ({"num_pages": 0}, "num_pages must be at least 1, got 0"),

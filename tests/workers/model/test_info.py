@@ -14,8 +14,10 @@ from workers.model.info import ModelInfo, load_model_info
 def info_of(checkpoint_of: Callable[[str], tuple[Any, Path]]) -> Callable[..., ModelInfo]:
     _, path = checkpoint_of("llama")
 
-    def load(*, dtype: str, quantize: str) -> ModelInfo:
-        return load_model_info(path, Checkpoint(path), dtype=dtype, quantize=quantize, max_model_len=None)
+    def load(*, dtype: str = "float32", quantize: str = "none", kv_dtype: str = "auto") -> ModelInfo:
+        return load_model_info(
+            path, Checkpoint(path), dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=None
+        )
 
     return load
 
@@ -29,6 +31,19 @@ def test_a_quantized_model_has_a_fingerprint_of_its_own_and_the_layout_of_float3
     )
     assert len({exact.fingerprint, bfloat16.fingerprint, int8.fingerprint}) == 3
     assert int8.layout == exact.layout
+
+
+def test_kv_of_8_bits_is_that_of_another_model(info_of: Callable[..., ModelInfo]) -> None:
+    whole, int8, fp8 = (info_of(kv_dtype=kv_dtype) for kv_dtype in ("auto", "int8", "fp8"))
+    weights = info_of(quantize="int8")
+    assert len({info.fingerprint for info in (whole, int8, fp8, weights)}) == 4
+    assert [info.layout.dtype for info in (whole, int8, fp8)] == ["float32", "int8", "fp8"]
+    assert {info.dtype for info in (whole, int8, fp8)} == {"float32"}
+
+
+def test_pages_of_a_dtype_that_there_is_not_are_refused(info_of: Callable[..., ModelInfo]) -> None:
+    with pytest.raises(ValueError, match="kv_dtype must be one of auto, int8, fp8, got 'int4'"):
+        info_of(kv_dtype="int4")
 
 
 @pytest.mark.parametrize(
