@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from control_plane.config_migration import MigrationConfig
-from control_plane.config_workers import KvConfig, PoolConfig, PoolsConfig, bounded
+from control_plane.config_workers import KvConfig, PoolsConfig, bounded
 from control_plane.gateway.tenancy import parse_weights
 from control_plane.strict_yaml import ConfigError, RawMapping, build, parse_mapping, set_override
 
@@ -206,10 +206,10 @@ class ClusterConfig:
         for name, pool in self.pools.by_name().items():
             if self.model.quantize == "none" or name == "store":
                 continue
-            given = _kernels(name, pool)
-            if self.model.quantize == "int8" and not _has_cpus(pool):
+            given = f"pools.{name}.{pool.kernels}"
+            if self.model.quantize == "int8" and not pool.has_cpu_kernels:
                 raise ValueError(f"{given}, but model.quantize is int8, which only a CPU's own kernels serve")
-            if self.model.quantize != "int8" and _has_cpus(pool) and pool.replicas:
+            if self.model.quantize != "int8" and pool.has_cpu_kernels and pool.replicas:
                 raise ValueError(
                     f"{given}, but model.quantize is {self.model.quantize}, which only a GPU's kernels serve: "
                     "on a CPU it is none or int8"
@@ -217,9 +217,11 @@ class ClusterConfig:
 
     def _refuse_pages_of_other_kernels(self) -> None:
         for name, pool in self.pools.by_name().items():
-            if self.model.kv_dtype != "auto" and name != "store" and _has_cpus(pool) and pool.replicas:
+            if self.model.kv_dtype == "auto" or name == "store":
+                continue
+            if pool.has_cpu_kernels and pool.replicas:
                 raise ValueError(
-                    f"{_kernels(name, pool)}, but model.kv_dtype is {self.model.kv_dtype}, which only a GPU's "
+                    f"pools.{name}.{pool.kernels}, but model.kv_dtype is {self.model.kv_dtype}, which only a GPU's "
                     "kernels serve: on a CPU it is auto"
                 )
 
@@ -265,17 +267,6 @@ class ClusterConfig:
             return tuple(f"unix:{self.socket_dir / directory_socket(replica)}" for replica in replicas)
         port = self.directory.port
         return tuple(f"{self.directory.host}:{replica_port(port, replica)}" for replica in replicas)
-
-
-def _has_cpus(pool: PoolConfig) -> bool:
-    """Whether it computes with the kernels of a CPU."""
-    return not pool.is_on_gpu and pool.attention in (None, "numba")
-
-
-def _kernels(name: str, pool: PoolConfig) -> str:
-    """The setting that says which kernels compute a pool's steps, with its value."""
-    setting = "attention" if pool.attention is not None and not pool.is_on_gpu else "device"
-    return f"pools.{name}.{setting} is {getattr(pool, setting) or 'cpu'}"
 
 
 def directory_socket(replica: int) -> str:

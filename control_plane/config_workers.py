@@ -81,6 +81,17 @@ class PoolConfig:
     def is_on_gpu(self) -> bool:
         return self.device not in (None, "cpu")
 
+    @property
+    def has_cpu_kernels(self) -> bool:
+        """Whether it computes with those that are a CPU's own."""
+        return not self.is_on_gpu and self.attention in (None, "numba")
+
+    @property
+    def kernels(self) -> str:
+        """What says whose kernels compute, as "SETTING is VALUE"."""
+        setting = "attention" if self.attention is not None and not self.is_on_gpu else "device"
+        return f"{setting} is {getattr(self, setting) or 'cpu'}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolsConfig:
