@@ -3,8 +3,8 @@
 Steps run on the engine's stream, copies on a stream of their own: pages are gathered into contiguous staging memory of
 the device, or scattered from it, and staging is copied from or to page-locked memory of this machine.
 
-    read, save     pages ─gather─▶ staging ──copy──▶ page-locked memory        the caller waits for this copy
-    write, load    page-locked memory ──copy──▶ staging ─scatter─▶ pages       the next step waits for these pages
+    read, save           pages ─gather─▶ staging ──copy──▶ page-locked memory  the caller waits for this copy
+    write, load, fill    page-locked memory ──copy──▶ staging ─scatter─▶ pages the next step waits for these pages
 
 Why nobody sees half a block:
 
