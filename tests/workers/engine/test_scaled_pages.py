@@ -21,10 +21,13 @@ def engine_of(checkpoint: Path, kv_dtype: str) -> Engine:
 
 
 @SCALED
-def test_answers_are_those_of_the_offline_engine(checkpoint: Path, kv_dtype: str) -> None:
+def test_answers_are_the_same_however_their_tokens_are_shared_out_over_steps(
+    checkpoint: Path, kv_dtype: str
+) -> None:
     settings = OfflineSettings(
-        attention="reference", kv_dtype=kv_dtype, num_pages=NUM_PAGES, max_model_len=128
-    )
+        compute=REFERENCE, kv_dtype=kv_dtype, num_pages=NUM_PAGES, max_model_len=128, max_num_seqs=2,
+        max_num_batched_tokens=5,
+    )  # fmt: skip
     offline = build_engine(load_model(checkpoint, settings, on_progress=lambda share: None), settings)
     for temperature in (0.0, 0.8):
         requests = new_requests(temperature=temperature)
