@@ -3,7 +3,7 @@
 16 layers, hidden 1024, 16 query and 4 key/value heads, MLP 2816, vocabulary 32,000, random weights, two threads.
 Prefill: 512 tokens. Decode, greedy: prompts of 128 tokens, 128 new ones, batches of 1, 8 and 32, from the first new
 token to the last. Rounds of the three engines alternate in one run, after a warm-up, so that a slow moment of the
-machine hits all; ratios are of medians. What int8 costs is measured on the model that ships (`bench.int8_quality`).
+machine hits all; ratios are of medians. What int8 costs is measured on the shipped model (`bench.quantized_quality`).
 `--quick` keeps the models and shortens everything else.
 """
 
@@ -22,7 +22,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-from bench.int8_quality import qualities
+from bench.quantized_quality import qualities
 from bench.report import Claim, write_report
 from workers.engine.engine import Engine, load_engine
 from workers.quantization import CPU_QUANTIZATIONS
@@ -156,7 +156,7 @@ def ratio_claim(name: str, rates: list[float], others: list[float], *, aim: floa
 
 
 def measure_quality(*, num_samples: int) -> Claim:
-    exact, int8 = qualities(num_samples=num_samples)
+    exact, int8 = qualities(CPU_QUANTIZATIONS, num_samples=num_samples)
     rise = int8.figures.perplexity / exact.figures.perplexity - 1
     print(f"shipped model, {num_samples} problems a task: float32, int8")
     print(f"  perplexity          {exact.figures.perplexity:.3f}, {int8.figures.perplexity:.3f}")

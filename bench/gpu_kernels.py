@@ -9,6 +9,8 @@ import torch
 
 from bench.gpu_limits import Limits, median_ms
 from bench.report import Claim
+from kernels.gpu.grouped_matmul import grouped_matmul
+from kernels.gpu.grouped_quantized_matmul import grouped_quantized_matmul
 from kernels.gpu.paged_attention import paged_attention
 from kernels.gpu.paged_kv import PagedKv
 from kernels.gpu.prefill_attention import prefill_attention
@@ -21,6 +23,10 @@ SCALE = HEAD_DIM**-0.5
 HIDDEN, MLP = 4096, 14_336
 BATCH, CONTEXT, LONG_CONTEXT = 32, 8192, 32_768
 PREFIX, PRIVATE, PROMPT = 2048, 128, 8192
+# Of a Qwen3-MoE of 30 billion parameters.
+NUM_EXPERTS, NUM_ACTIVE, EXPERT_HIDDEN, EXPERT_OUTPUTS = 128, 8, 2048, 1536
+QUANTIZED = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+NUM_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5, "fp8": 1.0}
 
 Run = Callable[[], object]
 
@@ -81,14 +87,36 @@ def shared_prefix(num_requests: int, num_shared: int, num_own: int, dtype: torch
     return lambda: shared_prefix_attention(q_THC, prefixes, own, rows_T=rows, lengths_T=lengths, scale=SCALE)
 
 
-def linear(num_tokens: int, dtype: torch.dtype) -> Run:
-    """int8, or uint8 for two int4 in a byte."""
-    is_packed = dtype == torch.uint8
-    numbers = torch.empty(MLP, HIDDEN // (2 if is_packed else 1), dtype=dtype, device="cuda").random_(0, 100)
-    table = torch.ones(MLP, HIDDEN // GROUP, device="cuda")
-    weight = QuantizedWeight(numbers_NK=numbers, scales_NJ=table, zeros_NJ=table if is_packed else None)
+def quantized(num_outputs: int, num_inputs: int, kind: str) -> QuantizedWeight:
+    is_packed = kind == "int4"
+    numbers = torch.empty(
+        num_outputs, num_inputs // (2 if is_packed else 1), dtype=torch.uint8, device="cuda"
+    ).random_(0, 100)
+    table = torch.ones(num_outputs, num_inputs // GROUP, device="cuda")
+    return QuantizedWeight(
+        numbers_NK=numbers.view(QUANTIZED[kind]), scales_NJ=table, zeros_NJ=table if is_packed else None
+    )
+
+
+def linear(num_tokens: int, kind: str) -> Run:
+    weight = quantized(MLP, HIDDEN, kind)
     x_TK = torch.randn(num_tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
     return lambda: quantized_linear(x_TK, weight)
+
+
+def experts(num_tokens: int, kind: str) -> Run:
+    """The first product of a layer of experts, each of which has its share of the tokens."""
+    x_TK = torch.randn(num_tokens, EXPERT_HIDDEN, dtype=torch.bfloat16, device="cuda")
+    num_rows = num_tokens * NUM_ACTIVE
+    sources_S = torch.arange(num_rows, device="cuda") % num_tokens
+    starts = torch.arange(NUM_EXPERTS + 1, device="cuda") * num_rows // NUM_EXPERTS
+    if kind == "bf16":
+        weight_ENK = torch.randn(
+            NUM_EXPERTS, EXPERT_OUTPUTS, EXPERT_HIDDEN, dtype=torch.bfloat16, device="cuda"
+        )
+        return lambda: grouped_matmul(x_TK, weight_ENK, sources_S=sources_S, starts=starts)
+    weight = quantized(NUM_EXPERTS * EXPERT_OUTPUTS, EXPERT_HIDDEN, kind)
+    return lambda: grouped_quantized_matmul(x_TK, weight, sources_S=sources_S, starts=starts)
 
 
 def measure_decode(limits: Limits) -> Claim:
@@ -124,13 +152,22 @@ def print_prefill(limits: Limits) -> None:
 
 
 def print_products(limits: Limits) -> None:
-    """Of layers with quantised weights: for one token what is read, for many what is computed."""
-    for kind, dtype, num_bytes in (("int8", torch.int8, 1.0), ("int4", torch.uint8, 0.5)):
+    """Of quantised weights, and of whole ones of experts: for few tokens what is read, for many what is computed."""
+    for kind in QUANTIZED:
         for num_tokens in (1, 64, 2048):
-            ms = median_ms(linear(num_tokens, dtype))
-            read = num_bytes * MLP * HIDDEN / ms / 1e6 / limits.copy_gb_s
+            ms = median_ms(linear(num_tokens, kind))
+            read = NUM_BYTES[kind] * MLP * HIDDEN / ms / 1e6 / limits.copy_gb_s
             done = 2 * num_tokens * MLP * HIDDEN / ms / 1e9 / limits.matrix_tflop_s
-            print(
-                f"{kind} linear, {num_tokens} tokens: {ms:.4f} ms,"
-                f" {read:.0%} of the bandwidth, {done:.0%} of the matrix rate"
-            )
+            print(f"{kind} linear, {num_tokens} tokens: {ms:.4f} ms, {_shares(read, done)}")
+    for kind in NUM_BYTES:
+        for num_tokens in (1, 64, 4096):
+            ms = median_ms(experts(num_tokens, kind))
+            num_read = min(NUM_EXPERTS, num_tokens * NUM_ACTIVE) * EXPERT_OUTPUTS * EXPERT_HIDDEN
+            num_multiplied = num_tokens * NUM_ACTIVE * EXPERT_OUTPUTS * EXPERT_HIDDEN
+            read = NUM_BYTES[kind] * num_read / ms / 1e6 / limits.copy_gb_s
+            done = 2 * num_multiplied / ms / 1e9 / limits.matrix_tflop_s
+            print(f"{kind} experts, {num_tokens} tokens: {ms:.4f} ms, {_shares(read, done)}")
+
+
+def _shares(read: float, done: float) -> str:
+    return f"{read:.0%} of the bandwidth, {done:.0%} of the bf16 matrix rate"

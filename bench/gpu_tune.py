@@ -17,7 +17,13 @@ from triton.runtime.errors import OutOfResources
 
 from bench import gpu_kernels
 from bench.gpu_limits import median_ms
-from kernels.gpu import paged_attention, prefill_attention, quantized_linear, shared_prefix_attention
+from kernels.gpu import (
+    grouped_quantized_matmul,
+    paged_attention,
+    prefill_attention,
+    quantized_linear,
+    shared_prefix_attention,
+)
 from kernels.gpu.tiling import Tiling
 
 
@@ -54,11 +60,18 @@ def tuned() -> Iterator[Tuned]:
             name=f"shared_prefix_attention, {dtype}", tilings=shared_prefix_attention.TILINGS, key=num_bytes,
             rows=(64, 128), columns=(32, 64, 128), run=gpu_kernels.shared_prefix(32, 2048, 128, dtype),
         )  # fmt: skip
-    for is_few, num_tokens in ((True, 1), (False, 2048)):
+    for kind in ("int8", "fp8"):
+        for is_few, num_tokens in ((True, 1), (False, 2048)):
+            yield Tuned(
+                name=f"quantized_linear, {kind}, {num_tokens} tokens", tilings=quantized_linear.TILINGS,
+                key=is_few, rows=(64, 128), columns=(16,) if is_few else (64, 128, 256), stages=(3, 4, 5),
+                run=gpu_kernels.linear(num_tokens, kind),
+            )  # fmt: skip
+    for rows_each, num_tokens in ((16, 64), (128, 4096)):
         yield Tuned(
-            name=f"quantized_linear, int8, {num_tokens} tokens", tilings=quantized_linear.TILINGS, key=is_few,
-            rows=(64, 128), columns=(16,) if is_few else (64, 128, 256),
-            stages=(3, 4, 5), run=gpu_kernels.linear(num_tokens, torch.int8),
+            name=f"grouped_quantized_matmul, int8, {num_tokens} tokens",
+            tilings=grouped_quantized_matmul.TILINGS, key=rows_each, rows=(64, 128), columns=(rows_each,),
+            stages=(3, 4, 5), run=gpu_kernels.experts(num_tokens, "int8"),
         )  # fmt: skip
 
 

@@ -22,13 +22,15 @@ from kvstore.codec.quantize import Bytes
 from tools.demo_corpus import load_documents
 from tools.demo_eval import recall_problem
 from tools.demo_rows import Encoder
+from workers.engine.backends import BACKENDS
 from workers.engine.kv_pool import KvPool
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
-from workers.model.cpu_operations import cpu_transformer
 from workers.model.info import ModelInfo, load_model_info
-from workers.model.token_batch import Chunk, TokenBatch
+from workers.model.kv_pages import KvPages
+from workers.model.token_batch import Chunk, ChunkBounds, TokenBatch
 from workers.model.weights import load_weights
+from workers.quantization import GPU_QUANTIZATIONS
 
 CONTEXT_TOKENS = 512
 FOLLOWING_TOKENS = 256
@@ -48,7 +50,8 @@ class Sample:
 
 
 class Model:
-    """The shipped model in float32 or int8, with all logits that one asks for."""
+    """The shipped model with all logits that one asks for: in float32 or int8 as a CPU computes it, or in a GPU's
+    quantizations by the formulas of its kernels."""
 
     def __init__(self, model_path: Path, *, quantize: str = "none") -> None:
         config, checkpoint = load_config(model_path), Checkpoint(model_path)
@@ -60,9 +63,15 @@ class Model:
         self._pool = KvPool(self.info.layout, num_pages=MAX_TOKENS // self._block)
         packed = Int8Weights if quantize == "int8" else None
         weights = load_weights(checkpoint, config, dtype=torch.float32, packed=packed)
-        self._transformer = cpu_transformer(
-            config, weights, pages_LP2GBC=self._pool.pages_LP2GBC, max_model_len=self.info.max_model_len
-        )
+        is_of_gpu = quantize in GPU_QUANTIZATIONS
+        if is_of_gpu:
+            # Needs triton, which serving on a CPU has not.
+            from workers.model.quantize import quantize_weights
+
+            weights = quantize_weights(weights, quantize)
+        pages = KvPages(pages_LP2GBC=self._pool.pages_LP2GBC, scales_LP2GB=None)
+        backend = BACKENDS["reference" if is_of_gpu else "numba"]
+        self._transformer = backend(config, weights, pages, self.info.max_model_len).transformer
 
     def logits(self, tokens_1T: torch.Tensor) -> torch.Tensor:
         """Of every token of a text, [1, T, V]."""
@@ -134,5 +143,8 @@ class Model:
                 num_singles=0,
                 chunks=(Chunk(start=0, stop=stop - first, num_prefix=first, pages=table_RL[0]),),
                 sampled_S=torch.tensor(wanted) - first,
+                chunk_bounds=ChunkBounds(
+                    starts=torch.tensor([0, stop - first]), lengths_N=torch.tensor([stop])
+                ),
             )
         )

@@ -4,7 +4,8 @@ from kvstore.layout import SCALED_DTYPES
 
 # Weights and, for each token, activations of 8 bits: products of integers.
 CPU_QUANTIZATIONS = ("none", "int8")
-# Weights of 8 or 4 bits with a scale for each group of inputs; activations stay whole.
+# Weights of 8 or 4 bits with a scale for each group of inputs. Activations stay whole; beside weights of fp8 they are
+# fp8 too, with a scale for each token.
 GPU_QUANTIZATIONS = ("w8a16", "w4a16", "fp8")
 # Each is another model to every cache, and says by its name which kernels compute it: what a worker computes passes to
 # others that say the same.

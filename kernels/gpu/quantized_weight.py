@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-GROUP = 128  # of weights that we quantise
-GROUPS = (128, 64, 32)  # of any: int4 is two halves of a group, and a tensor core takes 16 inputs at once
+GROUPS = (128, 64, 32)  # int4 is two halves of a group, and a tensor core takes 16 inputs at once, of fp8 32
+GROUP = GROUPS[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

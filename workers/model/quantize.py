@@ -1,7 +1,7 @@
 """Weights of 8 or 4 bits out of whole ones, rounded to the nearest: `kernels.gpu.quantized_weight`.
 
-Groups of inputs have a scale each, and in int4 a zero. Embedding, output matrix and routers stay whole: they are small
-or sensitive.
+Groups of 128 inputs, or of 64 or 32 where those do not fit, have a scale each, and in int4 a zero. Embedding, output
+matrix and routers stay whole: they are small or sensitive.
 
 N outputs, K inputs, J groups, E experts.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels.gpu.quantized_weight import GROUP, QuantizedWeight, pack_int4, stacked
+from kernels.gpu.quantized_weight import GROUPS, QuantizedWeight, pack_int4, stacked
 from workers.model.weights import DenseMlp, LayerWeights, Linear, ModelWeights, MoeMlp
 
 
@@ -65,17 +65,20 @@ def _int4(weight_NK: torch.Tensor) -> QuantizedWeight:
     zeros_NJ1 = (-low_NJ1 / scales_NJ1).round()
     numbers_NJK = ((weight_NJK / scales_NJ1).round() + zeros_NJ1).clamp(0, 15).to(torch.uint8)
     return QuantizedWeight(
-        numbers_NK=pack_int4(numbers_NJK.flatten(1), group_size=GROUP), scales_NJ=scales_NJ1.squeeze(-1),
-        zeros_NJ=zeros_NJ1.squeeze(-1),
+        numbers_NK=pack_int4(numbers_NJK.flatten(1), group_size=numbers_NJK.shape[-1]),
+        scales_NJ=scales_NJ1.squeeze(-1), zeros_NJ=zeros_NJ1.squeeze(-1),
     )  # fmt: skip
 
 
 def _groups(weight_NK: torch.Tensor) -> torch.Tensor:
-    if weight_NK.shape[1] % GROUP:
+    """As large as fit: more groups are more scales to read."""
+    num_outputs, num_inputs = weight_NK.shape
+    fitting = [size for size in GROUPS if num_inputs % size == 0]
+    if not fitting:
         raise ValueError(
-            f"a layer of {weight_NK.shape[1]} inputs is not whole groups of {GROUP}: not quantised"
+            f"a layer of {num_inputs} inputs is not whole groups of {', '.join(map(str, GROUPS))}: not quantised"
         )
-    return weight_NK.float().view(len(weight_NK), -1, GROUP)
+    return weight_NK.float().view(num_outputs, -1, fitting[0])
 
 
 def _divisors(scales: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def check_large_tiles_agree_with_the_reference() -> None:
 
 def check_groups_may_be_smaller() -> None:
     for group_size in GROUPS:
-        for kind in ("int8", "int4"):
+        for kind in KINDS:
             _assert_agrees([3, 0, 18], kind, num_groups=5, group_size=group_size)
 
 
@@ -126,10 +126,13 @@ SHIPPED = [
     for num_rows in (16, 256, 512, 4096)
 ] + [
     Shipped(
-        name=f"int4_groups_of_{group_size}_{num_rows}_rows",
-        launch=lambda num_rows=num_rows, group_size=group_size: _launch(num_rows, "int4", group_size),
-        units=("wgmma",),
+        name=f"{kind}_groups_of_{group_size}_{num_rows}_rows",
+        launch=lambda num_rows=num_rows, kind=kind, group_size=group_size: _launch(
+            num_rows, kind, group_size
+        ),
+        units=(None, "wgmma") if kind == "fp8" else ("wgmma",),
     )
+    for kind in KINDS
     for group_size in (64, 32)
     for num_rows in (16, 4096)
 ]

@@ -32,7 +32,7 @@ def check_agrees_with_the_reference_for_many_tokens() -> None:
 
 def check_groups_may_be_smaller() -> None:
     for group_size in GROUPS:
-        for kind in ("int8", "int4"):
+        for kind in KINDS:
             for num_tokens, num_groups in [(2, 3), (5, 40), (70, 3)]:  # in one part, in several, many tokens
                 x = randn(num_tokens, num_groups * group_size, dtype=FLOATS[0])
                 _assert_agrees(x, noise_weight(40, num_groups, kind, group_size=group_size))
@@ -40,7 +40,7 @@ def check_groups_may_be_smaller() -> None:
 
 def check_inputs_may_have_an_order_of_their_own() -> None:
     orders = noise_orders(1, 2 * GROUP)
-    for kind in ("int8", "int4"):
+    for kind in KINDS:
         x, weight = randn(3, 2 * GROUP, dtype=FLOATS[0]), noise_weight(40, 2, kind, orders=orders)
         _assert_agrees(x, weight)
         inputs = torch.eye(2 * GROUP, device=DEVICE)[:1].to(x.dtype)  # input 0 alone
@@ -92,10 +92,13 @@ SHIPPED = [
     for num_tokens in (1, 64, 2048)
 ] + [
     Shipped(
-        name=f"int4_groups_of_{group_size}_{num_tokens}_tokens",
-        launch=lambda num_tokens=num_tokens, group_size=group_size: _launch(num_tokens, "int4", group_size),
-        units=("wgmma",),
+        name=f"{kind}_groups_of_{group_size}_{num_tokens}_tokens",
+        launch=lambda num_tokens=num_tokens, kind=kind, group_size=group_size: _launch(
+            num_tokens, kind, group_size
+        ),
+        units=(None, "wgmma") if kind == "fp8" else ("wgmma",),
     )
+    for kind in KINDS
     for group_size in (64, 32)
     for num_tokens in (1, 2048)
 ]

@@ -93,8 +93,17 @@ def test_fp8_rounds_what_is_multiplied_too(family: str) -> None:
     assert 1.1 * errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+@pytest.mark.parametrize(("num_inputs", "size"), [(256, 128), (192, 64), (96, 32)])
+def test_groups_are_as_large_as_fit(kind: str, num_inputs: int, size: int) -> None:
+    weight_NK = torch.randn(5, num_inputs, generator=torch.Generator().manual_seed(2))
+    quantized = QUANTIZERS[kind](weight_NK)
+    assert quantized.group_size == size
+    assert (quantized.whole() - weight_NK).norm() < 0.2 * weight_NK.norm()
+
+
 def test_inputs_that_are_not_whole_groups_are_refused() -> None:
-    with pytest.raises(ValueError, match="100 inputs is not whole groups of 128"):
+    with pytest.raises(ValueError, match="100 inputs is not whole groups of 128, 64, 32"):
         QUANTIZERS["w8a16"](torch.zeros(2, 100))
 
 

@@ -1,8 +1,9 @@
-"""What int8 costs the shipped model: its figures, computed by our engine with and without, and the logits' error.
+"""What quantized weights cost the shipped model: its figures, computed with and without, and the logits' error.
 
 The problems and texts are those of `bench.demo_model`, held out from training.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from bench.kv_quality import Model
 from tools.demo_corpus import load_documents
 from tools.demo_eval import TEXT_TOKENS, Figures, evaluate
-from workers.quantization import CPU_QUANTIZATIONS
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
 NUM_WINDOWS = 16  # of TEXT_TOKENS tokens, for the error of the logits
@@ -24,9 +24,9 @@ class Quality:
     same_best: float  # share of places whose likeliest next token is float32's
 
 
-def qualities(*, num_samples: int) -> list[Quality]:
-    """Of float32 and of int8, from so many problems a task and all held-out documents."""
-    models = [Model(MODEL, quantize=quantize) for quantize in CPU_QUANTIZATIONS]
+def qualities(quantizations: Sequence[str], *, num_samples: int) -> list[Quality]:
+    """Of each, the first of which is none, from so many problems a task and all held-out documents."""
+    models = [Model(MODEL, quantize=quantize) for quantize in quantizations]
     tokens = models[0].encoder.documents(load_documents(held_out=True))
     logits = [
         torch.cat([model.logits(tokens[None, start : start + TEXT_TOKENS]) for start in _starts(len(tokens))])
