@@ -61,14 +61,14 @@ class Model:
         self.encoder = Encoder(Tokenizer.from_file(str(model_path / "tokenizer.json")))
         self._block = self.info.layout.block_size_tokens
         self._pool = KvPool(self.info.layout, num_pages=MAX_TOKENS // self._block)
-        packed = Int8Weights if quantize == "int8" else None
-        weights = load_weights(checkpoint, config, dtype=torch.float32, packed=packed)
+        packed, stored = Int8Weights if quantize == "int8" else None, None
         is_of_gpu = quantize in GPU_QUANTIZATIONS
         if is_of_gpu:
             # Needs triton, which serving on a CPU has not.
-            from workers.model.quantize import quantize_weights
+            from workers.model.stored_products import products_of
 
-            weights = quantize_weights(weights, quantize)
+            stored = products_of(checkpoint, quantize)
+        weights = load_weights(checkpoint, config, dtype=torch.float32, packed=packed, stored=stored)
         pages = KvPages(pages_LP2GBC=self._pool.pages_LP2GBC, scales_LP2GB=None)
         backend = BACKENDS["reference" if is_of_gpu else "numba"]
         self._transformer = backend(config, weights, pages, self.info.max_model_len).transformer

@@ -1,12 +1,14 @@
 """Small models of noise, one of each kind that the layers tell apart: what a checkpoint holds, without its files."""
 
 import zlib
+from functools import partial
 from typing import Any
 
 import torch
 
 from workers.engine.offline_engine import Model
 from workers.model.config import parse_config
+from workers.model.quantize import quantized_product
 from workers.model.weights import load_weights
 
 SIZES: dict[str, Any] = {
@@ -56,7 +58,10 @@ def named_noise(family: str) -> dict[str, torch.Tensor]:
     return recorded.tensors
 
 
-def make_model(family: str, *, device: str, dtype: torch.dtype = torch.float32) -> Model:
-    config = parse_config(SIZES | FAMILIES[family])
-    weights = load_weights(Noise(), config, dtype=dtype, device=torch.device(device))
+def make_model(
+    family: str, *, device: str, dtype: torch.dtype = torch.float32, quantize: str | None = None
+) -> Model:
+    config, noise = parse_config(SIZES | FAMILIES[family]), Noise()
+    stored = None if quantize is None else partial(quantized_product, noise, quantize)
+    weights = load_weights(noise, config, dtype=dtype, device=torch.device(device), stored=stored)
     return Model(config=config, weights=weights, eos_token_ids=frozenset([2]))

@@ -22,9 +22,7 @@ from workers.engine.pool_size import num_pages_that_fit
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
 from workers.model.kv_pages import PAGE_DTYPES, allocate_pages
-from workers.model.quantize import quantize_weights
-from workers.model.quantized_checkpoint import QuantizedCheckpoint
-from workers.model.stored_products import stored_product
+from workers.model.stored_products import products_of
 from workers.model.weights import ModelWeights, load_weights
 from workers.step import StepPlan
 
@@ -58,13 +56,10 @@ def load_device_weights(
     on_progress: Callable[[float], None],
 ) -> ModelWeights:
     """Raises `CheckpointError`, or `ValueError` for a layer that cannot be quantised."""
-    stored = None
-    if isinstance(checkpoint, QuantizedCheckpoint) and quantize == "none":  # else it has to be whole first
-        stored = partial(stored_product, checkpoint)
-    weights = load_weights(
-        checkpoint, config, dtype=dtype, device=device, stored=stored, on_progress=on_progress
-    )
-    return weights if quantize == "none" else quantize_weights(weights, quantize)
+    return load_weights(
+        checkpoint, config, dtype=dtype, device=device, stored=products_of(checkpoint, quantize),
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 def device_parts(model: DeviceModel, *, num_pages: int, captured: CapturedSizes | None = None) -> EngineParts:

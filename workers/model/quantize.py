@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits out of whole ones, rounded to the nearest: `kernels.gpu.quantized_weight`.
+"""Weights of 8 or 4 bits (`kernels.gpu.quantized_weight`) out of whole ones, rounded to the nearest as they are read.
 
 Groups of 128 inputs, or of 64 or 32 where those do not fit, have a scale each, and in int4 a zero. Embedding, output
 matrix and routers stay whole: they are small or sensitive.
@@ -6,41 +6,43 @@ matrix and routers stay whole: they are small or sensitive.
 N outputs, K inputs, J groups, E experts.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from kernels.gpu.quantized_weight import GROUPS, QuantizedWeight, pack_int4, stacked
-from workers.model.weights import DenseMlp, LayerWeights, Linear, ModelWeights, MoeMlp
+from workers.model.weights import Tensors
+
+_WHOLE = "lm_head"
 
 
-def quantize_weights(weights: ModelWeights, kind: str) -> ModelWeights:
-    """Raises `ValueError` for a layer whose inputs are not whole groups."""
-    return replace(weights, layers=tuple(_layer(layer, QUANTIZERS[kind]) for layer in weights.layers))
+def quantized_product(
+    tensors: Tensors,
+    kind: str,
+    names_E: Sequence[Mapping[str, int]],
+    num_inputs: int,
+    device: torch.device,
+) -> QuantizedWeight | None:
+    """The rows of all names as one matrix, one expert's below another's: whole at a time are those of one expert.
 
-
-def _layer(layer: LayerWeights, quantize: "Quantizer") -> LayerWeights:
-    return replace(
-        layer, qkv=_linear(layer.qkv, quantize), output=_linear(layer.output, quantize),
-        mlp=_mlp(layer.mlp, quantize),
-    )  # fmt: skip
-
-
-def _mlp(mlp: DenseMlp | MoeMlp, quantize: "Quantizer") -> DenseMlp | MoeMlp:
-    if isinstance(mlp, DenseMlp):
-        return DenseMlp(gate_up=_linear(mlp.gate_up, quantize), down=_linear(mlp.down, quantize))
-    return replace(
-        mlp, gate_up_EWD=_experts(mlp.gate_up_EWD, quantize), down_EDI=_experts(mlp.down_EDI, quantize)
-    )
-
-
-def _experts(weight_ENK: torch.Tensor, quantize: "Quantizer") -> QuantizedWeight:
-    return stacked([quantize(weight_NK) for weight_NK in weight_ENK])
-
-
-def _linear(linear: Linear, quantize: "Quantizer") -> Linear:
-    return Linear(quantize(linear.weight), linear.bias)
+    None: they stay whole. Raises `CheckpointError`, and `ValueError` for inputs that are not whole groups.
+    """
+    if _WHOLE in names_E[0]:
+        return None
+    if not any(num_inputs % size == 0 for size in GROUPS):
+        raise ValueError(
+            f"{next(iter(names_E[0]))} has {num_inputs} inputs, which are not whole groups of"
+            f" {', '.join(map(str, GROUPS))}: it cannot be quantised"
+        )
+    experts = []
+    for names in names_E:
+        weight_NK = torch.empty(sum(names.values()), num_inputs, device=device)
+        start = 0
+        for name, num_rows in names.items():
+            tensors.copy_into(weight_NK[start : start + num_rows], f"{name}.weight")
+            start += num_rows
+        experts.append(QUANTIZERS[kind](weight_NK))
+    return stacked(experts)
 
 
 def _int8(weight_NK: torch.Tensor) -> QuantizedWeight:
@@ -73,12 +75,7 @@ def _int4(weight_NK: torch.Tensor) -> QuantizedWeight:
 def _groups(weight_NK: torch.Tensor) -> torch.Tensor:
     """As large as fit: more groups are more scales to read."""
     num_outputs, num_inputs = weight_NK.shape
-    fitting = [size for size in GROUPS if num_inputs % size == 0]
-    if not fitting:
-        raise ValueError(
-            f"a layer of {num_inputs} inputs is not whole groups of {', '.join(map(str, GROUPS))}: not quantised"
-        )
-    return weight_NK.float().view(num_outputs, -1, fitting[0])
+    return weight_NK.view(num_outputs, -1, next(size for size in GROUPS if num_inputs % size == 0))
 
 
 def _divisors(scales: torch.Tensor) -> torch.Tensor:

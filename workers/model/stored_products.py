@@ -1,15 +1,25 @@
-"""Matrices that a checkpoint has quantised, for the GPU's products to multiply as they are.
+"""What the GPU's products multiply as it is: matrices that a checkpoint has quantised, or that are quantised from it.
 
 N outputs, K inputs, J groups.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
 from kernels.gpu.quantized_weight import GROUPS, QuantizedWeight, pack_int4, stacked
 from workers.model.grouped_numbers import GroupedNumbers, PackedMatrix
+from workers.model.quantize import quantized_product
 from workers.model.quantized_checkpoint import QuantizedCheckpoint
+from workers.model.weights import Stored, Tensors
+
+
+def products_of(checkpoint: Tensors, quantize: str) -> Stored | None:
+    """None where all are whole. What is to be quantised anew is made whole first."""
+    if quantize != "none":
+        return partial(quantized_product, checkpoint, quantize)
+    return partial(stored_product, checkpoint) if isinstance(checkpoint, QuantizedCheckpoint) else None
 
 
 def stored_product(

@@ -16,8 +16,8 @@ from workers.model.config import ModelConfig, MoeConfig
 # `kernels.int8_linear`, `QuantizedWeight` of `kernels.gpu.quantized_weight`. Neither is named here, as no machine has
 # the packages of both.
 Weight = Any
-# What a checkpoint has quantised of the matrices of a product (the rows of each name, for each expert) of so many
-# inputs, to be multiplied as it is; None where it is to be read as whole weights.
+# What a checkpoint has quantised, or what is quantised as it is read, of the matrices of a product (the rows of each
+# name, for each expert) of so many inputs, to be multiplied as it is; None where it is to be read as whole weights.
 Stored = Callable[[Sequence[Mapping[str, int]], int, torch.device], Weight | None]
 
 

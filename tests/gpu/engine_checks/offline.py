@@ -6,7 +6,6 @@ that has its kernels.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,6 @@ from tests.packed_checkpoints import Packing, pack_all, write_file
 from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import Model, build_engine, load_model
 from workers.engine.offline_settings import OfflineSettings
-from workers.model.quantize import quantize_weights
 from workers.request import SamplingParams
 
 LENGTHS = (1, 21, 5) if IS_INTERPRETED else (1, 21, 5, 33, 16, 64, 2)
@@ -39,9 +37,8 @@ def answers(
     family: str, *, device: str, attention: str, temperature: float = 0.0, **others: Any
 ) -> list[list[int]]:
     given = settings(device, attention, **others)
-    model = make_model(family, device=device, dtype=given.weight_dtype)
-    if given.quantize != "none":
-        model = replace(model, weights=quantize_weights(model.weights, given.quantize))
+    quantize = None if given.quantize == "none" else given.quantize
+    model = make_model(family, device=device, dtype=given.weight_dtype, quantize=quantize)
     return answers_of(model, given, temperature=temperature)
 
 

@@ -21,7 +21,6 @@ from workers.engine.engine_parts import OpenedModel
 from workers.engine.largest_step import LargestStep
 from workers.model.info import ModelInfo, kv_layout
 from workers.model.kv_pages import PAGE_DTYPES, KvPages, allocate_pages
-from workers.model.quantize import quantize_weights
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import SampledToken, ScheduledRequest, StepPlan
 
@@ -44,15 +43,14 @@ class Likeliest:
 def served(
     family: str, *, device: str, attention: str, quantize: str | None = None, kv_dtype: str = "float32"
 ) -> DeviceModel:
-    model = make_model(family, device=device)
-    weights = model.weights if quantize is None else quantize_weights(model.weights, quantize)
+    model = make_model(family, device=device, quantize=quantize)
     info = ModelInfo(
         fingerprint=b"", vocab_size=model.config.vocab_size, max_model_len=MAX_LEN,
         eos_token_ids=model.eos_token_ids, dtype="float32", layout=kv_layout(model.config, dtype=kv_dtype),
     )  # fmt: skip
     opened = OpenedModel(config=model.config, info=info, sampler=Likeliest(), stop_strings=None)
     index = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    return DeviceModel(opened=opened, weights=weights, device=index, attention=attention)
+    return DeviceModel(opened=opened, weights=model.weights, device=index, attention=attention)
 
 
 def plain_engine(family: str, *, device: str, attention: str, **kinds: str) -> Engine:

@@ -1,6 +1,8 @@
 """Quantised weights against the whole ones that they stand for."""
 
+import zlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from workers.compute_device import ComputeDevice
 from workers.engine.offline_engine import Model, build_engine
 from workers.engine.offline_settings import OfflineSettings
 from workers.model.config import parse_config
-from workers.model.quantize import QUANTIZERS, quantize_weights
+from workers.model.quantize import QUANTIZERS, quantized_product
 from workers.model.weights import DenseMlp, Linear, ModelWeights, MoeMlp, load_weights
 from workers.request import SamplingParams
 
@@ -31,14 +33,14 @@ CONFIGS = {
 
 
 class Noise:
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(4)
+    """Tensors that depend on their name alone."""
 
     def has(self, name: str) -> bool:
         return True
 
     def copy_into(self, target: torch.Tensor, name: str) -> None:
-        target.copy_(0.2 * torch.randn(target.shape, generator=self.generator))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        target.copy_(0.2 * torch.randn(target.shape, generator=generator))
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("w8a16", 254), ("w4a16", 15)])
@@ -66,8 +68,7 @@ def test_zeros_stay_zeros(kind: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
 def test_a_model_answers_as_one_with_the_weights_that_its_own_stand_for(kind: str, family: str) -> None:
-    model = noise_model(family)
-    quantized = replace(model, weights=quantize_weights(model.weights, kind))
+    quantized = noise_model(family, kind)
     assert answer(quantized) == answer(replace(quantized, weights=whole(quantized.weights)))
 
 
@@ -78,14 +79,14 @@ def test_a_model_answers_as_one_with_the_weights_that_its_own_stand_for(kind: st
 def test_logits_are_off_by_what_the_rounding_costs(kind: str, least: float, most: float, family: str) -> None:
     model = noise_model(family)
     expected = logits(model, TOKENS)
-    got = logits(replace(model, weights=quantize_weights(model.weights, kind)), TOKENS)
+    got = logits(noise_model(family, kind), TOKENS)
     assert least < float((got - expected).norm() / expected.norm()) < most
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_fp8_rounds_what_is_multiplied_too(family: str) -> None:
     model = noise_model(family)
-    quantized = replace(model, weights=quantize_weights(model.weights, "fp8"))
+    quantized = noise_model(family, "fp8")
     with_whole_rows = replace(quantized, weights=whole(quantized.weights))
     errors = [
         float((logits(one, TOKENS) - logits(model, TOKENS)).norm()) for one in (with_whole_rows, quantized)
@@ -102,14 +103,26 @@ def test_groups_are_as_large_as_fit(kind: str, num_inputs: int, size: int) -> No
     assert (quantized.whole() - weight_NK).norm() < 0.2 * weight_NK.norm()
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_is_small_or_sensitive_stays_whole(family: str) -> None:
+    quantized, model = noise_model(family, "w4a16").weights, noise_model(family).weights
+    assert torch.equal(quantized.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(quantized.embedding_VD, model.embedding_VD)
+    for ours, theirs in zip(quantized.layers, model.layers, strict=True):
+        if isinstance(ours.mlp, MoeMlp):
+            assert isinstance(theirs.mlp, MoeMlp)
+            assert torch.equal(ours.mlp.router.weight, theirs.mlp.router.weight)
+
+
 def test_inputs_that_are_not_whole_groups_are_refused() -> None:
-    with pytest.raises(ValueError, match="100 inputs is not whole groups of 128, 64, 32"):
-        QUANTIZERS["w8a16"](torch.zeros(2, 100))
+    with pytest.raises(ValueError, match=r"q_proj has 100 inputs, which are not whole groups of 128, 64, 32"):
+        quantized_product(Noise(), "w8a16", [{"q_proj": 2}], 100, torch.device("cpu"))
 
 
-def noise_model(family: str) -> Model:
+def noise_model(family: str, kind: str | None = None) -> Model:
     config = CONFIGS[family]
-    weights = load_weights(Noise(), config, dtype=torch.float32)
+    stored = None if kind is None else partial(quantized_product, Noise(), kind)
+    weights = load_weights(Noise(), config, dtype=torch.float32, stored=stored)
     return Model(config=config, weights=weights, eos_token_ids=frozenset())
 
 
