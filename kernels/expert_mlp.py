@@ -15,11 +15,12 @@ from kernels.int8_linear import ROWS as INT8_ROWS
 from kernels.int8_linear import Int8Weights, int8_sizes
 from kernels.int8_linear import multiply as int8_multiply
 from kernels.int8_rows import Int8Rows, quantize_rows_call
-from kernels.linear import ROWS, multiply
+from kernels.linear import CHUNK, ROWS, multiply
+from kernels.panel_tile import PANEL
+from kernels.panels import Panels
 from kernels.route_experts import sort_by_expert
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
 
-_CHUNK = 64  # outputs per work item
 _MIN_TEAM_TOKENS = 16
 
 
@@ -73,13 +74,15 @@ def _products_task(data):
     num_experts, depth, num_outputs = a[6], a[7], a[8]
     starts = words(a[5], num_experts + 1)
     while True:
-        expert, first, end, start, stop = _share(claim(data), starts, _CHUNK, num_outputs)
+        expert, first, end, start, stop = _share(claim(data), starts, CHUNK, num_outputs)
         if expert == num_experts:
             return
-        w = a[3] + 4 * expert * num_outputs * depth
+        w = a[3] + 4 * expert * depth * ((num_outputs + PANEL - 1) // PANEL * PANEL)
         for row in range(first, end, ROWS):
             x, y = a[2] + 4 * row * depth, a[4] + 4 * row * num_outputs
-            multiply(x, w, y, min(ROWS, end - row), depth, num_outputs, start, stop)
+            for n in range(start, stop, PANEL):
+                following = n + PANEL if n + PANEL < stop else n
+                multiply(x, w, y, min(ROWS, end - row), depth, num_outputs, n, following)
 
 
 @cfunc(TASK, cache=True)
@@ -102,7 +105,7 @@ def _int8_products_task(data):
 def _products(
     step: Step,
     x_SK: torch.Tensor,
-    w_ENK: torch.Tensor | Int8Weights,
+    weights: Panels | Int8Weights,
     starts: torch.Tensor,
     *,
     out_SN: torch.Tensor,
@@ -110,10 +113,10 @@ def _products(
 ) -> list[Call]:
     """Each expert's rows with its matrix."""
     sizes = (len(starts) - 1, x_SK.shape[1], out_SN.shape[1])
-    if not isinstance(w_ENK, Int8Weights):
-        return [bind(_products_task.address, step, x_SK, w_ENK, out_SN, starts, *sizes)]
+    if isinstance(weights, Panels):
+        return [bind(_products_task.address, step, x_SK, weights.panels_EJKP, out_SN, starts, *sizes)]
     rows = Int8Rows(*x_SK.shape)
-    x, w = (rows.q_MP, rows.scale_M, rows.offset_M), (w_ENK.packed, w_ENK.scale_EN)
+    x, w = (rows.q_MP, rows.scale_M, rows.offset_M), (weights.packed, weights.scale_EN)
     return [
         quantize_rows_call(step, x_SK, rows, rows_per_token=num_active),
         bind(_int8_products_task.address, step, *x, *w, out_SN, starts, *sizes),
@@ -145,8 +148,8 @@ def _combine_task(data):
 def expert_mlp_calls(
     step: Step,
     x_TD: torch.Tensor,
-    gate_up_EWD: torch.Tensor | Int8Weights,
-    down_EDI: torch.Tensor | Int8Weights,
+    gate_up: Panels | Int8Weights,
+    down: Panels | Int8Weights,
     *,
     weights_TK: torch.Tensor,
     places_TK: torch.Tensor,
@@ -154,15 +157,15 @@ def expert_mlp_calls(
     out_TD: torch.Tensor,
 ) -> list[Call]:
     """For tokens routed by `kernels.route_experts.route_experts_call`."""
-    (max_tokens, num_active), hidden, width = places_TK.shape, x_TD.shape[1], _width(down_EDI)
+    (max_tokens, num_active), hidden, width = places_TK.shape, x_TD.shape[1], down.depth
     max_rows, few = max_tokens * num_active, _MIN_TEAM_TOKENS
     x_SD, gate_up_SW = x_TD.new_empty(max_rows, hidden), x_TD.new_empty(max_rows, 2 * width)
     act_SI, y_SD = x_TD.new_empty(max_rows, width), x_TD.new_empty(max_rows, hidden)
     return [
         bind(_gather_task.address, step, x_TD, places_TK, x_SD, hidden, num_active, min_team_tokens=few),
-        *_products(step, x_SD, gate_up_EWD, starts, out_SN=gate_up_SW, num_active=num_active),
+        *_products(step, x_SD, gate_up, starts, out_SN=gate_up_SW, num_active=num_active),
         silu_mul.silu_mul_call(step, gate_up_SW, out_TI=act_SI, rows_per_token=num_active),
-        *_products(step, act_SI, down_EDI, starts, out_SN=y_SD, num_active=num_active),
+        *_products(step, act_SI, down, starts, out_SN=y_SD, num_active=num_active),
         bind(
             _combine_task.address, step, y_SD, places_TK, weights_TK, out_TD, hidden, num_active,
             min_team_tokens=few,
@@ -170,30 +173,23 @@ def expert_mlp_calls(
     ]  # fmt: skip
 
 
-def _width(down_EDI: torch.Tensor | Int8Weights) -> int:
-    return down_EDI.depth if isinstance(down_EDI, Int8Weights) else down_EDI.shape[2]
-
-
 def expert_mlp(
     x_TD: torch.Tensor,
-    gate_up_EWD: torch.Tensor | Int8Weights,
-    down_EDI: torch.Tensor | Int8Weights,
+    gate_up: Panels | Int8Weights,
+    down: Panels | Int8Weights,
     *,
     weights_TK: torch.Tensor,
     experts_TK: torch.Tensor,
 ) -> torch.Tensor:
     """y [T, D] of any number of tokens."""
-    if x_TD.dtype != torch.float32:
-        return reference(x_TD, gate_up_EWD, down_EDI, weights_TK=weights_TK, experts_TK=experts_TK)
     places_TK, out_TD = torch.empty_like(experts_TK), torch.empty_like(x_TD)
-    num_experts = down_EDI.num_experts if isinstance(down_EDI, Int8Weights) else len(down_EDI)
-    starts = torch.empty(num_experts + 1, dtype=torch.int64)
+    starts = torch.empty(down.num_experts + 1, dtype=torch.int64)
     sort_by_expert(experts_TK.flatten().numpy(), places_TK.view(-1).numpy(), starts.numpy())
     step = Step()
     step.fill(len(x_TD))
     Program(
         expert_mlp_calls(
-            step, x_TD, gate_up_EWD, down_EDI, weights_TK=weights_TK, places_TK=places_TK, starts=starts,
+            step, x_TD, gate_up, down, weights_TK=weights_TK, places_TK=places_TK, starts=starts,
             out_TD=out_TD,
         )
     ).run()  # fmt: skip

@@ -1,13 +1,10 @@
-"""The inner loops of products and attention, with their sums in vector registers.
+"""The inner loops of attention, with their sums in vector registers.
 
 tile:     out[m * out_stride + n] = sum_k w[n * w_stride + k] x[m * x_stride + k] for n < 4 and m < num_columns, at
           most MAX_TILE_COLUMNS.
-dot:      out[0] = sum_k w[k] x[k]. One row of w after the other is one stream of memory, the fastest way to read it.
 mix:      out[m * out_stride + c] += sum_t p[m * p_stride + t] v[t * v_stride + c] for t < num_rows, c < LANES and
           m < num_columns, at most MIX_COLUMNS; mix_wide for c < 2 LANES, mix_narrow for one c.
-prefetch: starts to bring `num_bytes` at an address to L2. tile_reading_ahead does so on its way, two cache lines for
-          each vector of k, at ahead + k * ahead_step (bytes): lines that come between products cost nothing, and no
-          read waits for them.
+prefetch: starts to bring `num_bytes` at an address to L2.
 
 A sum over k is the same to the last bit in all of them: LANES sums of every LANES-th product, added as a tree of
 halves, then what is left of k one by one. So what a row of x gives does not depend on the rows beside it, and a
@@ -46,40 +43,15 @@ MIX_COLUMNS = 4
 @intrinsic
 def tile(_typing, num_columns, w, w_stride, x, x_stride, depth, out, out_stride):
     def generate(context, builder, _signature, values):
-        _choose_tile(builder, *values)
+        num_columns, w, w_stride, x, x_stride, depth, out, out_stride = values
+        w_rows = rows_of(builder, w, w_stride, TILE_ROWS)
+        for columns in range(1, MAX_TILE_COLUMNS + 1):
+            with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
+                x_rows = rows_of(builder, x, x_stride, columns)
+                _store_products(builder, w_rows, x_rows, depth, rows_of(builder, out, out_stride, columns))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), generate
-
-
-@intrinsic
-def tile_reading_ahead(
-    _typing, num_columns, w, w_stride, x, x_stride, depth, out, out_stride, ahead, ahead_step
-):
-    def generate(context, builder, _signature, values):
-        _choose_tile(builder, *values[:-2], ahead=values[-2:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 10), generate
-
-
-def _choose_tile(builder, num_columns, w, w_stride, x, x_stride, depth, out, out_stride, ahead=None):
-    w_rows = rows_of(builder, w, w_stride, TILE_ROWS)
-    for columns in range(1, MAX_TILE_COLUMNS + 1):
-        with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
-            x_rows = rows_of(builder, x, x_stride, columns)
-            _store_products(builder, w_rows, x_rows, depth, rows_of(builder, out, out_stride, columns), ahead)
-
-
-@intrinsic
-def dot(_typing, w, x, depth, out):
-    def generate(context, builder, _signature, values):
-        w, x, depth, out = values
-        rows = [rows_of(builder, address, None, 1) for address in (w, x, out)]
-        _store_products(builder, rows[0], rows[1], depth, rows[2])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
 
 
 @intrinsic
@@ -133,12 +105,12 @@ def _add_mixed(builder, p_rows, v_row, v_stride, num_rows, out_rows, kind, num_v
         builder.store(total, builder.bitcast(place, kind.as_pointer()), align=4)
 
 
-def _store_products(builder, w_rows, x_rows, depth, out_rows, ahead=None):
+def _store_products(builder, w_rows, x_rows, depth, out_rows):
     """out_rows[m][n] = w_rows[n].x_rows[m]."""
     num_sums = len(w_rows) * len(x_rows)
     whole = builder.and_(depth, ir.Constant(I64, -LANES))
     zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * num_sums
-    sums = _accumulate(builder, ir.Constant(I64, 0), whole, VECTOR, w_rows, x_rows, zeros, ahead)
+    sums = _accumulate(builder, ir.Constant(I64, 0), whole, VECTOR, w_rows, x_rows, zeros)
     total = add_lanes(builder, sums)
     kind = ir.VectorType(F32, len(w_rows))
     for m, row in enumerate(out_rows):
@@ -155,14 +127,10 @@ def _store_products(builder, w_rows, x_rows, depth, out_rows, ahead=None):
             builder.store(total, place)
 
 
-def _accumulate(builder, start, stop, kind, w_rows, x_rows, sums, ahead=None):
+def _accumulate(builder, start, stop, kind, w_rows, x_rows, sums):
     """Adds the products of rows over k, LANES or 1 at a time."""
 
     def add_products(k, sums):
-        if ahead is not None:
-            place = builder.add(ahead[0], builder.mul(k, ahead[1]))
-            for line in range(2):
-                ask_for(builder, builder.add(place, ir.Constant(I64, CACHE_LINE_BYTES * line)))
         w_values = [load(builder, row, k, kind) for row in w_rows]
         x_values = [load(builder, row, k, kind) for row in x_rows]
         products = [(w_value, x_value) for x_value in x_values for w_value in w_values]

@@ -6,6 +6,7 @@ import torch
 from kernels import int8_linear, route_experts, silu_mul
 from kernels.expert_mlp import expert_mlp, expert_mlp_calls, reference
 from kernels.int8_linear import Int8Weights
+from kernels.panels import Panels
 from kernels.team import Program, Step
 
 HIDDEN, WIDTH = 40, 24
@@ -15,6 +16,13 @@ def make_experts(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
     gate_up = torch.randn(num_experts, 2 * WIDTH, HIDDEN, generator=generator)
     return gate_up, torch.randn(num_experts, HIDDEN, WIDTH, generator=generator)
+
+
+def packed(w_ENK: torch.Tensor, kind: type[Panels] | type[Int8Weights]) -> Panels | Int8Weights:
+    weights = kind(*w_ENK.shape[1:], num_experts=len(w_ENK))
+    for expert, w_NK in enumerate(w_ENK):
+        weights.put(w_NK, expert=expert)
+    return weights
 
 
 @pytest.mark.parametrize(("num_experts", "num_active"), [(1, 1), (4, 2), (8, 8), (60, 4)])
@@ -38,7 +46,14 @@ def test_the_compiled_tasks_agree_with_the_reference(
         places_TK=places, starts=starts,
     )  # fmt: skip
     calls = expert_mlp_calls(
-        step, x, gate_up, down, weights_TK=got_weights, places_TK=places, starts=starts, out_TD=got
+        step,
+        x,
+        packed(gate_up, Panels),
+        packed(down, Panels),
+        weights_TK=got_weights,
+        places_TK=places,
+        starts=starts,
+        out_TD=got,
     )
     Program([route, *calls]).run()
     torch.testing.assert_close(got_weights, weights)
@@ -57,7 +72,10 @@ def test_many_tokens_agree_with_the_reference(num_experts: int, num_active: int)
     )
     choice = {"weights_TK": weights, "experts_TK": experts}
     torch.testing.assert_close(
-        expert_mlp(x, gate_up, down, **choice), reference(x, gate_up, down, **choice), atol=1e-4, rtol=1e-4
+        expert_mlp(x, packed(gate_up, Panels), packed(down, Panels), **choice),
+        reference(x, gate_up, down, **choice),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -67,12 +85,7 @@ def test_many_tokens_agree_with_the_reference(num_experts: int, num_active: int)
 def test_int8_experts_agree_with_int8_products_of_each(
     num_experts: int, num_active: int, num_tokens: int
 ) -> None:
-    matrices, packed = make_experts(num_experts), []
-    for w_ENK in matrices:
-        packed.append(Int8Weights(*w_ENK.shape[1:], num_experts=num_experts))
-        for expert in range(num_experts):
-            packed[-1].put(w_ENK[expert], expert=expert)
-    gate_up, down = matrices
+    gate_up, down = make_experts(num_experts)
     x = torch.randn(num_tokens, HIDDEN)
     weights, experts = route_experts.route_experts(
         torch.randn(num_tokens, num_experts), num_active=num_active, normalizes=True
@@ -83,5 +96,7 @@ def test_int8_experts_agree_with_int8_products_of_each(
             expert = experts[t, k]
             act = silu_mul.silu_mul(int8_linear.reference(x[t : t + 1], gate_up[expert]))
             expected[t] += weights[t, k] * int8_linear.reference(act, down[expert])[0]
-    got = expert_mlp(x, *packed, weights_TK=weights, experts_TK=experts)
+    got = expert_mlp(
+        x, packed(gate_up, Int8Weights), packed(down, Int8Weights), weights_TK=weights, experts_TK=experts
+    )
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)

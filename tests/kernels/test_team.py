@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.linear import linear_call
+from kernels.panels import Panels
 from kernels.silu_mul import silu_mul_call
 from kernels.team import Program, Step, bind
 
@@ -13,7 +14,7 @@ def test_calls_see_what_the_calls_before_them_wrote() -> None:
     gate_up, act = torch.empty(4, 20), torch.empty(4, 10)
     step = Step()
     program = Program(
-        [linear_call(step, x, w, None, out_MN=gate_up), silu_mul_call(step, gate_up, out_TI=act)]
+        [linear_call(step, x, Panels.of(w), None, out_MN=gate_up), silu_mul_call(step, gate_up, out_TI=act)]
     )
     step.fill(4)
     program.run()
@@ -24,7 +25,7 @@ def test_calls_see_what_the_calls_before_them_wrote() -> None:
 def test_a_program_runs_again_with_as_many_tokens_as_its_step_says() -> None:
     x, w, y = torch.randn(6, 8), torch.randn(5, 8), torch.zeros(6, 5)
     step = Step()
-    program = Program([linear_call(step, x, w, None, out_MN=y)])
+    program = Program([linear_call(step, x, Panels.of(w), None, out_MN=y)])
     for num_tokens in (2, 6, 0):
         y.zero_()
         step.fill(num_tokens)
@@ -37,7 +38,7 @@ def test_part_of_a_program_can_run() -> None:
     x, w, y = torch.randn(1, 8), torch.randn(5, 8), torch.zeros(2, 5)
     step = Step()
     step.fill(1)
-    program = Program([linear_call(step, x, w, None, out_MN=y[row : row + 1]) for row in range(2)])
+    program = Program([linear_call(step, x, Panels.of(w), None, out_MN=y[row : row + 1]) for row in range(2)])
     program.run(1, 2)
     assert not y[0].any()
     assert y[1].all()

@@ -1,30 +1,12 @@
 """The parts of an engine on this machine's CPU, with the kernels in numba: importing this compiles them."""
 
-from collections.abc import Callable
 
-import torch
 
-from kernels.int8_linear import Int8Weights
 from workers.engine.batch import BatchBuilder
 from workers.engine.engine_parts import AtOnce, EngineParts, OpenedModel
 from workers.engine.kv_pool import KvPool
-from workers.model.checkpoint import Checkpoint
-from workers.model.config import ModelConfig
 from workers.model.cpu_operations import cpu_transformer
-from workers.model.weights import ModelWeights, load_weights
-
-
-def load_cpu_weights(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype,
-    quantize: str,
-    on_progress: Callable[[float], None],
-) -> ModelWeights:
-    """Raises `CheckpointError`."""
-    packed = Int8Weights if quantize == "int8" else None
-    return load_weights(checkpoint, config, dtype=dtype, packed=packed, on_progress=on_progress)
+from workers.model.weights import ModelWeights
 
 
 def cpu_parts(opened: OpenedModel, weights: ModelWeights, *, num_pages: int) -> EngineParts:

@@ -121,7 +121,8 @@ def load_engine(
         num_pages = _given_pages(opened.info, kv_cache_bytes, device)
     # Imported when they are chosen: a bare GPU machine has no numba, and serving on a CPU has no Triton.
     if compute.backend == "numba":
-        from workers.engine.cpu_engine import cpu_parts, load_cpu_weights
+        from workers.engine.cpu_engine import cpu_parts
+        from workers.model.cpu_weights import load_cpu_weights
 
         weights = load_cpu_weights(
             checkpoint, opened.config, dtype=getattr(torch, dtype), quantize=quantize, on_progress=on_progress

@@ -140,7 +140,7 @@ def _load_weights(
 ) -> ModelWeights:
     # As in `load_engine`: a bare GPU machine has no numba, and serving on a CPU has no Triton.
     if settings.compute.backend == "numba":
-        from workers.engine.cpu_engine import load_cpu_weights
+        from workers.model.cpu_weights import load_cpu_weights
 
         return load_cpu_weights(
             checkpoint,

@@ -6,9 +6,11 @@ Letters as in `workers.model.transformer`.
 import torch
 
 from kernels.expert_mlp import expert_mlp
+from kernels.expert_mlp import reference as expert_mlp_reference
 from kernels.int8_linear import Int8Weights, int8_linear
 from kernels.linear import linear
 from kernels.paged_attention import paged_attention
+from kernels.panels import Panels
 from kernels.prefill_attention import prefill_attention
 from kernels.rms_norm import add_rms_norm_, rms_norm
 from kernels.rotary import Rotation, rotate_and_store_
@@ -60,7 +62,9 @@ class CpuOperations:
     def linear(self, x_TI: torch.Tensor, weights: Linear) -> torch.Tensor:
         if isinstance(weights.weight, Int8Weights):
             return int8_linear(x_TI, weights.weight, weights.bias)
-        return linear(x_TI, weights.weight, weights.bias)
+        if isinstance(weights.weight, Panels):
+            return linear(x_TI, weights.weight, weights.bias)
+        return torch.nn.functional.linear(x_TI, weights.weight, weights.bias)
 
     def silu_mul(self, gate_up_TW: torch.Tensor) -> torch.Tensor:
         return silu_mul(gate_up_TW)
@@ -69,7 +73,8 @@ class CpuOperations:
         weights_TK, experts_TK = route_experts(
             self.linear(x_TD, mlp.router), num_active=mlp.config.num_active, normalizes=mlp.config.normalizes
         )
-        return expert_mlp(x_TD, mlp.gate_up_EWD, mlp.down_EDI, weights_TK=weights_TK, experts_TK=experts_TK)
+        compute = expert_mlp if x_TD.dtype == torch.float32 else expert_mlp_reference
+        return compute(x_TD, mlp.gate_up_EWD, mlp.down_EDI, weights_TK=weights_TK, experts_TK=experts_TK)
 
     def attend(self, qkv_TN: torch.Tensor, layer: int, batch: TokenBatch) -> torch.Tensor:
         config, window, scale = self._config, self._config.layers[layer].window, self._config.head_dim**-0.5

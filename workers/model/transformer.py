@@ -36,7 +36,7 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, *, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [S, V] in fp32. Writes keys and values to their slots; `on_layer(l)` follows those of layer l."""
-        embedded_TD = self._weights.embedding_VD[batch.token_ids_T]
+        embedded_TD: torch.Tensor = self._weights.embedding_VD[batch.token_ids_T]
         if self._program is not None and len(embedded_TD) <= self._program.max_tokens:
             hidden_SD = self._program.run(embedded_TD, batch, on_layer=on_layer)[batch.sampled_S]
         else:

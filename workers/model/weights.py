@@ -12,9 +12,9 @@ import torch
 from workers.errors import CheckpointError
 from workers.model.config import ModelConfig, MoeConfig
 
-# A tensor [out, in], or [experts, out, in]; or what the kernels of a device keep of one, quantized: `Int8Weights` of
-# `kernels.int8_linear`, `QuantizedWeight` of `kernels.gpu.quantized_weight`. Neither is named here, as no machine has
-# the packages of both.
+# A tensor [out, in], or [experts, out, in]; or what the kernels of a device keep of one: `Panels` of `kernels.panels`,
+# or quantized `Int8Weights` of `kernels.int8_linear`, `QuantizedWeight` of `kernels.gpu.quantized_weight`. None is
+# named here, as no machine has the packages of all.
 Weight = Any
 # What a checkpoint has quantised, or what is quantised as it is read, of the matrices of a product (the rows of each
 # name, for each expert) of so many inputs, to be multiplied as it is; None where it is to be read as whole weights.
@@ -56,10 +56,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelWeights:
-    embedding_VD: torch.Tensor
+    embedding_VD: Weight  # indexed by token
     layers: tuple[LayerWeights, ...]
     final_norm_D: torch.Tensor
-    lm_head: Linear  # [V, D]; where the checkpoint ties them and nothing is quantized, the embedding's memory
+    lm_head: Linear  # [V, D]; where the checkpoint ties them and nothing is quantized, the embedding itself
 
 
 class Tensors(Protocol):
@@ -78,6 +78,7 @@ def load_weights(
     *,
     dtype: torch.dtype,
     packed: Callable[..., Weight] | None = None,
+    whole: Callable[..., Weight] | None = None,
     stored: Stored | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a value like any other
     on_progress: Callable[[float], None] = lambda share: None,
@@ -85,17 +86,16 @@ def load_weights(
     """All weights of the model in `dtype` on `device`, merged for batched products. Raises `CheckpointError`.
 
     With `packed`, such as `Int8Weights`, those of all products become one of these while they are read, but for the
-    routers, which are small and where a hair decides between experts; the embedding, of which a step reads a row, and
-    norms stay as they are (docs/performance.md). What `stored` has is taken as it is.
+    routers, which are small and where a hair decides between experts: they become one of `whole`. The embedding, of
+    which a step reads a row, and norms stay as they are (docs/performance.md), unless lm_head is the embedding and
+    whole: then it is the one copy. What `stored` has is taken as it is.
     `on_progress` is called after every layer with the share of layers that are loaded.
     """
-    loader = _Loader(checkpoint, config, dtype, device, packed, stored)
-    embedding = loader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    loader = _Loader(checkpoint, config, dtype, device, packed, whole, stored)
     tied = config.tied_embeddings or not checkpoint.has("lm_head.weight")
     if tied and not config.tied_embeddings:
         raise CheckpointError("tensor lm_head.weight is missing and config.json does not tie the embeddings")
-    head = {"lm_head": config.vocab_size}
-    lm_head = loader.tied(embedding) if tied else loader.linear(head, config.hidden_size, bias=False)
+    embedding, lm_head = loader.ends(tied=tied)
     return ModelWeights(
         embedding_VD=embedding,
         layers=tuple(_layers(loader, len(config.layers), on_progress)),
@@ -120,10 +120,11 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         packed: Callable[..., Weight] | None,
+        whole: Callable[..., Weight] | None,
         stored: Stored | None,
     ) -> None:
         self._checkpoint, self._config, self._dtype, self._device = checkpoint, config, dtype, device
-        self._packed, self._stored = packed, stored
+        self._packed, self._whole, self._stored = packed, whole, stored
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -139,13 +140,14 @@ class _Loader:
         added = torch.cat([self.tensor(f"{name}.bias", names[name]) for name in names]) if bias else None
         return Linear(weight[0] if isinstance(weight, torch.Tensor) else weight, added)
 
-    def tied(self, embedding_VD: torch.Tensor) -> Linear:
-        """The embedding as lm_head; quantized, it is a copy."""
-        if self._packed is None:
-            return Linear(embedding_VD)
-        packed = self._packed(*embedding_VD.shape)
-        packed.put(embedding_VD)
-        return Linear(packed)
+    def ends(self, *, tied: bool) -> tuple[Weight, Linear]:
+        """(embedding, lm_head); tied they are one, or where lm_head is quantized, two."""
+        sizes = self._config.vocab_size, self._config.hidden_size
+        embedding_VD = self.tensor("model.embed_tokens.weight", *sizes)
+        if not tied:
+            return embedding_VD, self.linear({"lm_head": sizes[0]}, sizes[1], bias=False)
+        lm_head = _filled(self._packed, embedding_VD)
+        return (lm_head if self._packed is self._whole else embedding_VD), Linear(lm_head)
 
     def _matrices(self, names_E: Sequence[Mapping[str, int]], num_inputs: int) -> Weight:
         """For each expert one matrix, quantized as it is read: at no time are there two copies of all of it."""
@@ -200,10 +202,18 @@ class _Loader:
         router = self.tensor(f"{block}.gate.weight", moe.num_experts, hidden)
         return MoeMlp(
             config=moe,
-            router=Linear(router),
+            router=Linear(_filled(self._whole, router)),
             gate_up_EWD=self._matrices(gate_up, hidden),
             down_EDI=self._matrices([{f"{name}.{down}": hidden} for name in experts], width),
         )
+
+
+def _filled(kind: Callable[..., Weight] | None, weight_NK: torch.Tensor) -> Weight:
+    if kind is None:
+        return weight_NK
+    filled = kind(*weight_NK.shape)
+    filled.put(weight_NK)
+    return filled
 
 
 def _places(names_E: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, int, str, int]]:

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.int8_linear import Int8Weights
 from workers.engine.batch import BatchBuilder
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import load_config
 from workers.model.cpu_operations import cpu_transformer
-from workers.model.weights import load_weights
+from workers.model.cpu_weights import load_cpu_weights
 from workers.quantization import CPU_QUANTIZATIONS
 from workers.request import PageId, Request, RequestId, SamplingParams, SessionId
 from workers.step import ScheduledRequest
@@ -29,8 +28,7 @@ class Runner:
 
     def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32, quantize: str = "none") -> None:
         config = load_config(path)
-        packed = Int8Weights if quantize == "int8" else None
-        weights = load_weights(Checkpoint(path), config, dtype=dtype, packed=packed)
+        weights = load_cpu_weights(Checkpoint(path), config, dtype=dtype, quantize=quantize)
         self.builder = BatchBuilder(block_size_tokens=BLOCK, max_pages_per_request=MAX_LEN // BLOCK)
         shape = (len(config.layers), 64, 2, config.num_kv_heads, BLOCK, config.head_dim)
         # Not zeros: what a kernel must not read has to show in the result.
