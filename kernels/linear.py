@@ -1,6 +1,6 @@
 """y = x w^T + bias in fp32, with the weights in panels (`kernels.panels`).
 
-M rows, K inputs, N outputs; x [M, K], w [N, K], y [M, N]. A panel is read in blocks of BLOCK_DEPTH inputs, which stay in
+M rows, K inputs, N outputs; x [M, K], w [N, K], y [M, N]. A panel is read in blocks of 256 inputs, which stay in
 L1 while up to 64 rows of x pass, 12 at a time; meanwhile the next block is on its way from memory. What a row gives
 does not depend on the others (`kernels.panel_tile`), which is why torch's linear is not taken.
 
