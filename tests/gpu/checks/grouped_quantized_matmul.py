@@ -50,9 +50,10 @@ def check_agrees_with_the_reference_for_outputs_that_are_no_multiple_of_a_tile()
             _assert_agrees([5, 0, 20], kind, num_outputs=num_outputs)
 
 
-def check_large_tiles_agree_with_the_reference() -> None:
+def check_every_size_of_tile_agrees_with_the_reference() -> None:
     for kind in KINDS:
-        _assert_agrees([150, 0], kind, num_groups=1)
+        for counts in ([60, 1], [90, 20], [150, 0], [3, 300]):  # 32, 64 and 128 rows
+            _assert_agrees(counts, kind, num_groups=1, num_outputs=70)
         _assert_agrees([3, 300], kind, num_groups=1, num_outputs=140)
 
 
@@ -104,6 +105,23 @@ def check_rows_come_out_the_same_to_the_last_bit_whatever_tiles_they_lie_in() ->
 def check_no_rows_are_no_launch() -> None:
     for kind in KINDS:
         _assert_agrees([0, 0], kind)
+
+
+def check_weights_that_are_not_those_of_the_experts_are_refused() -> None:
+    x, sources = randn(2, GROUP), torch.arange(2, device=DEVICE)
+    orders = noise_orders(2, GROUP)
+    for weight, num_experts, message in (
+        (noise_weight(7, 1, "int8"), 2, "7 rows of weights are not those of 2 experts"),
+        (noise_weight(8, 1, "int8", orders=orders), 4, "8 rows of weights are not those of 4 experts"),
+        (noise_weight(8, 2, "int8"), 2, f"rows of {GROUP} inputs for weights of {2 * GROUP}"),
+    ):
+        starts = torch.full((num_experts + 1,), 2, device=DEVICE)
+        refusal = ""
+        try:
+            grouped_quantized_matmul(x, weight, sources_S=sources, starts=starts)
+        except ValueError as error:
+            refusal = str(error)
+        assert message in refusal, (message, refusal)
 
 
 def _launch(num_rows: int, kind: str, group_size: int = GROUP) -> object:
