@@ -1,7 +1,5 @@
 """The parts of an engine on this machine's CPU, with the kernels in numba: importing this compiles them."""
 
-
-
 from workers.engine.batch import BatchBuilder
 from workers.engine.engine_parts import AtOnce, EngineParts, OpenedModel
 from workers.engine.kv_pool import KvPool

@@ -140,7 +140,7 @@ def _prompt(value: object, tokenizer: _Tokenizer) -> list[int]:
     match value:
         case str():
             return tokenizer.encode(value)
-        case list() if all(isinstance(token_id, int) for token_id in value):
+        case list() if all(type(token_id) is int for token_id in value):  # true is none
             return value
         case _:
             raise ValueError(f"a prompt is a JSON list of token ids or a string, got {value!r}")

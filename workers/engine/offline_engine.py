@@ -68,8 +68,15 @@ class OfflineEngine:
         self._under_way: tuple[StepPlan, LaunchedStep] | None = None
 
     def generate(self, prompts: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Generation]:
-        """The answers, all complete, in the order of the prompts. Raises `InvalidRequest` for what cannot run."""
-        generations = [self.add(prompt, sampling) for prompt, sampling in prompts]
+        """The answers, all complete, in the order of the prompts. Raises as `add` does; then none of them is here."""
+        generations: list[Generation] = []
+        try:
+            for prompt, sampling in prompts:
+                generations.append(self.add(prompt, sampling))
+        except Exception:
+            for generation in generations:
+                self._drop(generation)
+            raise
         while self.step():
             pass
         return generations
@@ -110,6 +117,10 @@ class OfflineEngine:
             return None
         self.state.begin(plan, now_s=time.time())
         return plan, self.engine.launch(plan)
+
+    def _drop(self, generation: Generation) -> None:
+        if (output := self.state.abort(generation.request.request_id, now_s=time.time())) is not None:
+            self._take(output)
 
     def _take(self, output: RequestOutput) -> None:
         if output.finish_reason is not None:

@@ -164,6 +164,28 @@ def test_what_takes_the_servers_engine_is_refused(llama: Path, asked: dict[str, 
     assert not engine.step()
 
 
+def test_a_prompt_that_cannot_run_takes_those_before_it_along(llama: Path) -> None:
+    engine = offline(llama)
+    with pytest.raises(InvalidRequest, match="the prompt has no tokens"):
+        engine.generate([([5], SamplingParams()), ([], SamplingParams())])
+    assert not engine.step()
+    assert engine.state.num_requests == 0
+    assert answers(engine) == answers(offline(llama))
+
+
+@pytest.mark.parametrize("attention", ["numba", "reference"])
+def test_equal_prompts_beyond_seats_and_pages_all_say_what_one_says_alone(
+    llama: Path, attention: str
+) -> None:
+    asked = (prompts()[3], SamplingParams(temperature=0.0, max_tokens=20))
+    (alone,) = offline(llama, attention=attention).generate([asked])
+    engine = offline(llama, attention=attention, num_pages=4)
+    generations = engine.generate([asked] * 7)
+    engine.state.check()
+    assert [generation.output_token_ids for generation in generations] == [alone.output_token_ids] * 7
+    assert engine.generate([]) == []
+
+
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_with_pages_of_8_bits_answers_begin_as_with_whole_ones(llama: Path, kv_dtype: str) -> None:
     exact = answers(offline(llama))
