@@ -4,9 +4,8 @@ M rows, K inputs, N outputs; x [M, K], w [N, K], y [M, N]. A panel is read in bl
 L1 while up to 64 rows of x pass, 12 at a time; meanwhile the next block is on its way from memory. What a row gives
 does not depend on the others (`kernels.panel_tile`), which is why torch's linear is not taken.
 
-Xeon with AVX-512, two threads, K 1024, N 5632 (in parentheses: sums along K of weights as the checkpoint has them, and
-torch's linear): M=1 0.76 ms (0.96, 0.84), M=8 0.84 (1.14, 2.2), M=32 1.43 (1.9, 2.9; without reading ahead 2.2), M=512
-16.5 ms, 358 GFLOP/s (20, 18).
+Xeon with AVX-512, two threads, K 1024, N 5632, in turns with what was here before (sums along K, of weights as the
+checkpoint has them): M=1 0.80 ms (0.96), M=8 0.93 (1.14), M=32 1.51 (1.91), M=512 18.1 (21.0), 326 GFLOP/s.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""LLVM vector code by hand: what `tile` and `softmax_row` are made of.
+"""LLVM vector code by hand: what `panel_tile`, `tile` and `softmax_row` are made of.
 
 A vector is LANES floats: AVX-512 has 32 registers of 16; everything else gets 8 lanes, and so does what numba is told
 to compile for another processor than this one (NUMBA_CPU_NAME).
