@@ -13,8 +13,6 @@ from kernels.team import TASK, Program, Step, bind, claim, floats
 
 _LINE = 16  # floats
 
-_LINE = 16  # floats
-
 
 class Panels:
     """The weights of one product, or of several of one shape (experts), one after the other."""

@@ -71,9 +71,8 @@ class DeviceKvPool:
         self._host = _page_locked(num_bytes, device=self._device)
         self._copies = CopyStream(self._device)
         self._lock = threading.Lock()
-        with (
-            self._copies.launching()
-        ):  # a page onto itself: its kernels are compiled before somebody waits for them
+        # A page onto itself: its kernels are compiled before somebody waits for them.
+        with self._copies.launching():
             self._scatter(_ALL, [0], self._gathered(_ALL, [0]))
 
     @contextmanager
