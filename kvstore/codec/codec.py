@@ -13,6 +13,7 @@ import numpy as np
 from kvstore.codec.adaptive import decode_adaptive, encode_adaptive
 from kvstore.codec.comparisons import Sections, decode_int8, decode_kivi, encode_int8, encode_kivi
 from kvstore.codec.entropy import decode_symbols, encode_symbols
+from kvstore.codec.finite import is_finite
 from kvstore.codec.format import Chunk, ChunkHeader, Section, pack_chunk, unpack_chunk
 from kvstore.codec.levels import INT8, KIVI2, KIVI4, NUM_CACHEGEN_LEVELS, RAW, Level, list_levels
 from kvstore.codec.profile import KvProfile
@@ -105,7 +106,10 @@ class KvCodec:
             raise CodecCorrupted(
                 f"{len(values)} bytes of {num_blocks} blocks, each has {self.layout.block_bytes}"
             )
-        return np.frombuffer(values, np.uint8).reshape(num_blocks, -1)
+        blocks = np.frombuffer(values, np.uint8).reshape(num_blocks, -1)
+        if not is_finite(blocks, layout=self.layout):  # whatever level was asked for, this is what came
+            raise CodecCorrupted(f"{num_blocks} blocks of level {RAW} hold what is no number")
+        return blocks
 
     def _decode_profiled(self, chunk: Chunk) -> tuple[tuple[Bytes, Bytes], Bins]:
         assert self._profile is not None  # the container refuses a profile that is not ours

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from kvstore.codec.quantize import Bytes
 from kvstore.layout import KvLayout
@@ -32,7 +32,7 @@ def _has_none(data: Bytes, ones: np.uint32 | np.uint16 | np.uint8) -> bool:
 
 
 @njit(
-    ["uint32(uint32[::1], uint32)", "uint16(uint16[::1], uint16)", "uint8(uint8[::1], uint8)"],
+    [kind(types.Array(kind, 1, "C", readonly=True), kind) for kind in (types.uint32, types.uint16, types.uint8)],
     cache=True, nogil=True,
 )  # fmt: skip
 def _largest(words: Any, ones: Any) -> Any:

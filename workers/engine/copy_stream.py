@@ -29,6 +29,15 @@ class CopyStream:
             finally:
                 self._mark()
 
+    @contextmanager
+    def launching_and_waiting(self) -> Iterator[None]:
+        """All is done when this is left, also after what could not be launched whole."""
+        try:
+            with self.launching():
+                yield
+        finally:
+            self.wait()
+
     def wait(self) -> None:
         """Until all that was launched is done. Releases the interpreter lock."""
         if self._last is not None:

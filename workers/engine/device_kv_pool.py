@@ -114,25 +114,21 @@ class DeviceKvPool:
         """Straight into the arena, which runs beside all else if it is page-locked."""
         slots_SX = self._checked_arena(page_ids, arena_SX, slots)
         for start, stop in self._pieces(len(page_ids), num_layers=self.layout.num_layers):
-            with self._lock:
-                with self._copies.launching():
-                    staging_NX = self._gathered(_ALL, page_ids[start:stop])
-                    for places, run in consecutive(slots[start:stop]):
-                        slots_SX[run].copy_(staging_NX[places], non_blocking=True)
-                self._copies.wait()
+            with self._lock, self._copies.launching_and_waiting():
+                staging_NX = self._gathered(_ALL, page_ids[start:stop])
+                for places, run in consecutive(slots[start:stop]):
+                    slots_SX[run].copy_(staging_NX[places], non_blocking=True)
 
     def load(self, page_ids: Sequence[int], arena_SX: Arena | torch.Tensor, slots: Sequence[int]) -> None:
         """Straight from the arena; when this returns, its slots may be filled with others."""
         slots_SX = self._checked_arena(page_ids, arena_SX, slots)
         for start, stop in self._pieces(len(page_ids), num_layers=self.layout.num_layers):
-            with self._lock:
-                with self._copies.launching():
-                    num_bytes = (stop - start) * self.layout.block_bytes
-                    staging_NX = self._staging[:num_bytes].view(stop - start, -1)
-                    for places, run in consecutive(slots[start:stop]):
-                        staging_NX[places].copy_(slots_SX[run], non_blocking=True)
-                    self._scatter(_ALL, page_ids[start:stop], staging_NX)
-                self._copies.wait()
+            with self._lock, self._copies.launching_and_waiting():
+                num_bytes = (stop - start) * self.layout.block_bytes
+                staging_NX = self._staging[:num_bytes].view(stop - start, -1)
+                for places, run in consecutive(slots[start:stop]):
+                    staging_NX[places].copy_(slots_SX[run], non_blocking=True)
+                self._scatter(_ALL, page_ids[start:stop], staging_NX)
 
     def fill(self, page_ids: Sequence[int], decode: Decode) -> None:
         """By way of memory that is not page-locked: a chunk is decoded whole, and may be larger than staging."""

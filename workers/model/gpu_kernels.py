@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kernels.gpu import (
+    combine_experts,
     grouped_matmul,
     grouped_quantized_matmul,
     paged_attention,
@@ -36,6 +37,7 @@ class Kernels:
     prefill_attention: Function
     grouped_matmul: Function
     grouped_quantized_matmul: Function
+    combine_experts: Function
     quantized_linear: Function
     sample: Function
 
@@ -49,6 +51,7 @@ TRITON = Kernels(
     prefill_attention=prefill_attention.prefill_attention,
     grouped_matmul=grouped_matmul.grouped_matmul,
     grouped_quantized_matmul=grouped_quantized_matmul.grouped_quantized_matmul,
+    combine_experts=combine_experts.combine_experts,
     quantized_linear=quantized_linear.quantized_linear,
     sample=sample.sample,
 )
@@ -82,6 +85,7 @@ REFERENCE = Kernels(
     prefill_attention=_rounded(prefill_attention.reference),
     grouped_matmul=_rounded(grouped_matmul.reference),
     grouped_quantized_matmul=_rounded(grouped_quantized_matmul.reference),
+    combine_experts=_rounded(combine_experts.reference),
     quantized_linear=_rounded(quantized_linear.reference),
     sample=lambda logits_RV, draws: sample.reference(logits_RV, draws).to(logits_RV.device),
 )

@@ -77,9 +77,9 @@ class GpuOperations:
         gate_up_SW = self._grouped(x_TD, mlp.gate_up_EWD, choices_S // num_active, starts)
         rows_S = torch.arange(len(sorted_S), device=x_TD.device)
         y_SD = self._grouped(self.silu_mul(gate_up_SW), mlp.down_EDI, rows_S, starts)
-        # Back in the order of the tokens, so that what a token adds up does not depend on those beside it.
-        y_TKD = torch.empty_like(y_SD).index_copy_(0, choices_S, y_SD).view(-1, num_active, x_TD.shape[1])
-        return (y_TKD.float() * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        places_TK = torch.empty_like(choices_S).index_copy_(0, choices_S, rows_S).view(-1, num_active)
+        y_TD: torch.Tensor = self._kernels.combine_experts(y_SD, places_TK=places_TK, weights_TK=weights_TK)
+        return y_TD
 
     def _grouped(
         self, x_TI: torch.Tensor, weight: Weight, sources_S: torch.Tensor, starts: torch.Tensor

@@ -122,6 +122,15 @@ def test_a_lying_peer_that_seals_garbage_writes_all_or_nothing(level: int, data:
     assert np.array_equal(arena[[0, 3]], before[[0, 3]])
 
 
+def test_a_raw_chunk_that_holds_what_is_no_number_writes_nothing(codec: KvCodec) -> None:
+    arena, out = arena_of(LAYOUT, num_blocks=2), arena_of(LAYOUT, num_blocks=2, seed=3)
+    arena[1].view(np.float32)[7] = np.nan
+    before = out.copy()
+    with pytest.raises(CodecCorrupted, match="2 blocks of level 0 hold what is no number"):
+        codec.decode(codec.encode(arena, range(2), level=RAW), out, range(2))
+    assert np.array_equal(out, before)
+
+
 @pytest.mark.parametrize("level", CACHEGEN)
 def test_another_profile_is_a_mismatch_and_writes_nothing(level: int, tmp_path: Path) -> None:
     ours = KvCodec(LAYOUT, profile=profile_of(LAYOUT, tmp_path))
@@ -175,7 +184,9 @@ def test_kv_of_8_bits_is_coded_as_it_is_and_in_no_other_way(dtype: str) -> None:
     layout = layout_of(dtype)
     codec = KvCodec(layout, profile=None)
     assert [level.name for level in codec.levels] == ["raw"]
-    arena = np.random.default_rng(0).integers(0, 256, (3, layout.block_bytes), dtype=np.uint8)
+    arena = np.random.default_rng(0).integers(
+        0, 120, (3, layout.block_bytes), dtype=np.uint8
+    )  # all are finite
     coded, out = codec.encode(arena, [2, 0], level=RAW), np.zeros_like(arena)
     codec.decode(coded, out, [0, 1])
     assert np.array_equal(out[:2], arena[[2, 0]])
