@@ -28,8 +28,10 @@ def pools(dtype: str, *, staging_blocks: int) -> tuple[KvPool, DeviceKvPool]:
     """With the same random pages; staging for so many blocks, so that calls go in pieces."""
     layout = layout_of(dtype)
     cpu = KvPool(as_a_cpu_has_it(layout), num_pages=NUM_PAGES)
-    numbers = cpu.pages_LP2GBC.view(torch.uint8)
-    numbers.copy_(torch.from_numpy(random_bytes(*numbers.shape, seed=1)))
+    cpu.pages_LP2GBC.normal_(generator=torch.Generator().manual_seed(1))
+    if layout.is_scaled:
+        numbers = cpu.pages_LP2GBC.view(torch.uint8)
+        numbers.copy_(torch.from_numpy(random_bytes(*numbers.shape, seed=1)))
     blocks_LPX = bytes_of(cpu)
     shape = (NUM_LAYERS, NUM_PAGES, 2, 2, 16)
     numbers_LPX, scales_LPX = blocks_LPX.tensor_split([layout.layer_numbers_bytes], dim=2)
