@@ -21,6 +21,7 @@ from kernels.int8_rows import GROUP, TOP, WEIGHT_OFFSET, Int8Rows, padded, quant
 from kernels.int8_rows import reference as rows_reference
 from kernels.int8_tile import BLOCK, MAX_TILE_COLUMNS, int8_tile, room_for_sums
 from kernels.linear import add_bias
+from kernels.packed_weights import PackedWeights
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, pointer, words
 
 ROWS, CHUNK = 96, 2 * BLOCK  # rows and outputs of a work item
@@ -28,14 +29,14 @@ ROWS, CHUNK = 96, 2 * BLOCK  # rows and outputs of a work item
 MAX_DEPTH = (2**31 - 1) // ((TOP + WEIGHT_OFFSET) * TOP)
 
 
-class Int8Weights:
+class Int8Weights(PackedWeights):
     """The packed weights of one product, or of several of one shape (experts), one after the other."""
 
     def __init__(self, num_outputs: int, depth: int, *, num_experts: int = 1) -> None:
         """Zero until `put`."""
         if depth > MAX_DEPTH:
             raise ValueError(f"int8 products take at most {MAX_DEPTH} inputs, got {depth}")
-        self.num_outputs, self.depth, self.num_experts = num_outputs, depth, num_experts
+        super().__init__(num_outputs, depth, num_experts=num_experts)
         num_blocks = -(-num_outputs // BLOCK)
         shape = (num_experts, num_blocks, padded(depth) // GROUP, BLOCK, GROUP)
         self.packed = torch.full(shape, WEIGHT_OFFSET, dtype=torch.uint8)
@@ -43,12 +44,7 @@ class Int8Weights:
 
     def put(self, w_NK: torch.Tensor, *, start: int = 0, expert: int = 0) -> None:
         """Quantizes fp32 rows as outputs `start` and those after it."""
-        num_rows, depth = w_NK.shape
-        if depth != self.depth or not 0 <= start <= self.num_outputs - num_rows:
-            raise ValueError(
-                f"outputs {start} to {start + num_rows} of {depth} inputs have no place in"
-                f" {[self.num_outputs, self.depth]}"
-            )
+        self.check_rows(w_NK, start=start)
         _pack(w_NK.contiguous().numpy(), start, self.packed[expert].numpy(), self.scale_EN[expert].numpy())
 
 

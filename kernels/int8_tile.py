@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.int8_rows import GROUP
-from kernels.vectors import CACHE_LINE_BYTES, I64, LANES, ask_for, loop
+from kernels.vectors import CACHE_LINE_BYTES, I64, LANES, ask_for, each_case, loop, make_room
 
 I32 = ir.IntType(32)
 _WORDS = ir.VectorType(I32, LANES)  # of 4 bytes: a group for each output
@@ -44,23 +44,14 @@ def int8_tile(_typing, num_columns, w, num_groups, x, x_stride, start, sums, ahe
 
     def generate(context, builder, _signature, values):
         num_columns, *others = values
-        for columns in range(1, MAX_TILE_COLUMNS + 1):
-            with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
-                _tile(builder, columns, *others)
+        for columns in each_case(builder, num_columns, MAX_TILE_COLUMNS):
+            _tile(builder, columns, *others)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9), generate
 
 
-@intrinsic
-def room_for_sums(_typing):
-    """The address of a tile's sums, on the stack of the function that asks."""
-
-    def generate(_context, builder, _signature, _values):
-        room = cgutils.alloca_once(builder, ir.ArrayType(I32, MAX_TILE_COLUMNS * BLOCK))
-        return builder.ptrtoint(room, I64)
-
-    return types.int64(), generate
+room_for_sums = make_room(I32, MAX_TILE_COLUMNS * BLOCK)
 
 
 def _tile(builder, columns, w, num_groups, x, x_stride, start, sums, ahead, ahead_step):

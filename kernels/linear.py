@@ -11,14 +11,15 @@ checkpoint has them): M=1 0.80 ms (0.96), M=8 0.93 (1.14), M=32 1.51 (1.91), M=5
 import torch
 from numba import carray, cfunc, int64, njit
 
-from kernels.panel_tile import MAX_TILE_ROWS, PANEL, make_room, panel_tile
+from kernels.panel_tile import MAX_TILE_ROWS, PANEL, panel_tile
 from kernels.panels import Panels
 from kernels.team import TASK, Call, Program, Step, bind, claim, floats, words
+from kernels.vectors import F32, make_room
 
 ROWS = 64  # of a work item
 CHUNK = 64  # outputs of a work item, whole panels
 _BLOCK_DEPTH = 256  # inputs: 32 KiB of a panel with AVX-512
-_room = make_room(ROWS)
+_room = make_room(F32, ROWS * PANEL)
 
 
 def reference(x_MK: torch.Tensor, w_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,6 @@ Strides in floats; w, x and out are addresses. Meanwhile lines at ahead + k * ah
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.vectors import (
@@ -21,6 +20,7 @@ from kernels.vectors import (
     LANES,
     VECTOR,
     ask_for,
+    each_case,
     fma,
     load,
     loop,
@@ -38,26 +38,11 @@ PANEL = _VECTORS * LANES  # outputs that are packed and computed together
 def panel_tile(_typing, num_rows, w, x, x_stride, depth, out, out_stride, is_first, ahead, ahead_step):
     def generate(context, builder, _signature, values):
         num_rows, *others = values
-        for count in range(1, MAX_TILE_ROWS + 1):
-            with builder.if_then(builder.icmp_signed("==", num_rows, ir.Constant(I64, count))):
-                _tile(builder, count, *others)
+        for count in each_case(builder, num_rows, MAX_TILE_ROWS):
+            _tile(builder, count, *others)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, types.boolean, types.int64, types.int64), generate
-
-
-def make_room(num_rows):
-    """Of what gives the address of so many rows of a panel's outputs, on the stack of the function that asks."""
-
-    @intrinsic
-    def room(_typing):
-        def generate(_context, builder, _signature, _values):
-            kind = ir.ArrayType(F32, num_rows * PANEL)
-            return builder.ptrtoint(cgutils.alloca_once(builder, kind), I64)
-
-        return types.int64(), generate
-
-    return room
 
 
 def _tile(builder, num_rows, w, x, x_stride, depth, out, out_stride, is_first, ahead, ahead_step):

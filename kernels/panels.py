@@ -8,35 +8,25 @@ import torch
 from numba import carray, cfunc, int64
 
 from kernels import huge_pages
+from kernels.packed_weights import PackedWeights
 from kernels.panel_tile import PANEL
 from kernels.team import TASK, Program, Step, bind, claim, floats
 
 _LINE = 16  # floats
 
 
-class Panels:
+class Panels(PackedWeights):
     """The weights of one product, or of several of one shape (experts), one after the other."""
 
     def __init__(self, num_outputs: int, depth: int, *, num_experts: int = 1) -> None:
         """Zero until `put`."""
-        self.num_outputs, self.depth, self.num_experts = num_outputs, depth, num_experts
+        super().__init__(num_outputs, depth, num_experts=num_experts)
         self.panels_EJKP = huge_pages.zeros(num_experts, -(-num_outputs // PANEL), depth, PANEL)
-
-    @classmethod
-    def of(cls, w_NK: torch.Tensor) -> "Panels":
-        """One whole matrix."""
-        panels = cls(*w_NK.shape)
-        panels.put(w_NK)
-        return panels
 
     def put(self, w_NK: torch.Tensor, *, start: int = 0, expert: int = 0) -> None:
         """Takes rows as outputs `start` and those after it."""
+        self.check_rows(w_NK, start=start)
         num_rows, depth = w_NK.shape
-        if depth != self.depth or not 0 <= start <= self.num_outputs - num_rows:
-            raise ValueError(
-                f"outputs {start} to {start + num_rows} of {depth} inputs have no place in"
-                f" {[self.num_outputs, self.depth]}"
-            )
         step = Step()
         step.fill(num_rows)
         w_NK = w_NK.float().contiguous()

@@ -27,6 +27,7 @@ from kernels.vectors import (
     VECTOR,
     add_lanes,
     ask_for,
+    each_case,
     fma,
     load,
     loop,
@@ -45,10 +46,9 @@ def tile(_typing, num_columns, w, w_stride, x, x_stride, depth, out, out_stride)
     def generate(context, builder, _signature, values):
         num_columns, w, w_stride, x, x_stride, depth, out, out_stride = values
         w_rows = rows_of(builder, w, w_stride, TILE_ROWS)
-        for columns in range(1, MAX_TILE_COLUMNS + 1):
-            with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
-                x_rows = rows_of(builder, x, x_stride, columns)
-                _store_products(builder, w_rows, x_rows, depth, rows_of(builder, out, out_stride, columns))
+        for columns in each_case(builder, num_columns, MAX_TILE_COLUMNS):
+            x_rows = rows_of(builder, x, x_stride, columns)
+            _store_products(builder, w_rows, x_rows, depth, rows_of(builder, out, out_stride, columns))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), generate
@@ -75,11 +75,10 @@ def _make_mix(kind, num_vectors):
         def generate(context, builder, _signature, values):
             num_columns, p, p_stride, v, v_stride, num_rows, out, out_stride = values
             v_row = builder.inttoptr(v, F32.as_pointer())
-            for columns in range(1, MIX_COLUMNS + 1):
-                with builder.if_then(builder.icmp_signed("==", num_columns, ir.Constant(I64, columns))):
-                    p_rows = rows_of(builder, p, p_stride, columns)
-                    out_rows = rows_of(builder, out, out_stride, columns)
-                    _add_mixed(builder, p_rows, v_row, v_stride, num_rows, out_rows, kind, num_vectors)
+            for columns in each_case(builder, num_columns, MIX_COLUMNS):
+                p_rows = rows_of(builder, p, p_stride, columns)
+                out_rows = rows_of(builder, out, out_stride, columns)
+                _add_mixed(builder, p_rows, v_row, v_stride, num_rows, out_rows, kind, num_vectors)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), generate

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import config
+from numba import config, types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from kernels.compiled import forget_stale
 
@@ -59,6 +60,26 @@ def ask_for(builder, address):
     function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
     to_read, to_l2, data = (ir.Constant(word, n) for n in (0, 2, 1))
     builder.call(function, [builder.inttoptr(address, void_pointer), to_read, to_l2, data])
+
+
+def each_case(builder, number, most):
+    """The numbers from 1 to `most`; what is built for each runs if `number` is that."""
+    for case in range(1, most + 1):
+        with builder.if_then(builder.icmp_signed("==", number, ir.Constant(I64, case))):
+            yield case
+
+
+def make_room(kind, size):
+    """What gives the address of an array on the stack of the function that asks."""
+
+    @intrinsic
+    def room(_typing):
+        def generate(_context, builder, _signature, _values):
+            return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(kind, size)), I64)
+
+        return types.int64(), generate
+
+    return room
 
 
 def load(builder, row, k, kind):

@@ -264,7 +264,9 @@ class RequestLoop:
         self._report_progress()
         self._deliver(outputs)
         self._metrics.set_load(self._state.load())
-        self._tell_tiers()  # before the next step takes the pages of what was computed
+
+    def next_goes_on(self) -> None:
+        self._tell_tiers()  # before a step after it takes the pages of what was computed
 
     def step_failed(self, plan: StepPlan, failure: EngineFailed) -> None:
         self._metrics.step_failed()

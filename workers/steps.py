@@ -37,6 +37,10 @@ class Listener(Protocol):
 
     def step_ended(self, plan: StepPlan, outputs: Sequence[RequestOutput], *, step_s: float) -> None: ...
 
+    def next_goes_on(self) -> None:
+        """The step after the one that has ended was launched ahead; there is no other gap before it."""
+        ...
+
     def step_failed(self, plan: StepPlan, failure: EngineFailed) -> None:
         """Its rows are where they were before it."""
         ...
@@ -92,6 +96,7 @@ class Steps:
             self._listener.step_ended(plan, outputs, step_s=ended_s - began_s)
             if ahead is None:
                 return
+            self._listener.next_goes_on()
             (plan, launched), began_s = ahead, ended_s
 
     def _begin(self, plan: StepPlan) -> None:

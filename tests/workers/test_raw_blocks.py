@@ -2,27 +2,24 @@
 
 import numpy as np
 import pytest
+import torch
 
 from kvstore.errors import TransferCorrupted
 from kvstore.layout import KvLayout
+from workers.engine.device_kv_pool import DeviceKvPool
 from workers.errors import PullCorrupted
+from workers.model.kv_pages import KvPages
 from workers.raw_blocks import FinitePages, copy_raw
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=8, dtype="int8")
 
 
-class FakePages:
-    layout = LAYOUT
-    num_pages = 4
-
-    def __init__(self) -> None:
-        self.written: list[bytes] = []
-
-    def read(self, *, layer: int, page_ids: object, into: memoryview) -> None:
-        raise NotImplementedError
-
-    def write(self, *, layer: int, page_ids: object, data: memoryview) -> None:
-        self.written.append(bytes(data))
+def device_pool() -> DeviceKvPool:
+    pages = KvPages(
+        pages_LP2GBC=torch.zeros(2, 4, 2, 1, 16, 8, dtype=torch.int8),
+        scales_LP2GB=torch.zeros(2, 4, 2, 1, 16),
+    )
+    return DeviceKvPool(LAYOUT, pages, num_pages=4)
 
 
 def blocks(num_blocks: int, *, last_scale: float) -> np.ndarray:
@@ -43,12 +40,15 @@ def test_blocks_of_a_chunk_come_into_their_slots_unless_a_scale_is_no_number() -
         copy_raw(memoryview(blocks(2, last_scale=np.nan).tobytes()), arena, [3, 1], LAYOUT)
 
 
-def test_blocks_of_a_layer_come_into_pages_unless_a_scale_is_no_number() -> None:
-    pages = FakePages()
-    finite = FinitePages(pages)
-    half = LAYOUT.layer_block_bytes
-    good, bad = (blocks(1, last_scale=scale)[0, half:].tobytes() for scale in (0.25, np.inf))
+@pytest.mark.parametrize("scale", [np.inf, np.nan, 3e38, -3e38], ids=str)
+def test_blocks_of_a_layer_come_into_pages_unless_a_scale_makes_no_number(scale: float) -> None:
+    finite, half = FinitePages(device_pool()), LAYOUT.layer_block_bytes
+    good, bad = (
+        blocks(1, last_scale=each)[0, half:].tobytes() for each in (np.finfo(np.float32).max / 127, scale)
+    )
     finite.write(layer=1, page_ids=[0, 2], data=memoryview(2 * good))
     with pytest.raises(TransferCorrupted, match="2 blocks of layer 1 hold NaN or infinity"):
         finite.write(layer=1, page_ids=[0, 2], data=memoryview(good + bad))
-    assert pages.written == [2 * good]
+    held = bytearray(2 * half)
+    finite.read(layer=1, page_ids=[0, 2], into=memoryview(held))
+    assert held == 2 * good

@@ -10,9 +10,11 @@ from workers.compute_device import ComputeDevice
 from workers.engine.engine_parts import Drawn, EngineParts, OpenedModel, StopFinder
 from workers.engine.find_device import find_device
 from workers.engine.largest_step import LargestStep
-from workers.model.config import load_config
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig, load_config
 from workers.model.info import ModelInfo, load_model_info
 from workers.model.quantized_checkpoint import open_checkpoint
+from workers.model.weights import ModelWeights
 from workers.request import RequestId
 from workers.step import ScheduledRequest, StepPlan, StepResult
 
@@ -110,31 +112,74 @@ def load_engine(
     """
     compute.check_quantization(quantize)
     compute.check_kv_dtype(kv_dtype)
-    device = find_device(compute)
+    find_device(compute)  # before all weights are read
     torch.set_num_threads(num_threads)
     checkpoint = open_checkpoint(model_path)
     info = load_model_info(
         model_path, checkpoint, dtype=dtype, quantize=quantize, kv_dtype=kv_dtype, max_model_len=max_model_len
     )
     opened = _opened(model_path, info)
-    if num_pages is None:
-        num_pages = _given_pages(opened.info, kv_cache_bytes, device)
-    # Imported when they are chosen: a bare GPU machine has no numba, and serving on a CPU has no Triton.
+    if num_pages is None and kv_cache_bytes is not None:
+        num_pages = pages_of(info, kv_cache_bytes)
+    weights = load_model_weights(
+        checkpoint,
+        opened.config,
+        compute,
+        dtype=getattr(torch, dtype),
+        quantize=quantize,
+        on_progress=on_progress,
+    )
+    return compose_engine(opened, weights, compute, num_pages=num_pages, largest_step=largest_step)
+
+
+# Kernels are imported when they are chosen: a bare GPU machine has no numba, and serving on a CPU has no Triton.
+
+
+def load_model_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    compute: ComputeDevice,
+    *,
+    dtype: torch.dtype,
+    quantize: str,
+    on_progress: Callable[[float], None],
+) -> ModelWeights:
+    """As the kernels of the device multiply them. Raises `CheckpointError`, or `ValueError` for what does not fit."""
     if compute.backend == "numba":
-        from workers.engine.cpu_engine import cpu_parts
         from workers.model.cpu_weights import load_cpu_weights
 
-        weights = load_cpu_weights(
-            checkpoint, opened.config, dtype=getattr(torch, dtype), quantize=quantize, on_progress=on_progress
-        )
-        assert num_pages is not None  # on a CPU they are always given
-        return Engine(opened, cpu_parts(opened, weights, num_pages=num_pages))
-    from workers.engine.device_engine import DeviceModel, load_device_weights, make_engine
+        return load_cpu_weights(checkpoint, config, dtype=dtype, quantize=quantize, on_progress=on_progress)
+    from workers.engine.device_engine import load_device_weights
 
-    weights = load_device_weights(
-        checkpoint, opened.config, dtype=getattr(torch, dtype), quantize=quantize, device=device,
+    return load_device_weights(
+        checkpoint,
+        config,
+        dtype=dtype,
+        quantize=quantize,
+        device=find_device(compute),
         on_progress=on_progress,
-    )  # fmt: skip
+    )
+
+
+def compose_engine(
+    opened: OpenedModel,
+    weights: ModelWeights,
+    compute: ComputeDevice,
+    *,
+    num_pages: int | None,
+    largest_step: LargestStep,
+) -> Engine:
+    """`num_pages` None: as many as a GPU has room for beside the largest step, and 512 MiB of them on a CPU."""
+    device = find_device(compute)
+    if num_pages is None and device.type == "cpu":
+        num_pages = pages_of(opened.info, _CPU_POOL_BYTES)
+    if compute.backend == "numba":
+        from workers.engine.cpu_engine import cpu_parts
+
+        assert num_pages is not None  # numba computes on a CPU
+        return Engine(opened, cpu_parts(opened, weights, num_pages=num_pages))
+    from workers.engine.device_engine import DeviceModel, make_engine
+
     model = DeviceModel(opened=opened, weights=weights, device=device, attention=compute.backend)
     return make_engine(model, num_pages=num_pages, largest=largest_step)
 
@@ -151,12 +196,8 @@ def _opened(model_path: Path, info: ModelInfo) -> OpenedModel:
     )
 
 
-def _given_pages(model: ModelInfo, kv_cache_bytes: int | None, device: torch.device) -> int | None:
-    """None: as many as the device turns out to have room for."""
-    if kv_cache_bytes is None:
-        if device.type == "cuda":
-            return None
-        kv_cache_bytes = _CPU_POOL_BYTES
+def pages_of(model: ModelInfo, kv_cache_bytes: int) -> int:
+    """Raises `ValueError` for less than one."""
     num_pages = kv_cache_bytes // model.layout.block_bytes
     if num_pages < 1:
         raise ValueError(

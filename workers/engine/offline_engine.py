@@ -14,12 +14,10 @@ from typing import Never
 import torch
 
 from workers.engine.device_sampler import needs_logits
-from workers.engine.engine import Engine, LaunchedStep
+from workers.engine.engine import Engine, LaunchedStep, compose_engine, load_model_weights
 from workers.engine.engine_parts import OpenedModel, TokenSampler
-from workers.engine.find_device import find_device
 from workers.engine.largest_step import LargestStep
 from workers.engine.offline_settings import OfflineSettings
-from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig, load_config, load_eos_token_ids
 from workers.model.info import ModelInfo, checked_length, kv_layout
 from workers.model.quantized_checkpoint import open_checkpoint
@@ -29,8 +27,6 @@ from workers.request import FinishReason, Request, RequestId, RequestOutput, Sam
 from workers.scheduler import SchedulerLimits, schedule
 from workers.state import EngineState, StateLimits
 from workers.step import StepPlan
-
-_CPU_POOL_BYTES = 1 << 30
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -137,59 +133,23 @@ class Model:
 
 def load_model(model_path: Path, settings: OfflineSettings, *, on_progress: Callable[[float], None]) -> Model:
     """Raises `CheckpointError` for a checkpoint that cannot be computed, `ValueError` for a missing device."""
-    device, config = find_device(settings.compute), load_config(model_path)
-    weights = _load_weights(open_checkpoint(model_path), config, settings, device, on_progress)
-    return Model(config=config, weights=weights, eos_token_ids=load_eos_token_ids(model_path))
-
-
-def _load_weights(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    settings: OfflineSettings,
-    device: torch.device,
-    on_progress: Callable[[float], None],
-) -> ModelWeights:
-    # As in `load_engine`: a bare GPU machine has no numba, and serving on a CPU has no Triton.
-    if settings.compute.backend == "numba":
-        from workers.model.cpu_weights import load_cpu_weights
-
-        return load_cpu_weights(
-            checkpoint,
-            config,
-            dtype=settings.weight_dtype,
-            quantize=settings.quantize,
-            on_progress=on_progress,
-        )
-    from workers.engine.device_engine import load_device_weights
-
-    return load_device_weights(
-        checkpoint, config, dtype=settings.weight_dtype, quantize=settings.quantize, device=device,
-        on_progress=on_progress,
+    config = load_config(model_path)
+    weights = load_model_weights(
+        open_checkpoint(model_path), config, settings.compute, dtype=settings.weight_dtype,
+        quantize=settings.quantize, on_progress=on_progress,
     )  # fmt: skip
+    return Model(config=config, weights=weights, eos_token_ids=load_eos_token_ids(model_path))
 
 
 def build_engine(model: Model, settings: OfflineSettings) -> OfflineEngine:
     """Raises `ValueError` for settings that do not fit the model or the device."""
-    opened, num_pages = _opened(model, settings), settings.num_pages
-    if num_pages is None and not settings.compute.is_cuda:
-        most = settings.max_num_seqs * opened.max_pages_per_request
-        num_pages = max(1, min(_CPU_POOL_BYTES // opened.info.layout.block_bytes, most))
-    if settings.compute.backend == "numba":
-        from workers.engine.cpu_engine import cpu_parts
-
-        assert num_pages is not None  # numba computes on a CPU
-        engine = Engine(opened, cpu_parts(opened, model.weights, num_pages=num_pages))
-    else:
-        from workers.engine.device_engine import DeviceModel, make_engine
-
-        largest = LargestStep(
-            max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens
-        )
-        on_device = DeviceModel(
-            opened=opened, weights=model.weights, device=find_device(settings.compute),
-            attention=settings.compute.backend,
-        )  # fmt: skip
-        engine = make_engine(on_device, num_pages=num_pages, largest=largest)
+    largest = LargestStep(
+        max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens
+    )
+    engine = compose_engine(
+        _opened(model, settings), model.weights, settings.compute, num_pages=settings.num_pages,
+        largest_step=largest,
+    )  # fmt: skip
     return OfflineEngine(engine, settings.limits)
 
 

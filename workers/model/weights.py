@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.packed_weights import PackedWeights
 from workers.errors import CheckpointError
 from workers.model.config import ModelConfig, MoeConfig
 
@@ -77,8 +78,8 @@ def load_weights(
     config: ModelConfig,
     *,
     dtype: torch.dtype,
-    packed: Callable[..., Weight] | None = None,
-    whole: Callable[..., Weight] | None = None,
+    packed: type[PackedWeights] | None = None,
+    whole: type[PackedWeights] | None = None,
     stored: Stored | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a value like any other
     on_progress: Callable[[float], None] = lambda share: None,
@@ -119,8 +120,8 @@ class _Loader:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
-        packed: Callable[..., Weight] | None,
-        whole: Callable[..., Weight] | None,
+        packed: type[PackedWeights] | None,
+        whole: type[PackedWeights] | None,
         stored: Stored | None,
     ) -> None:
         self._checkpoint, self._config, self._dtype, self._device = checkpoint, config, dtype, device
@@ -208,12 +209,8 @@ class _Loader:
         )
 
 
-def _filled(kind: Callable[..., Weight] | None, weight_NK: torch.Tensor) -> Weight:
-    if kind is None:
-        return weight_NK
-    filled = kind(*weight_NK.shape)
-    filled.put(weight_NK)
-    return filled
+def _filled(kind: type[PackedWeights] | None, weight_NK: torch.Tensor) -> Weight:
+    return weight_NK if kind is None else kind.of(weight_NK)
 
 
 def _places(names_E: Sequence[Mapping[str, int]]) -> Iterator[tuple[int, int, str, int]]:
