@@ -5,7 +5,7 @@
 
 MODEL is a checkpoint directory in the Hugging Face format. FILE has a prompt a line, each a JSON list of token ids or
 a JSON string, which needs the package `tokenizers` and MODEL/tokenizer.json. One JSON line for each prompt, in order;
-how long it took goes to standard error. Runs under any Python with torch, and Triton for a GPU, and nothing else.
+how long it took goes to standard error. On a GPU it needs torch and Triton, and nothing else.
 """
 
 import argparse
